@@ -1,0 +1,78 @@
+# The relay itself needs no building: python3 transit_relay.py runs it.
+
+PYTHON ?= python3
+prefix = /usr/local
+
+sources = transit_relay.py $(wildcard ws_frames.py)
+share = $(DESTDIR)$(prefix)/share/transit-relay
+entry = $(DESTDIR)$(prefix)/sbin/transit-relay
+
+# Where pytest goes if $(PYTHON) has none: one venv for each spelling of PYTHON.
+venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(subst /,_,$(PYTHON)))
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
+
+.PHONY: help test interop lint install uninstall clean
+
+help: ## list these verbs (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Leaves in $$python a Python with pytest. A venv whose Python has gone, or that was left half made, is made anew.
+define find_pytest
+python='$(PYTHON)'; \
+if ! "$$python" -c 'import pytest' 2>/dev/null; then \
+	python='$(venv)/bin/python'; \
+	"$$python" -c 'import pytest' 2>/dev/null || { \
+		echo 'no pytest in $(PYTHON): making $(venv)'; \
+		'$(PYTHON)' -m venv --clear '$(venv)' && "$$python" -m pip install -qq pytest; \
+	} || exit 1; \
+fi
+endef
+
+test: ## run the tests; PYTHON=python3.9 make test for another Python
+	@$(find_pytest); "$$python" -m pytest -q tests
+
+interop: ## run the tests against the Twisted relay and the real clients
+	@$(find_pytest); "$$python" -m pytest -q tests/interop
+
+lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
+	build/lint/bin/ruff check .
+	build/lint/bin/mypy --strict --python-version 3.9 $(sources)
+	build/lint/bin/mypy --strict --python-version 3.13 $(sources)
+
+build/lint/made: pyproject.toml
+	$(PYTHON) -m venv --clear build/lint
+	build/lint/bin/pip install -qq --upgrade 'pip>=25.1' # the first that reads dependency groups
+	build/lint/bin/pip install -qq --group lint
+	touch $@
+
+# The entry imports the relay, as only an imported module is kept compiled (a script is compiled at every
+# start), and finds it from its own place, so that it runs in a staging folder as well.
+define entry_text
+#!/usr/bin/python3
+import os.path
+import sys
+
+prefix = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path.insert(0, os.path.join(prefix, "share", "transit-relay"))
+
+import transit_relay
+
+sys.exit(transit_relay.main())
+endef
+
+install: export entry_text := $(entry_text)
+install: ## install below prefix (/usr/local), staged below DESTDIR if that is set
+	install -d '$(share)' '$(dir $(entry))'
+	install -m 644 $(sources) '$(share)'
+	printf '%s\n' "$$entry_text" | install -m 755 /dev/stdin '$(entry)'
+
+uninstall: ## remove what install put there
+	rm -f '$(entry)'
+	rm -rf '$(share)'
+
+clean: ## remove all that these verbs, pip and Python have made here
+	rm -rf build dist .venv *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,2113 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""transit-relay: the relay server of Magic Wormhole, in one file, standard library only.
+
+Two clients that cannot reach each other connect to this relay and present the same token.
+From then on it passes bytes between them until one leaves. It notes how much it is used and
+knows nothing else about anybody.
+
+The file reads from top to bottom; a section uses only sections above it:
+
+    Constants, errors    the numbers, each with its reason; who is to blame
+    Records              what is noted of a connection or a pair when it is over
+    Session              decides: one client's rules, and who meets whom (no sockets)
+    Framing              spells: finds the handshake line in a stream of bytes
+    Connection           moves bytes: one socket, what it still has to send, how it ends
+    Server               waits: one select, one dispatch, time limits, deferred closing
+    Recorder             takes records out of the loop: one queue and thread per sink
+    Sinks                JSON lines, and the usage database
+    Endpoints            `tcp:4001`, `unix:/run/x.sock`, ... and how each is opened
+    Daemon               pidfile, log file, user, background
+    Command line         options, the order of a start and of a stop
+
+The walk of one byte: `Server.run_once` learns that client A is readable and calls
+`Connection.on_ready`, which receives into the one buffer that all connections share, and hands
+what came to its Framing. The Framing, past the handshake line, hands it on to the Session; the
+Session is RELAYING, counts it and gives it to its partner's Connection, which sends it at once.
+What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
+So a pair holds at most one buffer's worth of bytes in each direction.
+
+The end of a client: its read gives nothing, its Session ends the pair, both Connections finish
+(send what is queued, then the end, then wait for the other side's), are doomed, and are closed
+by `Server._reap` at the end of the turn: nothing is ever closed while somebody is using it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import grp
+import json
+import logging
+import os
+import pwd
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import sqlite3
+import stat
+import struct
+import sys
+import termios
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import NamedTuple, NoReturn, Protocol
+
+__version__ = "0.1"
+
+PROGRAM = "transit-relay"
+log = logging.getLogger(PROGRAM)
+
+
+# ---------------------------------------------------------------------------------------------
+# Constants and errors
+#
+# Two blocks: what the protocol or the operating system fixes, and what we chose, with the
+# reason. What an operator can set is in `Limits`; its defaults are what `--help` prints.
+# ---------------------------------------------------------------------------------------------
+
+# The protocol (PROTOCOL.md section 1).
+HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
+MAX_LINE_BYTES = 1024  # the longest handshake has 101; the reference relay's MAX_LENGTH
+OK = b"ok\n"
+BAD_HANDSHAKE = b"bad handshake\n"
+IMPATIENT = b"impatient\n"
+HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
+HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
+
+# What we chose.
+READ_BYTES = 256 * 1024  # one move; also the most that a direction can have queued
+ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
+ACCEPT_RETRY_SECONDS = 1  # after EMFILE and its kin; asyncio's ACCEPT_RETRY_DELAY
+HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
+LISTEN_BACKLOG = 1024  # newcomers that the kernel queues for us; it cuts this to somaxconn
+MAX_OPEN_FILES = 1024 * 1024  # some containers have a hard limit of a milliard, which costs
+CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
+COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
+QUEUED_RECORDS = 100_000  # per sink: about 30 MB
+BATCH_RECORDS = 5_000  # written in one transaction
+GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses at most this
+RETRY_SECONDS = 1  # a sink that failed is tried again this often
+STALL_SECONDS = 0.5  # no sink waits longer than this for a lock or a reader at one go
+STOP_FLUSH_SECONDS = 2  # a stop gives queued bytes this long
+STOP_RECORD_SECONDS = 10  # ... and then the sinks this long
+STOP_POLL_SECONDS = 0.05  # how often a stop looks whether all is delivered
+
+
+class Limits(NamedTuple):
+    """What an operator can set. 0 switches a limit off."""
+
+    handshake_seconds: float = 60  # from accept to a whole handshake
+
+
+class UsageError(Exception):
+    """The command line is wrong: one line on stderr, exit code 2."""
+
+
+class StartupError(Exception):
+    """The command line is right, but the system refuses: one line on stderr, exit code 1."""
+
+
+class SinkError(Exception):
+    """Records cannot be written at the moment: they wait, and it is tried again."""
+
+
+class SinkGone(Exception):
+    """Nobody will ever read what this sink writes: it is given up."""
+
+
+def reason(error: OSError) -> str:
+    """What the system said, without the file names and addresses that an OSError may carry."""
+    return error.strerror or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+#
+# What is noted when a connection without a partner, or a pair, is over, and the numbers of the
+# moment. A record never holds an address, a token or a side (PROTOCOL.md section 3).
+# ---------------------------------------------------------------------------------------------
+
+
+class UsageRecord(NamedTuple):
+    """One life: of a connection that never got a partner, or of a pair.
+
+    The field names and their order are those of the JSON lines; `mood` is `result` in SQL.
+    """
+
+    started: float  # seconds since the epoch, at the (first) accept
+    total_time: float  # seconds
+    waiting_time: float | None  # seconds between the two accepts; None without a partner
+    total_bytes: int  # received from both sides behind their handshakes
+    mood: str
+
+    def blurred(self, seconds: int) -> UsageRecord:
+        """The same, as `--blur-usage=SECONDS` lets it be told."""
+        return self._replace(
+            started=float(self.started // seconds * seconds),
+            total_bytes=blur_size(self.total_bytes),
+        )
+
+
+class Current(NamedTuple):
+    """The one row of `current`: how things stand now (never blurred)."""
+
+    rebooted: int  # seconds since the epoch
+    updated: int  # seconds since the epoch
+    connected: int  # connections that have a partner, two per pair
+    waiting: int  # tokens that wait for a partner
+    incomplete_bytes: int  # of pairs that still run
+
+
+def blur_size(size: int) -> int:
+    """Round `size` (bytes) down to the coarseness of its magnitude."""
+    if size < 1_000_000:
+        return size // 1_000 * 1_000
+    if size < 1_000_000_000:
+        return size // 1_000_000 * 1_000_000
+    return size // 100_000_000 * 100_000_000
+
+
+# ---------------------------------------------------------------------------------------------
+# Session and Rendezvous
+#
+# The rules, and nothing else: no sockets, no bytes kept, no clock of its own. A Session is one
+# client's life; the Rendezvous is where all of them meet. A Session tells its Pipe (in the
+# relay: its Connection) what to do and is told by it what happened.
+#
+# Only `_enter` sets a state, and only `_end` ends a life: whoever wants to know why a client
+# was sent away reads that one method's callers.
+# ---------------------------------------------------------------------------------------------
+
+WAIT_HANDSHAKE = "wait_handshake"
+WAIT_PARTNER = "wait_partner"
+RELAYING = "relaying"
+DONE = "done"
+
+
+class Pipe(Protocol):
+    """What a Session may ask of the connection it decides for."""
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send `data`, now or when there is room. `data` is the caller's again on return."""
+
+    def link(self, partner: Pipe) -> None:
+        """What comes from here goes there from now on: read no faster than it takes it."""
+
+    def finish(self) -> None:
+        """Send what is queued, then the end; throw away what still comes."""
+
+
+class Handshake(NamedTuple):
+    """What a client's first line says: which token, and on which side of it."""
+
+    token: bytes
+    side: bytes | None
+
+    def matches(self, other: Handshake) -> bool:
+        """Whether two clients of one token are each other's partner: not if on the same side."""
+        return self.side is None or other.side is None or self.side != other.side
+
+
+def parse_handshake(line: bytes) -> Handshake | None:
+    """Read a first line (without its newline). None: it is no handshake."""
+    match = HANDSHAKE.fullmatch(line)
+    return Handshake(match[1], match[2]) if match else None
+
+
+class Session:
+    r"""One client's rules, from accept to the record of its life.
+
+    This table is executed by tests/test_session.py, row by row; what it does not list is
+    either nothing (in `done`, where late events are normal) or a mistake of ours.
+
+    state           input      next            mood       reply
+    --------------  ---------  --------------  ---------  ----------------
+    wait_handshake  handshake  wait_partner    -          -
+    wait_handshake  junk       done            errory     bad handshake\n
+    wait_handshake  end        done            empty      -
+    wait_partner    matched    relaying        -          ok\n
+    wait_partner    bytes      done            impatient  impatient\n
+    wait_partner    displaced  done            redundant  -
+    wait_partner    end        done            lonely     -
+    relaying        bytes      relaying        -          -
+    relaying        end        done            happy      -
+    relaying        left       done            -          -
+
+    The mood of a pair is recorded once, when the side that stayed (its input is `left`) has
+    all of the other's bytes and the end: see `end_sent`.
+    """
+
+    __slots__ = (
+        "accepted",
+        "handshake",
+        "partner",
+        "pipe",
+        "received_bytes",
+        "rendezvous",
+        "started",
+        "state",
+    )
+
+    def __init__(self, pipe: Pipe, rendezvous: Rendezvous, started: float) -> None:
+        """A client was accepted just now; `started` is the time of day (s since the epoch)."""
+        self.pipe = pipe
+        self.rendezvous = rendezvous
+        self.state = WAIT_HANDSHAKE
+        self.accepted = rendezvous.clock()
+        self.started = started
+        self.handshake: Handshake | None = None
+        # RELAYING: the other side. DONE: still set only on the side that stayed, and only
+        # until the pair's record is written. Whoever waits has none.
+        self.partner: Session | None = None
+        self.received_bytes = 0  # behind the handshake, before the pair ended
+
+    def __repr__(self) -> str:
+        return f"<Session {self.state} received_bytes={self.received_bytes}>"
+
+    # What happened, as the Framing, the Connection and the Rendezvous tell it.
+
+    def line_received(self, line: bytes) -> None:
+        """The first line is whole (given without its newline), or too long to be one."""
+        assert self.state is WAIT_HANDSHAKE, self
+        self.handshake = parse_handshake(line)
+        if self.handshake is None:
+            self._end("errory", BAD_HANDSHAKE)
+        else:
+            self._enter(WAIT_PARTNER)
+            self.rendezvous.join(self, self.handshake)
+
+    def bytes_received(self, data: bytes | memoryview) -> None:
+        """Something came behind the handshake. It is for the partner, if there is one."""
+        if self.state is RELAYING:
+            assert self.partner is not None
+            self.received_bytes += len(data)
+            self.partner.pipe.send(data)
+        elif self.state is WAIT_PARTNER:
+            self._end("impatient", IMPATIENT)
+        else:  # whoever was told to go may still be talking: not answered, not counted
+            assert self.state is DONE, self
+
+    def matched(self, partner: Session) -> None:
+        """The Rendezvous has found a partner."""
+        assert self.state is WAIT_PARTNER, self
+        self.partner = partner
+        self._enter(RELAYING)
+        self.pipe.link(partner.pipe)
+        self.pipe.send(OK)
+
+    def displaced(self) -> None:
+        """A partner took a newer connection of our side."""
+        assert self.state is WAIT_PARTNER, self
+        self._end("redundant")
+
+    def end_received(self) -> None:
+        """Nothing more comes from this client: it left, its time is over, or we stop.
+
+        Half-close is not supported, as in the reference: the end of one direction is the end
+        of the client.
+        """
+        if self.state is WAIT_HANDSHAKE:
+            self._end("empty")
+        elif self.state is WAIT_PARTNER:
+            self._end("lonely")
+        elif self.state is RELAYING:
+            self._end("happy")
+
+    def partner_left(self) -> None:
+        """The pair is over, and we are the side that stayed."""
+        assert self.state is RELAYING, self
+        self._enter(DONE)
+        self.pipe.finish()
+
+    def end_sent(self) -> None:
+        """The last byte and the end are with this client's kernel, or it is gone for good.
+
+        For the side that stayed this is the moment at which the pair is over.
+        """
+        if self.state is DONE and self.partner is not None:
+            partner, self.partner = self.partner, None
+            self.rendezvous.pair_ended(self, partner)
+
+    def connection_lost(self) -> None:
+        """The socket is closed: both directions are over, whatever was still to come."""
+        self.end_received()
+        self.end_sent()
+
+    # How it ends.
+
+    def _end(self, mood: str, reply: bytes = b"") -> None:
+        """The one way out: take leave of all others, answer, finish."""
+        partner, self.partner = self.partner, None
+        if self.state is WAIT_PARTNER:
+            self.rendezvous.forget(self)
+        self._enter(DONE)
+        if partner is None:
+            self.rendezvous.record_single(self, mood)
+        else:
+            assert mood == "happy"  # said by the pair's record, when it is written
+            partner.partner_left()
+        if reply:
+            self.pipe.send(reply)
+        self.pipe.finish()
+
+    def _enter(self, state: str) -> None:
+        """The only place where a state changes."""
+        self.state = state
+
+
+class Rendezvous:
+    """Who waits under which token, and which pairs are running.
+
+    All that wait under one token are on the same side, or it is a single client without a
+    side: any other two would have been matched. So a newcomer joins all of them or none.
+    """
+
+    def __init__(
+        self, record: Callable[[UsageRecord], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`record` takes each life when it is over; `clock` gives monotonic seconds."""
+        self.record = record
+        self.clock = clock
+        self.waiting: dict[bytes, list[Session]] = {}  # by token; the newest is last
+        self.paired: set[Session] = set()  # both sides of each pair, until it is recorded
+
+    def join(self, newcomer: Session, handshake: Handshake) -> None:
+        """Match the newcomer with the newest of those that wait for it, or let it wait.
+
+        The newest, because an older one may be half dead without our knowing; the others of
+        its side become redundant now. (In the reference it is an arbitrary one.)
+        """
+        crowd = self.waiting.setdefault(handshake.token, [])
+        newest = crowd[-1] if crowd else None
+        if newest is None or newest.handshake is None or not handshake.matches(newest.handshake):
+            crowd.append(newcomer)
+            return
+        self.forget(newest)
+        self.paired.update((newest, newcomer))
+        newest.matched(newcomer)
+        newcomer.matched(newest)
+        for other in tuple(crowd):
+            other.displaced()
+
+    def forget(self, session: Session) -> None:
+        """It no longer waits. O(n) in those of the same token and side: few, in real life."""
+        assert session.handshake is not None
+        crowd = self.waiting[session.handshake.token]
+        crowd.remove(session)
+        if not crowd:
+            del self.waiting[session.handshake.token]
+
+    def record_single(self, session: Session, mood: str) -> None:
+        """A life without a partner is over."""
+        total_time = self.clock() - session.accepted
+        self.record(UsageRecord(session.started, total_time, None, 0, mood))
+
+    def pair_ended(self, one: Session, other: Session) -> None:
+        """A pair is over, and all that was to be delivered is."""
+        self.paired -= {one, other}
+        first, second = sorted((one, other), key=lambda session: session.accepted)
+        self.record(
+            UsageRecord(
+                started=first.started,
+                total_time=self.clock() - first.accepted,
+                waiting_time=second.accepted - first.accepted,
+                total_bytes=first.received_bytes + second.received_bytes,
+                mood="happy",
+            )
+        )
+
+    def incomplete_bytes(self) -> int:
+        """What the pairs that are not yet recorded have sent so far."""
+        return sum(session.received_bytes for session in self.paired)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if what is written above does not hold. For the tests."""
+        for token, crowd in self.waiting.items():
+            assert crowd, "a token that nobody waits under"
+            for session in crowd:
+                assert session.state is WAIT_PARTNER and session.partner is None, session
+                assert session.handshake is not None and session.handshake.token == token
+            sides = {session.handshake.side for session in crowd if session.handshake}
+            assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
+        for session in self.paired:
+            if session.state is RELAYING:
+                assert session.partner is not None and session.partner.partner is session
+            else:
+                assert session.state is DONE, session
+
+
+# ---------------------------------------------------------------------------------------------
+# Framing
+#
+# How a stream of bytes spells what a Session understands: one line, then data. Where it is in
+# the stream stands in named fields, so that a half-read handshake can be carried elsewhere.
+# Over TCP the spelling is the plain bytes; another one joins it here.
+# ---------------------------------------------------------------------------------------------
+
+
+class RawFraming:
+    """Plain TCP: finds the handshake line, then is transparent."""
+
+    __slots__ = ("_line", "_past_line", "_session")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._line = b""  # what came of the first line so far
+        self._past_line = False
+
+    def receive(self, data: memoryview) -> None:
+        """Tell the Session what `data`, the next bytes of the stream, means.
+
+        The line counts as whole at its newline, and as hopeless at MAX_LINE_BYTES without
+        one, however the bytes were split. Bytes behind it, in the same segment, are data.
+        """
+        if self._past_line:
+            self._session.bytes_received(data)
+            return
+        start = len(self._line)
+        line = self._line + data[: MAX_LINE_BYTES - start]
+        newline = line.find(b"\n", start)
+        if newline < 0 and len(line) < MAX_LINE_BYTES:
+            self._line = line
+            return
+        self._line = b""
+        self._past_line = True
+        self._session.line_received(line[:newline] if newline >= 0 else line)
+        rest = data[newline + 1 - start :] if newline >= 0 else data[:0]
+        if rest:
+            self._session.bytes_received(rest)
+
+
+# ---------------------------------------------------------------------------------------------
+# Connection
+#
+# One non-blocking socket, what it still has to send (its backlog), and which events it waits
+# for. The interest is computed from the backlogs whenever one appears or empties; nobody
+# toggles it. So backpressure is one line: a connection is not read while its partner has a
+# backlog, and a backlog is never more than what one read gave.
+#
+# Three things are asked of the Server: `watch` (the interest may have changed), `hold` (the
+# end is sent, now wait for the other side's) and `doom` (close this at the end of the turn).
+#
+# Nothing that was received is lost. A failed write is not the end of a client: what it sent
+# before it went is still in its socket, and is read to the end. After our end is sent we go on
+# reading, because closing a socket that has unread input resets it, and a reset destroys what
+# is still under way to the other side.
+# ---------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One client's socket. Follows its Session's orders and tells it what happens."""
+
+    __slots__ = (
+        "_broken",
+        "_end_sent",
+        "_finishing",
+        "_hold_until",
+        "_partner",
+        "_read_ended",
+        "_server",
+        "backlog",
+        "dead",
+        "fd",
+        "framing",
+        "mask",
+        "session",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, server: Server) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self._server = server
+        self.session = Session(self, server.rendezvous, server.wallclock())
+        self.framing = RawFraming(self.session)
+        self.backlog: bytearray | None = None  # None: all is with the kernel
+        self.mask = 0  # the events registered for us; the Server's
+        self.dead = False  # doomed: ignores what this turn's events still say
+        self._partner: Connection | None = None  # while relaying: where our bytes go
+        self._broken = False  # a write failed: what is sent there is thrown away
+        self._read_ended = False  # the other end's end, or its reset, was read
+        self._finishing = False
+        self._end_sent = False
+        self._hold_until: float | None = None  # None: not yet all acknowledged
+
+    def __repr__(self) -> str:
+        """What is going on, without a word about who it is."""
+        queued = 0 if self.backlog is None else len(self.backlog)
+        flags = "".join(
+            f" {name}"
+            for name in ("broken", "read_ended", "finishing", "end_sent")
+            if getattr(self, f"_{name}")
+        )
+        return (
+            f"<Connection fd={self.fd} {'dead' if self.dead else self.session.state}"
+            f" read={'on' if self.mask & EVENT_READ else 'off'}"
+            f" write={'on' if self.mask & EVENT_WRITE else 'off'} queued={queued}{flags}>"
+        )
+
+    # The Server's questions.
+
+    def interest(self) -> int:
+        """Which events we wait for: room, if something is queued; input, if it can go on."""
+        if self.dead:
+            return 0
+        mask = 0 if self.backlog is None else EVENT_WRITE
+        if not self._read_ended and (self._partner is None or self._partner.backlog is None):
+            mask |= EVENT_READ
+        return mask
+
+    def on_ready(self, mask: int) -> None:
+        """One bounded move. `mask` may be out of date: an earlier event may have changed us."""
+        if mask & EVENT_WRITE and self.backlog is not None:
+            self._drain()
+        if mask & self.interest() & EVENT_READ:
+            self._receive()
+
+    def delivered(self) -> bool:
+        """Whether all that we sent, the end included, is acknowledged, as far as one can know."""
+        return self.backlog is None and not unacknowledged_bytes(self.sock)
+
+    def hold_is_over(self, now: float) -> bool:
+        """Whether a held connection had its time to end by itself (asked once a second).
+
+        A slow receiver may need long for what is under way to it: the time begins when its
+        kernel has acknowledged all of it.
+        """
+        if self._hold_until is None:
+            pending = unacknowledged_bytes(self.sock)
+            if pending is None:
+                self._hold_until = now + HOLD_BLIND_SECONDS
+            elif pending == 0:
+                self._hold_until = now + HOLD_SECONDS
+        return self._hold_until is not None and now >= self._hold_until
+
+    # The Session's orders (see Pipe).
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send at once what the kernel takes; only the rest is copied to the backlog."""
+        if self._broken:
+            return
+        if self.backlog is not None:
+            self.backlog += data
+            return
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._broken = True
+            return
+        if sent < len(data):
+            self._set_backlog(bytearray(data[sent:]))
+
+    def link(self, partner: Pipe) -> None:
+        """What comes from here goes to `partner` from now on."""
+        assert isinstance(partner, Connection)
+        self._partner = partner
+        self._server.watch(self)
+
+    def finish(self) -> None:
+        """Send what is queued, then the end; throw away what still comes; then be closed."""
+        self._finishing = True
+        self._partner = None
+        self._go_on_finishing()
+        self._server.watch(self)
+
+    # How bytes move.
+
+    def _receive(self) -> None:
+        """Read once, into the buffer that everybody shares, and hand it to the Framing."""
+        buffer = self._server.buffer
+        try:
+            count = self.sock.recv_into(buffer)
+        except BlockingIOError:
+            return
+        except OSError:  # a reset: all that came before it was read by now
+            self._broken = True
+            self.backlog = None
+            count = 0
+        if count:
+            self.framing.receive(buffer[:count])
+            return
+        self._read_ended = True
+        self.session.end_received()
+        self._go_on_finishing()
+        self._server.watch(self)
+
+    def _drain(self) -> None:
+        """Send from the backlog. When it is empty, the partner is read again."""
+        assert self.backlog is not None
+        try:
+            sent = self.sock.send(self.backlog)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._broken = True
+            sent = len(self.backlog)
+        if sent < len(self.backlog):
+            del self.backlog[:sent]
+            return
+        self._set_backlog(None)
+        if self._finishing:
+            self._go_on_finishing()
+
+    def _set_backlog(self, backlog: bytearray | None) -> None:
+        """A backlog appears or is gone: this changes what we, and our partner, wait for."""
+        self.backlog = backlog
+        self._server.watch(self)
+        if self._partner is not None:
+            self._server.watch(self._partner)
+
+    def _go_on_finishing(self) -> None:
+        """The one answer to "who closes this socket, and when?".
+
+        Not while something is queued. Then, if the other end's end was read, now; else our
+        end is sent, and the connection is held until the other's comes or its time is up.
+        """
+        assert self._finishing
+        if self.backlog is not None:
+            return
+        if self._read_ended:
+            self._server.doom(self)
+        elif not self._end_sent:
+            self._end_sent = True
+            with contextlib.suppress(OSError):  # a reset: its end is read in a moment
+                self.sock.shutdown(socket.SHUT_WR)
+            self.session.end_sent()
+            self._server.hold(self)
+
+
+def unacknowledged_bytes(sock: socket.socket) -> int | None:
+    """How much of what we sent (our end counts as one) the other kernel has not acknowledged.
+
+    None where the system cannot tell. On Linux: tcp(7), SIOCOUTQ; unix(7) has it too.
+    """
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+    except OSError:
+        return None
+    return int(struct.unpack("i", answer)[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Server
+#
+# One select, one dispatch; each ready object gets one bounded move. Time limits are one queue
+# for each kind, oldest first. Closing is deferred: `doom` marks a connection now, `_reap`
+# closes it at the end of the turn, so that no event of the turn meets a closed socket or its
+# reused number. Signal handlers only note the signal; a byte in the wake-up socket, from them
+# or from a sink's thread, ends the select.
+# ---------------------------------------------------------------------------------------------
+
+
+class Timeouts:
+    """Connections that all wait equally long for something: sorted by construction."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds`: 0 switches it off."""
+        self._seconds = seconds
+        self._due: OrderedDict[Connection, float] = OrderedDict()
+
+    def start(self, conn: Connection, now: float) -> None:
+        """`conn` is due `seconds` from now."""
+        if self._seconds:
+            self._due[conn] = now + self._seconds
+            self._due.move_to_end(conn)
+
+    def cancel(self, conn: Connection) -> None:
+        """`conn` is of no interest any more; nor need it have been."""
+        self._due.pop(conn, None)
+
+    def next_due(self) -> float:
+        """When the first one is due; infinity if none is."""
+        return next(iter(self._due.values()), float("inf"))
+
+    def take_expired(self, now: float) -> list[Connection]:
+        """Take out all that are due."""
+        expired = []
+        while self.next_due() <= now:
+            expired.append(self._due.popitem(last=False)[0])
+        return expired
+
+
+class Server:
+    """Waits for all sockets at once, and owns everything that there is only one of."""
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        recorder: Recorder,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        wallclock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` and `wallclock` give seconds: monotonic, and since the epoch."""
+        self.clock = clock
+        self.wallclock = wallclock
+        self.recorder = recorder
+        self.rendezvous = Rendezvous(self.recorder.record, clock)
+        self.buffer = memoryview(bytearray(READ_BYTES))
+        self.connections: set[Connection] = set()
+        self.over = False  # nothing is left to be done
+        self._rebooted = int(wallclock())
+        self._selector = selectors.DefaultSelector()
+        self._doomed: deque[Connection] = deque()
+        self._handshaking = Timeouts(limits.handshake_seconds)
+        self._holding = Timeouts(HOLD_POLL_SECONDS)
+        self._current_at = clock()
+        self._signals: deque[int] = deque()
+        # What wakes the select; a full one is as good as one byte.
+        self._wakeup, self._waker = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._wakeup, EVENT_READ, self._on_wakeup)
+        self.recorder.on_finished(self.wake)
+        # Listeners, and whether we may accept at the moment.
+        self._listeners = list(listeners)
+        self._accepting = False
+        self._accept_at = float("inf")
+        self._accept_complaint_at = 0.0
+        self._start_accepting()
+        # A stop has two phases, each with its last moment: bytes, then records.
+        self._flush_until: float | None = None
+        self._record_until: float | None = None
+
+    # The loop.
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Serve until SIGTERM or SIGINT, and to the end of the stop that follows.
+
+        `ready` is called when everything is in place.
+        """
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: self._signals.append(number))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can replace the relay
+        ready()
+        while not self.over:
+            self.run_once(self._patience())
+        signal.set_wakeup_fd(-1)
+
+    def run_once(self, timeout: float | None) -> None:
+        """One turn: wait at most `timeout` seconds (None: as long as it takes), then work."""
+        for key, mask in self._selector.select(timeout):
+            key.data(mask)
+        while self._signals:
+            self._on_signal(self._signals.popleft())
+        self._run_timers(self.clock())
+        self._reap()
+
+    def wake(self) -> None:
+        """End the select, from any thread."""
+        with contextlib.suppress(OSError):  # full, or the loop is gone
+            self._waker.send(b"\0")
+
+    def close(self) -> None:
+        """Let go of everything, at once."""
+        self._stop_listening()
+        for conn in self.connections:
+            self.doom(conn)
+        self._reap()
+        self._selector.close()
+        self._wakeup.close()
+        self._waker.close()
+
+    def current(self) -> Current:
+        """How things stand, for the `current` row."""
+        return Current(
+            rebooted=self._rebooted,
+            updated=int(self.wallclock()),
+            connected=len(self.rendezvous.paired),
+            waiting=len(self.rendezvous.waiting),
+            incomplete_bytes=self.rendezvous.incomplete_bytes(),
+        )
+
+    def _on_wakeup(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakeup.recv(4096)
+
+    def _run_timers(self, now: float) -> None:
+        for conn in self._handshaking.take_expired(now):
+            if conn.session.state is WAIT_HANDSHAKE:
+                conn.session.end_received()
+        for conn in self._holding.take_expired(now):
+            self._hold_on(conn, now)
+        if now >= self._accept_at:
+            self._start_accepting()
+        if now >= self._current_at and self._record_until is None:
+            self._current_at = now + CURRENT_SECONDS
+            self.recorder.update(self.current())
+            self.recorder.complain(now)
+        if self._flush_until is not None:
+            self._go_on_stopping(now)
+
+    def _patience(self) -> float | None:
+        """How long the select may wait, in seconds."""
+        due = min(
+            self._handshaking.next_due(),
+            self._holding.next_due(),
+            self._accept_at,
+            self._current_at,
+        )
+        patience = max(0.0, due - self.clock())
+        return patience if self._flush_until is None else min(patience, STOP_POLL_SECONDS)
+
+    # What a Connection asks for.
+
+    def watch(self, conn: Connection) -> None:
+        """Wait for what `conn` is interested in. The only place that changes a registration."""
+        mask = conn.interest()
+        if mask == conn.mask:
+            return
+        if not mask:  # epoll would go on reporting a hang-up with an empty mask: unregister
+            self._selector.unregister(conn.fd)
+        elif not conn.mask:
+            self._selector.register(conn.fd, mask, conn.on_ready)
+        else:
+            self._selector.modify(conn.fd, mask, conn.on_ready)
+        conn.mask = mask
+
+    def hold(self, conn: Connection) -> None:
+        """The end is sent: close `conn` when its peer has had time to take it in."""
+        self._hold_on(conn, self.clock())
+
+    def doom(self, conn: Connection) -> None:
+        """Close `conn` at the end of this turn. Whoever is doomed hears nothing more."""
+        if not conn.dead:
+            conn.dead = True
+            self._doomed.append(conn)
+
+    def _hold_on(self, conn: Connection, now: float) -> None:
+        if conn.hold_is_over(now):
+            self.doom(conn)
+        else:
+            self._holding.start(conn, now)
+
+    def _reap(self) -> None:
+        """Close the doomed. To take leave may doom others, so until there are none."""
+        if not self._doomed:
+            return
+        while self._doomed:
+            conn = self._doomed.popleft()
+            self.watch(conn)
+            conn.sock.close()
+            self.connections.discard(conn)
+            self._handshaking.cancel(conn)
+            self._holding.cancel(conn)
+            conn.session.connection_lost()
+        if self._listeners and not self._accepting:
+            self._start_accepting()  # there is room again
+
+    # Newcomers.
+
+    def admit(self, sock: socket.socket) -> Connection:
+        """Take in a newcomer's socket."""
+        sock.setblocking(False)
+        conn = Connection(sock, self)
+        self.connections.add(conn)
+        self._handshaking.start(conn, self.clock())
+        self.watch(conn)
+        return conn
+
+    def _accept(self, listener: Listener, _: int) -> None:
+        """Take in some of those that knock. The rest is there in the next turn too."""
+        for _ in range(ACCEPTS_PER_WAKEUP):
+            if not self._accepting:
+                return
+            try:
+                sock, _address = listener.sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:  # it hung up before we came to the door
+                continue
+            except OSError as error:  # no descriptors, no memory: a matter of time
+                self._pause_accepting(reason(error))
+            else:
+                self.admit(sock)
+
+    def _start_accepting(self) -> None:
+        self._accept_at = float("inf")
+        self._accepting = True
+        for listener in self._listeners:
+            self._selector.register(listener.fd, EVENT_READ, partial(self._accept, listener))
+
+    def _pause_accepting(self, why: str) -> None:
+        """Leave newcomers in the kernel's queue for a second, or until somebody leaves."""
+        now = self.clock()
+        self._accepting = False
+        self._accept_at = now + ACCEPT_RETRY_SECONDS
+        for listener in self._listeners:
+            self._selector.unregister(listener.fd)
+        if now >= self._accept_complaint_at:
+            self._accept_complaint_at = now + COMPLAINT_SECONDS
+            log.warning("newcomers have to wait: %s", why)
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            if self._accepting:
+                self._selector.unregister(listener.fd)
+            listener.close()
+        self._listeners = []
+        self._accepting = False
+        self._accept_at = float("inf")
+
+    # The end.
+
+    def stop(self) -> None:
+        """Begin to stop: no newcomers, all ends are sent. `over` tells when it is done."""
+        self._stop_listening()
+        for conn in tuple(self.connections):
+            conn.session.end_received()
+        self._flush_until = self.clock() + STOP_FLUSH_SECONDS
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._flush_until is None:
+            log.info("%s: stopping", name)
+            self.stop()
+        else:
+            log.info("%s again: ending at once", name)
+            self.over = True
+
+    def _go_on_stopping(self, now: float) -> None:
+        """First the bytes, then the records; each has its time."""
+        assert self._flush_until is not None
+        if self._record_until is None:
+            if now < self._flush_until and not all(conn.delivered() for conn in self.connections):
+                return
+            for conn in self.connections:
+                self.doom(conn)
+            self._reap()
+            self.recorder.update(self.current())
+            self.recorder.stop()
+            self._record_until = now + STOP_RECORD_SECONDS
+        self.over = self.recorder.finished or now >= self._record_until
+
+    # For the tests.
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the books do not balance."""
+        self.rendezvous.check_invariants()
+        registered = {
+            fd: key.events
+            for fd, key in self._selector.get_map().items()
+            if fd != self._wakeup.fileno() and fd not in {one.fd for one in self._listeners}
+        }
+        assert registered == {conn.fd: conn.mask for conn in self.connections if conn.mask}
+        for conn in self.connections:
+            assert conn.mask == conn.interest(), conn
+            assert conn.backlog is None or 0 < len(conn.backlog) <= READ_BYTES + len(OK), conn
+            partner = conn.session.partner
+            if conn.session.state is RELAYING:
+                assert partner is not None and partner.partner is conn.session, conn
+        waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
+        states = [conn.session.state for conn in self.connections]
+        assert waiting == states.count(WAIT_PARTNER)
+        assert self.rendezvous.paired >= {
+            conn.session for conn in self.connections if conn.session.state is RELAYING
+        }
+
+
+# ---------------------------------------------------------------------------------------------
+# Recorder
+#
+# Records leave the loop through a queue, one for each sink (database, JSON lines), and a thread
+# behind it writes them in batches. So neither an fsync nor a locked database nor a reader that
+# has stopped reading ever delays a byte. A record stays in its sink until it is written; when
+# too many wait, the newcomers are dropped and counted.
+#
+# Shared between the loop and a sink's thread is only what `_changed` guards.
+# ---------------------------------------------------------------------------------------------
+
+
+class Sink(threading.Thread):
+    """One place where records go, the queue before it, and the thread between the two."""
+
+    gather_seconds = 0.0  # how long to collect more before writing
+
+    def __init__(self, label: str, records_limit: int = QUEUED_RECORDS) -> None:
+        # A daemon thread: one that hangs in a dead disk must not keep the process alive.
+        super().__init__(name=label, daemon=True)
+        self.label = label
+        self._limit = records_limit
+        self._changed = threading.Condition()
+        self._queue: deque[UsageRecord] = deque()
+        self._batch: list[UsageRecord] = []  # taken from the queue, not yet written
+        self._current: Current | None = None  # to be written with the next batch
+        self._stopping = False
+        self._dropped = 0  # since it was last told
+        self._finished = False
+        self._complained_at: float | None = None
+        self._failing = False
+        self.on_finished: Callable[[], None] = lambda: None
+
+    # The loop's side.
+
+    def put(self, record: UsageRecord) -> None:
+        """Take a record, or count it as dropped. Never blocks."""
+        with self._changed:
+            if self._finished:
+                return
+            if len(self._queue) + len(self._batch) < self._limit:
+                self._queue.append(record)
+                self._changed.notify()
+            else:
+                self._dropped += 1
+
+    def put_current(self, current: Current) -> None:
+        """Take the numbers of the moment. Only the last ones count."""
+        with self._changed:
+            self._current = current
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Write what there is, then end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def take_dropped(self) -> int:
+        """How many records were dropped since this was last asked."""
+        with self._changed:
+            dropped, self._dropped = self._dropped, 0
+            return dropped
+
+    @property
+    def finished(self) -> bool:
+        """Whether the thread has nothing left to do."""
+        with self._changed:
+            return self._finished
+
+    def unwritten(self) -> int:
+        """How many records have not reached their place."""
+        with self._changed:
+            return len(self._queue) + len(self._batch)
+
+    # The thread's side.
+
+    def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
+        """Write records from the front of `batch`: give how many. Fewer: call again with the rest.
+
+        Raises SinkError (try again later) or SinkGone (never again).
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The last call, after the last write."""
+
+    def run(self) -> None:
+        """Gather, write, and again; until told to stop and nothing is left."""
+        while self._gather():
+            with self._changed:
+                current = self._current
+            try:
+                written = self.write(self._batch, current)
+            except SinkError as error:
+                self._complain(str(error))
+                continue
+            except SinkGone as error:
+                log.warning("%s: %s; no more records go there", self.label, error)
+                with self._changed:
+                    self._queue.clear()
+                    self._batch.clear()
+                break
+            with self._changed:
+                del self._batch[:written]
+                if self._current is current:
+                    self._current = None
+            if self._failing:
+                self._failing = False
+                log.info("%s: works again", self.label)
+        self.close()
+        with self._changed:
+            self._finished = True
+        self.on_finished()
+
+    def _gather(self) -> bool:
+        """Wait until there is something to write, and take it. False: nothing ever will be."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            pause = RETRY_SECONDS if self._failing else self.gather_seconds
+            if self._failing and self._stopping:
+                pause = STOP_POLL_SECONDS  # time is short
+                self._changed.wait(pause)
+            elif pause:
+                self._changed.wait_for(lambda: self._stopping, pause)
+            while self._queue and len(self._batch) < BATCH_RECORDS:
+                self._batch.append(self._queue.popleft())
+            return bool(self._batch or self._current)
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._batch or self._current or self._stopping)
+
+    def _complain(self, what: str) -> None:
+        """Say that records wait, at once and then once a minute, not each second."""
+        self._failing = True
+        now = time.monotonic()
+        if self._complained_at is None or now - self._complained_at >= COMPLAINT_SECONDS:
+            self._complained_at = now
+            log.warning("%s: %s; %d records wait", self.label, what, self.unwritten())
+
+
+class Recorder:
+    """The loop's side of all sinks."""
+
+    def __init__(self, sinks: Sequence[Sink] = (), blur_seconds: int = 0) -> None:
+        """Starts the sinks' threads. `blur_seconds`: 0 tells all as it was."""
+        self._sinks = sinks
+        self._blur_seconds = blur_seconds
+        self._complain_at = 0.0
+        self._dropped = 0  # and not yet said
+        for sink in sinks:
+            sink.start()
+
+    def on_finished(self, call: Callable[[], None]) -> None:
+        """`call` is called, in some thread, each time that a sink has ended."""
+        for sink in self._sinks:
+            sink.on_finished = call
+
+    def record(self, record: UsageRecord) -> None:
+        """Take a record to all sinks, blurred if that is wanted."""
+        if self._blur_seconds:
+            record = record.blurred(self._blur_seconds)
+        for sink in self._sinks:
+            sink.put(record)
+
+    def update(self, current: Current) -> None:
+        """Take the numbers of the moment to all sinks."""
+        for sink in self._sinks:
+            sink.put_current(current)
+
+    def complain(self, now: float) -> None:
+        """Say, once a minute, how many records there was no room for."""
+        self._dropped += sum(sink.take_dropped() for sink in self._sinks)
+        if self._dropped and now >= self._complain_at:
+            log.warning("%d usage records were dropped: too many wait already", self._dropped)
+            self._dropped = 0
+            self._complain_at = now + COMPLAINT_SECONDS
+
+    def stop(self) -> None:
+        """Let the sinks write what they have, then end."""
+        for sink in self._sinks:
+            sink.stop()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sinks have ended."""
+        return all(sink.finished for sink in self._sinks)
+
+    def lost(self) -> int:
+        """How many records are unwritten, or dropped and not yet said (each sink counts)."""
+        unwritten = sum(sink.unwritten() + sink.take_dropped() for sink in self._sinks)
+        return unwritten + self._dropped
+
+
+# ---------------------------------------------------------------------------------------------
+# Sinks
+#
+# The two places where records go, as PROTOCOL.md section 3 wants them: JSON lines that a
+# reader may stop reading, and a database that another program may have locked, moved or
+# filled the disk under.
+# ---------------------------------------------------------------------------------------------
+
+
+class JsonLines(Sink):
+    """`--log-fd`: one JSON object a line, each written whole or kept."""
+
+    chunk_bytes = 4096  # PIPE_BUF: what a pipe that polls as writable takes without blocking
+
+    def __init__(self, fd: int) -> None:
+        """`fd` is open for writing; it is duplicated, so that it outlives a closed stdout."""
+        super().__init__(f"log descriptor {fd}")
+        self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_PASSED_FD)
+        self._chunk = b""  # lines that are not yet written to their last byte ...
+        self._chunk_records = 0  # ... and how many
+
+    def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
+        """Write one chunk of lines, if the reader takes it within half a second."""
+        if not self._chunk:
+            self._take_chunk(batch)
+        try:
+            if self._chunk and self._writable():
+                self._chunk = self._chunk[os.write(self._fd, self._chunk) :]
+        except BlockingIOError:
+            pass  # somebody else has made it non-blocking
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                raise SinkGone("its reader is gone") from None
+            raise SinkError(reason(error)) from None
+        return 0 if self._chunk else self._chunk_records
+
+    def close(self) -> None:
+        """Let go of our copy of the descriptor."""
+        os.close(self._fd)
+
+    def _take_chunk(self, batch: Sequence[UsageRecord]) -> None:
+        self._chunk_records = 0
+        for record in batch:
+            line = (json.dumps(record._asdict()) + "\n").encode()
+            if self._chunk and len(self._chunk) + len(line) > self.chunk_bytes:
+                break
+            self._chunk += line
+            self._chunk_records += 1
+
+    def _writable(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(STALL_SECONDS * 1000))
+
+
+USAGE_SCHEMA = """
+CREATE TABLE `version` (`version` INTEGER);  -- one row: 1
+CREATE TABLE `current`                       -- one row: how things stand
+(
+ `rebooted` INTEGER,                         -- start of the relay, seconds since the epoch
+ `updated` INTEGER,                          -- when this row was written, likewise
+ `connected` INTEGER,                        -- connections that have a partner
+ `waiting` INTEGER,                          -- tokens that wait for a partner
+ `incomplete_bytes` INTEGER                  -- bytes of pairs that still run
+);
+CREATE TABLE `usage`                         -- a row for each life
+(
+ `started` INTEGER,                          -- seconds since the epoch, perhaps blurred
+ `total_time` INTEGER,                       -- seconds from first accept to last end
+ `waiting_time` INTEGER,                     -- seconds between the two accepts, or NULL
+ `total_bytes` INTEGER,                      -- both directions, perhaps blurred
+ `result` VARCHAR                            -- happy, lonely, redundant, impatient, errory, empty
+);
+CREATE INDEX `usage_started_index` ON `usage` (`started`);
+CREATE INDEX `usage_result_index` ON `usage` (`result`);
+"""
+USAGE_VERSION = 1
+USAGE_COLUMNS = {
+    "version": ("version",),
+    "current": ("rebooted", "updated", "connected", "waiting", "incomplete_bytes"),
+    "usage": ("started", "total_time", "waiting_time", "total_bytes", "result"),
+}
+# What may be better in a moment, in SQLite's words: Python 3.9 does not give its error codes.
+PASSING_TROUBLE = re.compile("locked|full|disk I/O error")
+
+
+def open_usage_database(path: str) -> sqlite3.Connection:
+    """Open a usage database (schema 1 of the reference relay), or make it if there is none.
+
+    Raises sqlite3.Error. What is not ours is left untouched, and nothing half made is left
+    behind.
+    """
+    is_new = not os.path.exists(path)
+    db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        if path == ":memory:" or is_new or os.path.getsize(path) == 0:
+            _create_schema(db)
+        _check_schema(db)
+    except sqlite3.Error:
+        db.close()
+        if is_new:
+            with contextlib.suppress(OSError):
+                if os.path.getsize(path) == 0:
+                    os.unlink(path)
+        raise
+    return db
+
+
+def _create_schema(db: sqlite3.Connection) -> None:
+    """All in one transaction. Not `executescript`, which commits before it begins."""
+    db.execute("BEGIN IMMEDIATE")
+    statement = ""
+    for line in USAGE_SCHEMA.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
+    _insert(db, "version", [(USAGE_VERSION,)])
+    db.execute("COMMIT")
+
+
+def _check_schema(db: sqlite3.Connection) -> None:
+    for table, columns in USAGE_COLUMNS.items():
+        missing = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info(`{table}`)")}
+        if missing:
+            raise sqlite3.DatabaseError(
+                f"no usage database: table {table} lacks {', '.join(sorted(missing))}"
+            )
+    versions = [row[0] for row in db.execute("SELECT `version` FROM `version`")]
+    if versions != [USAGE_VERSION]:
+        found = ", ".join(map(str, versions)) or "none"
+        raise sqlite3.DatabaseError(f"its schema version is {found}, we know {USAGE_VERSION}")
+
+
+def _insert(db: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...]]) -> None:
+    columns = USAGE_COLUMNS[table]
+    names, places = ", ".join(columns), ", ".join("?" * len(columns))
+    db.executemany(f"INSERT INTO `{table}` ({names}) VALUES ({places})", rows)
+
+
+class UsageDatabase(Sink):
+    """`--usage-db`: rows in SQLite, many to a transaction."""
+
+    gather_seconds = GATHER_SECONDS
+
+    def __init__(self, path: str) -> None:
+        """Open it, and write to it, which shows that we may. Raises StartupError."""
+        super().__init__("usage database")
+        self._path = path
+        self._db: sqlite3.Connection | None = None
+        now = int(time.time())
+        try:
+            self.write((), Current(now, now, 0, 0, 0))
+        except SinkError as error:
+            if not PASSING_TROUBLE.search(str(error)):
+                raise StartupError(f"usage database {path}: {error}") from None
+            self._complain(str(error))
+
+    def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
+        """Write all or nothing."""
+        try:
+            if self._db is None:
+                self._db = open_usage_database(self._path)
+            self._db.execute("BEGIN IMMEDIATE")
+            _insert(self._db, "usage", batch)
+            if current is not None:  # none or several rows become one
+                self._db.execute("DELETE FROM `current`")
+                _insert(self._db, "current", [current])
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._give_up_transaction()
+            raise SinkError(str(error)) from None
+        return len(batch)
+
+    def _give_up_transaction(self) -> None:
+        """Undo what is half done, and open the file anew: it may have been moved or mended."""
+        if self._db is None:
+            return
+        if self._path == ":memory:":
+            self._db.rollback()
+        else:
+            self._db.close()
+            self._db = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._db is not None:
+            self._db.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Endpoints
+#
+# The strings that operators of the Twisted relay have in their scripts: a kind, then fields
+# between colons, by position or as name=value; a backslash takes the meaning off the next
+# character. What is wrong with the string is a UsageError, what the system refuses a
+# StartupError; both name the endpoint. A Listener is the open socket behind one of them.
+# ---------------------------------------------------------------------------------------------
+
+# The fields of each kind, in the order in which they may be given without a name.
+ENDPOINT_FIELDS = {
+    "tcp": ("port", "interface", "backlog"),
+    "unix": ("address", "mode", "backlog", "lockfile"),
+    "systemd": ("domain", "name", "index"),
+    "fd": ("fileno",),
+}
+SOCKET_DOMAINS = ("INET", "INET6", "UNIX")  # accepted for old scripts: the socket knows better
+FIRST_PASSED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
+
+
+class Endpoint(NamedTuple):
+    """One `--port`, understood but not yet opened."""
+
+    text: str
+    kind: str
+    port: int = 0
+    interface: str = ""
+    backlog: int = LISTEN_BACKLOG
+    path: str = ""
+    mode: int = 0o666
+    name: str | None = None
+    position: int | None = None  # index=
+    fileno: int = -1
+
+
+class PassedSockets(NamedTuple):
+    """What the service manager opened for us: descriptors from 3 on, and their names."""
+
+    total: int = 0
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def take(cls) -> PassedSockets:
+        """Read LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, and take them out of the environment.
+
+        They are ours only if LISTEN_PID is us: so this is asked before any fork.
+        """
+        pid, count, names = (
+            os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+        )
+        if pid != str(os.getpid()) or not count.isdecimal():
+            return cls()
+        return cls(int(count), tuple(names.split(":")) if names else ())
+
+    def find(self, endpoint: Endpoint) -> int:
+        """Give the descriptor that a `systemd:` endpoint means. Raises StartupError."""
+        if endpoint.position is not None:
+            if endpoint.position >= self.total:
+                raise StartupError(f"{endpoint.text}: {self.total} sockets were passed to us")
+            return FIRST_PASSED_FD + endpoint.position
+        found = [n for n, name in enumerate(self.names[: self.total]) if name == endpoint.name]
+        if len(found) != 1:
+            raise StartupError(f"{endpoint.text}: {len(found)} sockets of this name were passed")
+        return FIRST_PASSED_FD + found[0]
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Understand an endpoint as an operator writes it. Raises UsageError."""
+    (_, kind), *fields = _split_fields(text)
+    if kind not in ENDPOINT_FIELDS or not fields:
+        kinds = ", ".join(ENDPOINT_FIELDS)
+        raise UsageError(f"{text!r} is no endpoint: write KIND:..., where KIND is one of {kinds}")
+    names = ENDPOINT_FIELDS[kind]
+    given: dict[str, str] = {}
+    for position, (name, value) in enumerate(fields):
+        if not name:
+            if position >= len(names):
+                raise UsageError(f"{text}: too many fields")
+            name = names[position]
+        if name not in names:
+            raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(names)}")
+        if name in given:
+            raise UsageError(f"{text}: {name} is given twice")
+        given[name] = value
+
+    def number(name: str, highest: int, base: int = 10) -> int:
+        digits = "01234567" if base == 8 else "0123456789"
+        value = given[name]
+        if not value or value.strip(digits) or int(value, base) > highest:
+            limit = f"{highest:o}" if base == 8 else f"{highest}"
+            raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
+        return int(value, base)
+
+    endpoint = Endpoint(text, kind)
+    if "backlog" in given:  # old scripts say 50, which is too few for a busy hour
+        endpoint = endpoint._replace(backlog=max(LISTEN_BACKLOG, number("backlog", 2**31 - 1)))
+    if kind == "tcp":
+        if "port" not in given:
+            raise UsageError(f"{text}: the port is missing")
+        return endpoint._replace(port=number("port", 65535), interface=given.get("interface", ""))
+    if kind == "unix":
+        if not given.get("address"):
+            raise UsageError(f"{text}: the path is missing")
+        if "lockfile" in given:  # Twisted's way of finding a dead socket; ours needs no file
+            number("lockfile", 1)
+        mode = number("mode", 0o777, base=8) if "mode" in given else endpoint.mode
+        return endpoint._replace(path=given["address"], mode=mode)
+    if kind == "systemd":
+        if given.get("domain", "INET") not in SOCKET_DOMAINS:
+            raise UsageError(f"{text}: domain must be one of {', '.join(SOCKET_DOMAINS)}")
+        if ("name" in given) == ("index" in given):
+            raise UsageError(f"{text}: needs either name= or index=")
+        index = number("index", 65535) if "index" in given else None
+        return endpoint._replace(name=given.get("name"), position=index)
+    return endpoint._replace(fileno=number("fileno", 2**31 - 1))
+
+
+def _split_fields(text: str) -> list[tuple[str, str]]:
+    """Cut `text` at its colons: (name, value) of each field, the name empty if it has none."""
+    fields = [["", ""]]
+    named = False
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            fields[-1][1] += next(characters, "\\")
+        elif character == ":":
+            fields.append(["", ""])
+            named = False
+        elif character == "=" and not named:
+            fields[-1] = [fields[-1][1], ""]
+            named = True
+        else:
+            fields[-1][1] += character
+    return [(name, value) for name, value in fields]
+
+
+class Listener:
+    """An open listening socket, the name by which we speak of it, and the way to leave it."""
+
+    def __init__(self, sock: socket.socket, label: str, path: str = "") -> None:
+        """`path`: the unix socket that we made, and remove when we close."""
+        sock.setblocking(False)
+        # Accepted sockets inherit these from the listening one. Keepalive: as the reference.
+        # Nodelay: whoever waits for a few bytes must not wait for more. Oobinline: urgent
+        # bytes are bytes too, and have to stay in their place.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.label = label
+        self._path = path
+        self._made = _identity(path) if path else None
+
+    def close(self) -> None:
+        """Listen no more; remove the unix socket, if it is still the one that we made."""
+        self.sock.close()
+        made, self._made = self._made, None
+        if made is not None:
+            # Root may have made it in a folder that is not ours to write: then it stays
+            # behind, and the next start takes it for what it is, a dead socket.
+            with contextlib.suppress(OSError):
+                if _identity(self._path) == made:
+                    os.unlink(self._path)
+
+
+def _identity(path: str) -> tuple[int, int, int]:
+    """Which file this is. Inode numbers are soon used again, so its birthday belongs to it."""
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def open_listener(endpoint: Endpoint, passed: PassedSockets) -> Listener:
+    """Open an endpoint, or take over the socket that it names. Raises StartupError."""
+    try:
+        if endpoint.kind == "tcp":
+            return _listen_tcp(endpoint)
+        if endpoint.kind == "unix":
+            return _listen_unix(endpoint)
+        fd = endpoint.fileno if endpoint.kind == "fd" else passed.find(endpoint)
+        return Listener(_adopt(fd, endpoint), endpoint.text)
+    except OSError as error:  # socket.gaierror, an unknown interface, is one too
+        raise StartupError(f"{endpoint.text}: {reason(error)}") from None
+
+
+def _listen_tcp(endpoint: Endpoint) -> Listener:
+    if endpoint.interface in ("", "::"):
+        sock = _bind_everywhere(endpoint)
+    else:
+        family, kind, _, _, address = socket.getaddrinfo(
+            endpoint.interface, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = _bind(socket.socket(family, kind), address)
+    sock.listen(endpoint.backlog)
+    label = f"tcp:{sock.getsockname()[1]}"
+    if endpoint.interface:
+        label += ":interface=" + endpoint.interface.replace(":", "\\:")
+    return Listener(sock, label)
+
+
+def _bind_everywhere(endpoint: Endpoint) -> socket.socket:
+    """One socket for IPv4 and IPv6, or for IPv4 alone where IPv6 is switched off."""
+    try:
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        return _bind(sock, ("::", endpoint.port))
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        log.info("no IPv6 here: %s serves IPv4 only", endpoint.text)
+        return _bind(socket.socket(socket.AF_INET, socket.SOCK_STREAM), ("", endpoint.port))
+
+
+def _bind(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_unix(endpoint: Endpoint) -> Listener:
+    path = endpoint.path
+    if os.path.lexists(path):
+        _remove_dead_socket(endpoint)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o777 & ~endpoint.mode)
+    try:
+        sock.bind(path)
+        sock.listen(endpoint.backlog)
+        return Listener(sock, endpoint.text, path)
+    except (OSError, ValueError, OverflowError) as error:  # a path too long is an OSError
+        sock.close()
+        raise StartupError(f"{endpoint.text}: {getattr(error, 'strerror', error)}") from None
+    finally:
+        os.umask(before)
+
+
+def _remove_dead_socket(endpoint: Endpoint) -> None:
+    """Make way if a relay that died left its socket behind. Raises StartupError if not so."""
+    if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
+        raise StartupError(f"{endpoint.text}: the file exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(endpoint.path)
+        except ConnectionRefusedError:
+            os.unlink(endpoint.path)
+            return
+        except BlockingIOError:  # its queue is full: very much alive
+            pass
+    raise StartupError(f"{endpoint.text}: another program listens there")
+
+
+def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
+    """Make our socket of a descriptor that was passed to us. Raises OSError, StartupError."""
+    os.set_inheritable(fd, False)
+    sock = socket.socket(fileno=fd)
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.type != socket.SOCK_STREAM or not listens:
+        sock.detach()
+        raise StartupError(f"{endpoint.text}: descriptor {fd} is no listening stream socket")
+    return sock
+
+
+# ---------------------------------------------------------------------------------------------
+# Daemon
+#
+# What makes a program one that init scripts, cron and logrotate can live with. Everything here
+# happens once, at the start or at the end, and says why if the system refuses.
+# ---------------------------------------------------------------------------------------------
+
+
+class PidFile:
+    """A file with our process id, locked for as long as we live.
+
+    The lock, not the number, tells whether a relay is running: after a crash or a reboot the
+    number may long be somebody else's.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Make it ours. Raises StartupError if another relay has it, or it is something else."""
+        self._path = path
+        try:
+            self._fd = self._lock()
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise StartupError(f"pidfile {path}: {reason(error)}") from None
+
+    def _lock(self) -> int:
+        """Open and lock the file; again, if its owner removed it in the meantime."""
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(self._path, flags, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                content = os.read(fd, 64).strip()
+                if content and not content.isdigit():
+                    raise StartupError(f"pidfile {self._path}: the file holds something else")
+                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                    return fd
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                pid = os.read(fd, 64).strip().decode("ascii", "replace")
+                os.close(fd)
+                raise StartupError(
+                    f"pidfile {self._path}: a relay is running, its process id is {pid}"
+                ) from None
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def close(self) -> None:
+        """Remove it, or empty it where the folder is not ours to write. Either reads as stale."""
+        try:
+            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+                os.unlink(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+
+
+class LogFile(logging.FileHandler):
+    """Appends to a file, which is opened anew when somebody (logrotate) has moved it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; to the old file, if there is no way to a new one."""
+        try:
+            moved = not os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
+        except FileNotFoundError:
+            moved = True
+        except OSError:
+            moved = False
+        if moved:
+            with contextlib.suppress(OSError):
+                stream = self._open()
+                self.stream.close()
+                self.stream = stream
+        super().emit(record)
+
+
+class LineFormatter(logging.Formatter):
+    """One line a message; what is more than information says so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give the text of `record`, with its level in front if that is above INFO."""
+        calm = record.levelno <= logging.INFO
+        record.severity = "" if calm else record.levelname.lower() + ": "
+        return super().format(record)
+
+
+def start_logging(path: str | None, to_stdout: bool) -> None:
+    """Send messages to the file at `path` alone, or else to stderr (or stdout).
+
+    Raises StartupError.
+    """
+    logging.raiseExceptions = False  # a dead stderr or a full disk is no reason to stop
+    if path is not None:
+        try:
+            handler: logging.Handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise StartupError(f"logfile {path}: {reason(error)}") from None
+        layout = "%(asctime)s %(severity)s%(message)s"
+    else:
+        stream = sys.stdout if to_stdout else sys.stderr
+        handler = logging.StreamHandler(stream) if stream is not None else logging.NullHandler()
+        layout = "%(severity)s%(message)s"
+    handler.setFormatter(LineFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def daemonize() -> Callable[[], None]:
+    """Go to the background. Returns only there, with what to call when all is in place.
+
+    The process that was started waits for that call and exits with 0, or with 1 if there will
+    be none: then the daemon has said why on stderr, which it leaves only at that call.
+    """
+    ready_read, ready_write = os.pipe()
+    if os.fork():
+        os.close(ready_write)
+        os._exit(0 if os.read(ready_read, 1) else 1)
+    os.setsid()
+    if os.fork():  # not the session's leader: no terminal can ever become ours
+        os._exit(0)
+    os.close(ready_read)
+
+    def detach() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(FIRST_PASSED_FD):
+            os.dup2(null, fd)
+        os.close(null)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_write, b"\0")
+        os.close(ready_write)
+
+    return detach
+
+
+def occupy_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, put /dev/null: else a socket would get the messages for it."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd >= FIRST_PASSED_FD:
+            os.close(fd)
+            return
+
+
+def duplicate_log_descriptor(fd: int) -> int:
+    """Give a descriptor of our own for `--log-fd`. Raises StartupError.
+
+    Asked before anything is opened: else `fd` might be a file of ours by then.
+    """
+    try:
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_PASSED_FD)
+    except OSError as error:
+        raise StartupError(f"--log-fd={fd}: {reason(error)}") from None
+    if not writable:
+        raise StartupError(f"--log-fd={fd}: not open for writing")
+    return ours
+
+
+def raise_open_files_limit() -> None:
+    """Allow ourselves as many descriptors as the system lets us have: one for each client."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:
+        log.info("RLIMIT_NOFILE stays at %d open files: %s", soft, error)
+    else:
+        log.info("RLIMIT_NOFILE raised from %d to %d open files", soft, most)
+
+
+def find_user(text: str) -> tuple[str, int, int]:
+    """Look up NAME[:GROUP]: name, uid, gid. Raises StartupError."""
+    name, _, group = text.partition(":")
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise StartupError(f"--user {text}: there is no user {name!r}") from None
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else user.pw_gid
+    except KeyError:
+        raise StartupError(f"--user {text}: there is no group {group!r}") from None
+    return name, user.pw_uid, gid
+
+
+def become(text: str, logfile: str | None) -> None:
+    """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
+
+    The log file goes along: it has to be opened again when it was rotated.
+    """
+    name, uid, gid = find_user(text)
+    if (os.geteuid(), os.getegid()) == (uid, gid):
+        return
+    try:
+        if logfile is not None:
+            os.chown(logfile, uid, gid)
+        os.initgroups(name, gid)
+        os.setgid(gid)
+        os.setuid(uid)
+    except OSError as error:
+        raise StartupError(f"--user {text}: {reason(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+#
+# The options as an operator looks for them, and the order of a start: what needs root or
+# may be refused comes first, what belongs to the user we become after it, threads last,
+# because nothing forks behind them. A start that fails undoes what it did, in reverse.
+# ---------------------------------------------------------------------------------------------
+
+ENDPOINT_HELP = """\
+endpoints:
+  tcp:4001                          IPv4 and IPv6, all interfaces
+  tcp:4001:interface=127.0.0.1      one address; IPv6: interface=\\:\\:1
+  tcp:0                             a free port, which the start message names
+  tcp:4001:backlog=N                newcomers that may queue (default, and least: 1024)
+  unix:/run/x.sock[:mode=660]       a unix socket (default mode: 666)
+  systemd:index=0  systemd:name=X   a socket passed by systemd
+  fd:N                              a listening socket that is open already
+
+signals:
+  SIGTERM, SIGINT                   stop: queued bytes get 2 s, unwritten records 10 s;
+                                    a second one ends at once
+
+exit codes:
+  0 stopped, all records written    1 the system refused, or records were lost
+  2 wrong command line
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{PROGRAM}: {message} (--help tells more)\n")
+
+
+def whole_number(text: str) -> int:
+    """An option's value that counts something. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """An option's value that is a time. Raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 on")
+    return value
+
+
+def endpoint_argument(text: str) -> Endpoint:
+    """An option's value that is an endpoint. Raises ArgumentTypeError."""
+    try:
+        return parse_endpoint(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def file_name(text: str) -> str:
+    """An option's value that names a file. Raises ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("the file's name is empty")
+    return text
+
+
+def make_parser() -> Parser:
+    """All options, in the groups in which one looks for them; each with default and unit."""
+    parser = Parser(
+        prog=PROGRAM,
+        usage="%(prog)s [--port ENDPOINT] [OPTIONS]",
+        description="The relay server of Magic Wormhole, where clients behind NAT meet.",
+        epilog=ENDPOINT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    listening = parser.add_argument_group("where it listens")
+    listening.add_argument(
+        "--port",
+        metavar="ENDPOINT",
+        type=endpoint_argument,
+        action="append",
+        help="take clients here; may be given several times (default: tcp:4001)",
+    )
+    records = parser.add_argument_group("what it records")
+    records.add_argument(
+        "--usage-db",
+        metavar="FILE",
+        type=file_name,
+        help="write a row for each transfer to this SQLite database, made if it is missing;"
+        " :memory: keeps it in memory (default: no database)",
+    )
+    records.add_argument(
+        "--log-fd",
+        metavar="N",
+        type=whole_number,
+        help="write a JSON line for each transfer to this open file descriptor (default: none)",
+    )
+    records.add_argument(
+        "--blur-usage",
+        metavar="SECONDS",
+        type=whole_number,
+        default=0,
+        help="record start times rounded down to a multiple of this many seconds, and sizes"
+        " rounded down too (default: 0 s, not blurred)",
+    )
+    limits = parser.add_argument_group("what it limits")
+    limits.add_argument(
+        "--handshake-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=Limits().handshake_seconds,
+        help="close a connection that has not sent its handshake after this many seconds;"
+        " 0 switches it off (default: %(default)g s)",
+    )
+    running = parser.add_argument_group("how it runs")
+    running.add_argument(
+        "--daemonize",
+        action="store_true",
+        help="go to the background as soon as all is in place (default: stay in the foreground)",
+    )
+    running.add_argument(
+        "--pidfile",
+        metavar="FILE",
+        type=file_name,
+        help="keep the process id here, and let no second relay start (default:"
+        " transit_relay.pid with --daemonize, else none)",
+    )
+    running.add_argument(
+        "--logfile",
+        metavar="FILE",
+        type=file_name,
+        help="write messages here; opened anew when it was moved (default: transit_relay.log"
+        " with --daemonize, else stderr, or stdout if --log-fd is 2)",
+    )
+    running.add_argument(
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="open everything as root, then run as this user (default: do not change)",
+    )
+    about = parser.add_argument_group("about")
+    about.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    about.add_argument("--help", action="help", help="show this text")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Exits with code 2, and one line, if it is wrong."""
+    options = make_parser().parse_args(arguments)
+    options.port = options.port or [parse_endpoint("tcp:4001")]
+    if options.daemonize:
+        options.pidfile = options.pidfile or "transit_relay.pid"
+        options.logfile = options.logfile or "transit_relay.log"
+    return options
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Start, serve, stop: everything between the command line and the exit code.
+
+    Raises StartupError.
+    """
+    with contextlib.ExitStack() as undo:
+        log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
+        passed = PassedSockets.take()
+        occupy_standard_descriptors()
+        detach = daemonize() if options.daemonize else lambda: None
+        if options.pidfile:
+            undo.callback(PidFile(options.pidfile).close)
+        start_logging(options.logfile, to_stdout=options.log_fd == 2)
+        if options.blur_usage:
+            log.info("blurring access times to %d seconds", options.blur_usage)
+        else:
+            log.info("not blurring access times")
+        raise_open_files_limit()
+        listeners: list[Listener] = []
+        for endpoint in options.port:
+            listener = open_listener(endpoint, passed)
+            undo.callback(listener.close)
+            if listener.fd in {other.fd for other in listeners}:
+                raise StartupError(f"{endpoint.text}: this socket is given twice")
+            listeners.append(listener)
+        if options.user:
+            become(options.user, options.logfile)
+        elif os.geteuid() == 0:
+            log.info("running as root; --user NAME runs it as somebody else")
+        sinks: list[Sink] = []
+        if options.usage_db:
+            sinks.append(UsageDatabase(options.usage_db))
+        if log_fd is not None:
+            sinks.append(JsonLines(log_fd))
+        recorder = Recorder(sinks, options.blur_usage)
+        server = Server(listeners, recorder, Limits(options.handshake_timeout))
+        undo.callback(server.close)
+
+        def ready() -> None:
+            log.info("Transit starting on %s", ", ".join(one.label for one in listeners))
+            detach()
+
+        try:
+            server.run(ready)
+        except Exception:
+            log.exception("a mistake of ours; please report it")
+            return 1
+        server.close()
+        lost = recorder.lost()
+        if lost:
+            log.error("stopped; %d usage records could not be written", lost)
+            return 1
+        log.info("stopped")
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program: give its exit code."""
+    options = parse_arguments(arguments)
+    try:
+        return serve(options)
+    except StartupError as error:
+        if sys.stderr is not None:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the server had its own way with signals
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
