@@ -674,9 +674,10 @@ class Connection:
 
         Not while something is queued. Then, if the other end's end was read, now; else our
         end is sent, and the connection is held until the other's comes or its time is up.
+        (Who is dead already was doomed by a stop, which waits for nobody.)
         """
         assert self._finishing
-        if self.backlog is not None:
+        if self.dead or self.backlog is not None:
             return
         if self._read_ended:
             self._server.doom(self)
