@@ -77,7 +77,7 @@ log = logging.getLogger(PROGRAM)
 
 # The protocol (PROTOCOL.md section 1).
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
-MAX_LINE_BYTES = 1024  # the longest handshake has 101; the reference relay's MAX_LENGTH
+MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
 OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
@@ -795,10 +795,12 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._signals.append(number))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can replace the relay
-        ready()
-        while not self.over:
-            self.run_once(self._patience())
-        signal.set_wakeup_fd(-1)
+        try:
+            ready()
+            while not self.over:
+                self.run_once(self._patience())
+        finally:
+            signal.set_wakeup_fd(-1)
 
     def run_once(self, timeout: float | None) -> None:
         """One turn: wait at most `timeout` seconds (None: as long as it takes), then work."""
@@ -1049,8 +1051,10 @@ class Sink(threading.Thread):
         self._stopping = False
         self._dropped = 0  # since it was last told
         self._finished = False
-        self._complained_at: float | None = None
+        # The thread's own: whether the last write failed, and what was said about it.
         self._failing = False
+        self._complained = False
+        self._complain_at = 0.0
         self.on_finished: Callable[[], None] = lambda: None
 
     # The loop's side.
@@ -1060,11 +1064,12 @@ class Sink(threading.Thread):
         with self._changed:
             if self._finished:
                 return
-            if len(self._queue) + len(self._batch) < self._limit:
-                self._queue.append(record)
-                self._changed.notify()
-            else:
+            if len(self._queue) + len(self._batch) >= self._limit:
                 self._dropped += 1
+                return
+            self._queue.append(record)
+            if len(self._queue) == 1:  # while more are queued, the thread knows
+                self._changed.notify()
 
     def put_current(self, current: Current) -> None:
         """Take the numbers of the moment. Only the last ones count."""
@@ -1109,27 +1114,16 @@ class Sink(threading.Thread):
 
     def run(self) -> None:
         """Gather, write, and again; until told to stop and nothing is left."""
-        while self._gather():
+        try:
+            while self._gather():
+                self._write_some()
+        except SinkGone as error:
+            log.warning("%s: %s; no more records go there", self.label, error)
             with self._changed:
-                current = self._current
-            try:
-                written = self.write(self._batch, current)
-            except SinkError as error:
-                self._complain(str(error))
-                continue
-            except SinkGone as error:
-                log.warning("%s: %s; no more records go there", self.label, error)
-                with self._changed:
-                    self._queue.clear()
-                    self._batch.clear()
-                break
-            with self._changed:
-                del self._batch[:written]
-                if self._current is current:
-                    self._current = None
-            if self._failing:
-                self._failing = False
-                log.info("%s: works again", self.label)
+                self._queue.clear()
+                self._batch.clear()
+        except Exception:
+            log.exception("%s: a mistake of ours; no more records go there", self.label)
         self.close()
         with self._changed:
             self._finished = True
@@ -1152,12 +1146,31 @@ class Sink(threading.Thread):
     def _has_work(self) -> bool:
         return bool(self._queue or self._batch or self._current or self._stopping)
 
+    def _write_some(self) -> None:
+        """Write what was gathered, or as much of it as can be written now."""
+        with self._changed:
+            current = self._current
+        try:
+            written = self.write(self._batch, current)
+        except SinkError as error:
+            self._complain(str(error))
+            return
+        with self._changed:
+            del self._batch[:written]
+            if self._current is current:
+                self._current = None
+        self._failing = False
+        if self._complained:
+            self._complained = False
+            log.info("%s: works again", self.label)
+
     def _complain(self, what: str) -> None:
-        """Say that records wait, at once and then once a minute, not each second."""
+        """Say that records wait; at most once a minute, while it is tried each second."""
         self._failing = True
         now = time.monotonic()
-        if self._complained_at is None or now - self._complained_at >= COMPLAINT_SECONDS:
-            self._complained_at = now
+        if now >= self._complain_at:
+            self._complained = True
+            self._complain_at = now + COMPLAINT_SECONDS
             log.warning("%s: %s; %d records wait", self.label, what, self.unwritten())
 
 
@@ -1229,9 +1242,9 @@ class JsonLines(Sink):
     chunk_bytes = 4096  # PIPE_BUF: what a pipe that polls as writable takes without blocking
 
     def __init__(self, fd: int) -> None:
-        """`fd` is open for writing; it is duplicated, so that it outlives a closed stdout."""
-        super().__init__(f"log descriptor {fd}")
-        self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_PASSED_FD)
+        """`fd` is open for writing, and ours: it is closed at the end."""
+        super().__init__("--log-fd")
+        self._fd = fd
         self._chunk = b""  # lines that are not yet written to their last byte ...
         self._chunk_records = 0  # ... and how many
 
@@ -1251,7 +1264,7 @@ class JsonLines(Sink):
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        """Let go of our copy of the descriptor."""
+        """Let go of the descriptor."""
         os.close(self._fd)
 
     def _take_chunk(self, batch: Sequence[UsageRecord]) -> None:
@@ -1361,7 +1374,7 @@ class UsageDatabase(Sink):
 
     def __init__(self, path: str) -> None:
         """Open it, and write to it, which shows that we may. Raises StartupError."""
-        super().__init__("usage database")
+        super().__init__("--usage-db")
         self._path = path
         self._db: sqlite3.Connection | None = None
         now = int(time.time())
@@ -1369,7 +1382,7 @@ class UsageDatabase(Sink):
             self.write((), Current(now, now, 0, 0, 0))
         except SinkError as error:
             if not PASSING_TROUBLE.search(str(error)):
-                raise StartupError(f"usage database {path}: {error}") from None
+                raise StartupError(f"--usage-db {path}: {error}") from None
             self._complain(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
@@ -1492,7 +1505,7 @@ def parse_endpoint(text: str) -> Endpoint:
     def number(name: str, highest: int, base: int = 10) -> int:
         digits = "01234567" if base == 8 else "0123456789"
         value = given[name]
-        if not value or value.strip(digits) or int(value, base) > highest:
+        if not value or value.strip(digits) or len(value) > 10 or int(value, base) > highest:
             limit = f"{highest:o}" if base == 8 else f"{highest}"
             raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
         return int(value, base)
@@ -1698,29 +1711,32 @@ class PidFile:
             raise StartupError(f"pidfile {path}: {reason(error)}") from None
 
     def _lock(self) -> int:
-        """Open and lock the file; again, if its owner removed it in the meantime."""
+        """Open and lock the file; again, if its owner removed it in between."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         while True:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             fd = os.open(self._path, flags, 0o644)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                content = os.read(fd, 64).strip()
-                if content and not content.isdigit():
-                    raise StartupError(f"pidfile {self._path}: the file holds something else")
-                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                if self._is_locked_by_us(fd):
                     return fd
-            except FileNotFoundError:
-                pass
-            except BlockingIOError:
-                pid = os.read(fd, 64).strip().decode("ascii", "replace")
-                os.close(fd)
-                raise StartupError(
-                    f"pidfile {self._path}: a relay is running, its process id is {pid}"
-                ) from None
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
+
+    def _is_locked_by_us(self, fd: int) -> bool:
+        """Lock what was opened. False: it is no longer the file of that name."""
+        content = os.read(fd, 64).strip()
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or (content and not content.isdigit()):
+            raise StartupError(f"pidfile {self._path}: holds something else")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(fd), os.stat(self._path))
+        except BlockingIOError:
+            raise StartupError(
+                f"pidfile {self._path}: a relay is running, process id {content.decode()}"
+            ) from None
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Remove it, or empty it where the folder is not ours to write. Either reads as stale."""
@@ -1762,26 +1778,27 @@ class LineFormatter(logging.Formatter):
         return super().format(record)
 
 
-def start_logging(path: str | None, to_stdout: bool) -> None:
-    """Send messages to the file at `path` alone, or else to stderr (or stdout).
+def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
+    """Send messages to the file at `path` alone, which is given, or else to stderr or stdout.
 
     Raises StartupError.
     """
     logging.raiseExceptions = False  # a dead stderr or a full disk is no reason to stop
-    if path is not None:
-        try:
-            handler: logging.Handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise StartupError(f"logfile {path}: {reason(error)}") from None
-        layout = "%(asctime)s %(severity)s%(message)s"
-    else:
-        stream = sys.stdout if to_stdout else sys.stderr
-        handler = logging.StreamHandler(stream) if stream is not None else logging.NullHandler()
-        layout = "%(severity)s%(message)s"
-    handler.setFormatter(LineFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
-    log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    if path is None:
+        stream = sys.stdout if to_stdout else sys.stderr
+        handler = logging.StreamHandler(stream) if stream is not None else logging.NullHandler()
+        handler.setFormatter(LineFormatter("%(severity)s%(message)s"))
+        log.addHandler(handler)
+        return None
+    try:
+        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise StartupError(f"logfile {path}: {reason(error)}") from None
+    file.setFormatter(LineFormatter("%(asctime)s %(severity)s%(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    log.addHandler(file)
+    return file
 
 
 def daemonize() -> Callable[[], None]:
@@ -1863,7 +1880,7 @@ def find_user(text: str) -> tuple[str, int, int]:
     return name, user.pw_uid, gid
 
 
-def become(text: str, logfile: str | None) -> None:
+def become(text: str, log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
     The log file goes along: it has to be opened again when it was rotated.
@@ -1872,8 +1889,8 @@ def become(text: str, logfile: str | None) -> None:
     if (os.geteuid(), os.getegid()) == (uid, gid):
         return
     try:
-        if logfile is not None:
-            os.chown(logfile, uid, gid)
+        if log_file is not None:
+            os.fchown(log_file.stream.fileno(), uid, gid)
         os.initgroups(name, gid)
         os.setgid(gid)
         os.setuid(uid)
@@ -1919,8 +1936,8 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text: str) -> int:
     """An option's value that counts something. Raises ArgumentTypeError."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2147483647")
     return int(text)
 
 
@@ -2053,7 +2070,7 @@ def serve(options: argparse.Namespace) -> int:
         detach = daemonize() if options.daemonize else lambda: None
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
-        start_logging(options.logfile, to_stdout=options.log_fd == 2)
+        log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         if options.blur_usage:
             log.info("blurring access times to %d seconds", options.blur_usage)
         else:
@@ -2067,7 +2084,7 @@ def serve(options: argparse.Namespace) -> int:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
             listeners.append(listener)
         if options.user:
-            become(options.user, options.logfile)
+            become(options.user, log_file)
         elif os.geteuid() == 0:
             log.info("running as root; --user NAME runs it as somebody else")
         sinks: list[Sink] = []
