@@ -126,8 +126,8 @@ class SinkGone(Exception):
 
 
 def reason(error: OSError) -> str:
-    """What the system said, without the file names and addresses that an OSError may carry."""
-    return error.strerror or type(error).__name__
+    """What the system said, without the file names that an OSError may carry."""
+    return error.strerror or str(error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1320,6 +1320,8 @@ def open_usage_database(path: str) -> sqlite3.Connection:
     behind.
     """
     is_new = not os.path.exists(path)
+    if not is_new and not os.path.isfile(path):
+        raise sqlite3.DatabaseError("not a regular file")
     db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if path == ":memory:" or is_new or os.path.getsize(path) == 0:
@@ -1651,9 +1653,9 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
         sock.bind(path)
         sock.listen(endpoint.backlog)
         return Listener(sock, endpoint.text, path)
-    except (OSError, ValueError, OverflowError) as error:  # a path too long is an OSError
+    except OSError:
         sock.close()
-        raise StartupError(f"{endpoint.text}: {getattr(error, 'strerror', error)}") from None
+        raise
     finally:
         os.umask(before)
 
@@ -2058,6 +2060,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def announce(options: argparse.Namespace, listeners: Sequence[Listener]) -> None:
+    """Say how we run: all of it now, so that a start that fails says nothing but why."""
+    if options.blur_usage:
+        log.info("blurring access times to %d seconds", options.blur_usage)
+    else:
+        log.info("not blurring access times")
+    raise_open_files_limit()
+    if os.geteuid() == 0 and not options.user:
+        log.info("running as root; --user NAME would make it somebody else")
+    log.info("Transit starting on %s", ", ".join(listener.label for listener in listeners))
+
+
 def serve(options: argparse.Namespace) -> int:
     """Start, serve, stop: everything between the command line and the exit code.
 
@@ -2071,11 +2085,6 @@ def serve(options: argparse.Namespace) -> int:
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
-        if options.blur_usage:
-            log.info("blurring access times to %d seconds", options.blur_usage)
-        else:
-            log.info("not blurring access times")
-        raise_open_files_limit()
         listeners: list[Listener] = []
         for endpoint in options.port:
             listener = open_listener(endpoint, passed)
@@ -2085,8 +2094,6 @@ def serve(options: argparse.Namespace) -> int:
             listeners.append(listener)
         if options.user:
             become(options.user, log_file)
-        elif os.geteuid() == 0:
-            log.info("running as root; --user NAME runs it as somebody else")
         sinks: list[Sink] = []
         if options.usage_db:
             sinks.append(UsageDatabase(options.usage_db))
@@ -2097,7 +2104,7 @@ def serve(options: argparse.Namespace) -> int:
         undo.callback(server.close)
 
         def ready() -> None:
-            log.info("Transit starting on %s", ", ".join(one.label for one in listeners))
+            announce(options, listeners)
             detach()
 
         try:
