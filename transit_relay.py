@@ -278,6 +278,8 @@ class Session:
 
     def line_received(self, line: bytes) -> None:
         """The first line is whole (given without its newline), or too long to be one."""
+        if self.state is DONE:  # too late: its time was over
+            return
         assert self.state is WAIT_HANDSHAKE, self
         self.handshake = parse_handshake(line)
         if self.handshake is None:
@@ -836,7 +838,7 @@ class Server:
             incomplete_bytes=self.rendezvous.incomplete_bytes(),
         )
 
-    def _on_wakeup(self, _: int) -> None:
+    def _on_wakeup(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wakeup.recv(4096)
 
@@ -848,14 +850,14 @@ class Server:
             self._hold_on(conn, now)
         if now >= self._accept_at:
             self._start_accepting()
-        if now >= self._current_at and self._record_until is None:
+        if now >= self._current_at:
             self._current_at = now + CURRENT_SECONDS
             self.recorder.update(self.current())
             self.recorder.complain(now)
         if self._flush_until is not None:
             self._go_on_stopping(now)
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """How long the select may wait, in seconds."""
         due = min(
             self._handshaking.next_due(),
@@ -923,7 +925,7 @@ class Server:
         self.watch(conn)
         return conn
 
-    def _accept(self, listener: Listener, _: int) -> None:
+    def _accept(self, listener: Listener, _mask: int) -> None:
         """Take in some of those that knock. The rest is there in the next turn too."""
         for _ in range(ACCEPTS_PER_WAKEUP):
             if not self._accepting:
