@@ -1,0 +1,184 @@
+"""Child processes, and waiting for what they say.
+
+Nothing here sleeps: every wait is for a line, an end of file or an exit, and ends in an error
+after TIMEOUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+# Seconds. Only a failing test ever waits that long.
+TIMEOUT = 60.0 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))
+
+
+class Lines:
+    """What one stream says, line by line. A thread reads it, so that a wait can time out."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.seen: list[str] = []
+        self._stream = stream
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def next(self) -> str | None:
+        """The next line, or None where the stream has ended."""
+        try:
+            line = self._queue.get(timeout=TIMEOUT)
+        except queue.Empty:
+            raise AssertionError(f"no further line in {TIMEOUT} s, only:\n{self}") from None
+        if line is not None:
+            self.seen.append(line)
+        return line
+
+    def until(self, pattern: str) -> re.Match[str]:
+        """Skip to the line that holds the pattern."""
+        while (line := self.next()) is not None:
+            match = re.search(pattern, line)
+            if match:
+                return match
+        raise AssertionError(f"ended without {pattern!r}, after:\n{self}")
+
+    def rest(self) -> list[str]:
+        """All that still comes, to the end of the stream."""
+        lines: list[str] = []
+        while (line := self.next()) is not None:
+            lines.append(line)
+        return lines
+
+    def close(self) -> None:
+        """To be called when the writer is gone, so that the thread is at its end."""
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), "somebody else holds the other end"
+        self._stream.close()
+
+    def __str__(self) -> str:
+        return "\n".join(self.seen)
+
+
+SomeChild = TypeVar("SomeChild", bound="Child")
+
+
+class Child:
+    """A process whose stdout and stderr are one stream of lines. It ends with its `with` block."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        stdin: str = "",
+    ) -> None:
+        self.argv = argv
+        self._process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=env,
+            pass_fds=pass_fds,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert self._process.stdin and self._process.stdout
+        self.lines = Lines(self._process.stdout)
+        try:
+            self._process.stdin.write(stdin)
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended at once: its exit code and its lines tell why
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        return self._process.wait(TIMEOUT)
+
+    def succeed(self) -> None:
+        """Wait for its end, which must be a good one."""
+        code = self.wait()
+        self.lines.rest()
+        assert code == 0, f"{' '.join(self.argv)}\nexit code {code}:\n{self.lines}"
+
+    def terminate(self) -> int:
+        """SIGTERM, then its exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def __enter__(self: SomeChild) -> SomeChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # nothing to one that has ended and was waited for
+        self.wait()
+        self.lines.close()
+
+
+class Record(NamedTuple):
+    """What two relays can agree on in a usage record: the times differ in every run."""
+
+    mood: str
+    total_bytes: int
+    waited: bool
+
+    @classmethod
+    def parse(cls, line: str) -> Record:
+        record: dict[str, Any] = json.loads(line)
+        types = {key: type(value).__name__ for key, value in record.items()}
+        waited = record["waiting_time"] is not None
+        assert list(types.items()) == [
+            ("started", "float"),
+            ("total_time", "float"),
+            ("waiting_time", "float" if waited else "NoneType"),
+            ("total_bytes", "int"),
+            ("mood", "str"),
+        ], line
+        return cls(record["mood"], record["total_bytes"], waited)
+
+
+class Relay(Child):
+    """A running relay, ours or the reference: its port, and its records as they are written."""
+
+    def __init__(self, argv: Sequence[str], announcement: str) -> None:
+        """The announcement is a pattern: what the relay says when it listens; group 1, its port."""
+        ours, its = os.pipe()
+        try:
+            super().__init__([*argv, f"--log-fd={its}"], pass_fds=[its])
+        finally:
+            os.close(its)
+        self._records = Lines(open(ours, encoding="ascii"))
+        try:
+            self.port = int(self.lines.until(announcement)[1])
+        except AssertionError:
+            self.__exit__()
+            raise
+
+    def record(self) -> Record:
+        """The next record."""
+        line = self._records.next()
+        assert line is not None, f"the relay has ended:\n{self.lines}"
+        return Record.parse(line)
+
+    def last_records(self) -> list[Record]:
+        """All records that still come from a relay that was told to stop."""
+        return [Record.parse(line) for line in self._records.rest()]
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._records.close()

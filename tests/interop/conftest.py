@@ -1,0 +1,91 @@
+"""What the interop tests need from outside: the registry's Python programs and Debian's Go client.
+
+Whatever cannot be had skips the tests that need it, with the reason. With
+RELAY_INTEROP_REQUIRED=1, as in CI, it fails them instead, and so does any other skip.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build"
+REQUIREMENTS = HERE / "requirements.txt"
+REQUIRED = os.environ.get("RELAY_INTEROP_REQUIRED") == "1"
+
+
+def _missing(reason: str) -> NoReturn:
+    if REQUIRED:
+        pytest.fail(f"{reason} (RELAY_INTEROP_REQUIRED forbids a skip)", pytrace=False)
+    pytest.skip(reason)
+
+
+def _run(argv: Sequence[str | Path], cwd: Path = ROOT) -> None:
+    """Run one step of getting a tool; where it fails, the tool is missing."""
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        _missing(f"{' '.join(map(str, argv))}: {said[-1]}")
+
+
+@pytest.fixture(scope="session")
+def missing() -> Callable[[str], NoReturn]:
+    """To be called with the reason where something is missing: skips, or fails where required."""
+    return _missing
+
+
+@pytest.fixture(scope="session")
+def python_tools() -> Path:
+    """The bin folder of a venv with the Twisted relay, the mailbox server and Python's client."""
+    venv = BUILD / "interop-venv"
+    wanted = f"{sys.version}\n{REQUIREMENTS.read_text()}"
+    made_from = venv / "made-from"
+    if not made_from.exists() or made_from.read_text() != wanted:
+        _run([sys.executable, "-m", "venv", "--clear", venv])
+        _run([venv / "bin" / "pip", "install", "--quiet", "--requirement", REQUIREMENTS])
+        made_from.write_text(wanted)  # last, so that a venv left half made is made anew
+    return venv / "bin"
+
+
+@pytest.fixture(scope="session")
+def go_client() -> Path:
+    """wormhole-william: the machine's, or the one in Debian's package, unpacked."""
+    installed = shutil.which("wormhole-william")
+    if installed:
+        return Path(installed)
+    folder = BUILD / "wormhole-william"
+    client = folder / "usr" / "bin" / "wormhole-william"
+    if not client.exists():
+        for tool in "apt-get", "dpkg-deb":
+            if not shutil.which(tool):
+                _missing(f"no wormhole-william, and no {tool} to get it")
+        shutil.rmtree(folder, ignore_errors=True)  # an older package, or a half unpacked one
+        folder.mkdir(parents=True)
+        _run(["apt-get", "download", "--quiet", "wormhole-william"], folder)
+        (package,) = folder.glob("*.deb")
+        _run(["dpkg-deb", "-x", package, folder])
+    return client
+
+
+@pytest.fixture(scope="session")
+def our_relay() -> list[str]:
+    """The command that runs our relay, without its options."""
+    return [sys.executable, str(ROOT / "transit_relay.py")]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under RELAY_INTEROP_REQUIRED no test may be skipped, for whatever reason."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if REQUIRED and reporter and reporter.stats.get("skipped"):
+        reporter.ensure_newline()
+        reporter.write_line("RELAY_INTEROP_REQUIRED: a skipped test fails the run", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,502 @@
+"""What happens on the stage of test_differential.py, one scenario after the other.
+
+A script says what its clients do, and waits for what they see wherever both relays must answer
+alike. When it is over, whoever is still there leaves, and all that was seen is compared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from stage import BAD, IMPATIENT, OK, Client, Stage, handshake
+
+Script = Callable[[Stage], None]
+SCENARIOS: dict[str, Script] = {}
+
+
+def scenario(script: Script) -> Script:
+    SCENARIOS[script.__name__.replace("_", " ")] = script
+    return script
+
+
+# ---- lines that are no handshake
+
+TOKEN = b"0123456789abcdef" * 4
+SIDE = b"0123456789abcdef"
+SIDED = b"please relay %s for side %s\n"
+
+BAD_LINES = {
+    "carriage return": SIDED % (TOKEN, SIDE + b"\r"),
+    "carriage return, unsided": b"please relay %s\r\n" % TOKEN,
+    "leading space": b" " + SIDED % (TOKEN, SIDE),
+    "trailing space": SIDED % (TOKEN, SIDE + b" "),
+    "two spaces": SIDED % (b" " + TOKEN, SIDE),
+    "tab": b"please\trelay %s\n" % TOKEN,
+    "short token": SIDED % (TOKEN[1:], SIDE),
+    "long token": SIDED % (TOKEN + b"0", SIDE),
+    "no token": b"please relay \n",
+    "short side": SIDED % (TOKEN, SIDE[1:]),
+    "long side": SIDED % (TOKEN, SIDE + b"0"),
+    "no side": SIDED % (TOKEN, b""),
+    "side without its words": b"please relay %s %s\n" % (TOKEN, SIDE),
+    "hyphen in the token": SIDED % (TOKEN[1:] + b"-", SIDE),
+    "hyphen in the side": SIDED % (TOKEN, SIDE[1:] + b"-"),
+    "NUL in the token": SIDED % (TOKEN[1:] + b"\0", SIDE),
+    "Latin-1 letter in the token": SIDED % (TOKEN[1:] + b"\xe9", SIDE),
+    "UTF-8 letter in the side": SIDED % (TOKEN, SIDE[2:] + b"\xc3\xa9"),
+    "Arabic digit in the token": SIDED % (TOKEN[2:] + b"\xd9\xa3", SIDE),
+    "capitals": (SIDED % (TOKEN, SIDE)).upper(),
+    "one capital": b"P" + (SIDED % (TOKEN, SIDE))[1:],
+    "empty line": b"\n",
+    "only a carriage return": b"\r\n",
+    "prefix of a handshake": b"please\n",
+    "handshake behind an empty line": b"\n" + SIDED % (TOKEN, SIDE),
+    "handshake behind a bad line": b"hello\n" + SIDED % (TOKEN, SIDE),
+    "something before the handshake": b"and " + SIDED % (TOKEN, SIDE),
+    "TLS hello": bytes.fromhex("16030100c8010000c40303") + b"\n" + bytes(100),
+    # HTTP is answered as HTTP only where ws_frames.py lies beside the relay.
+    "HTTP": b"GET / HTTP/1.0\r\n\r\n",
+    "binary": bytes(range(256)),
+    "1,023 bytes and a newline": b"x" * 1023 + b"\n",
+    "1,024 bytes and a newline": b"x" * 1024 + b"\n",
+}
+
+
+def bad_line(data: bytes) -> Script:
+    def script(stage: Stage) -> None:
+        client = stage.connect("client")
+        client.send(data)
+        client.expect(BAD)
+        client.expect_end()
+
+    return script
+
+
+for name, data in BAD_LINES.items():
+    SCENARIOS[f"bad line: {name}"] = bad_line(data)
+
+
+# ---- good handshakes
+
+
+def meeting(first_side: str | None, second_side: str | None, accepted_first: str) -> Script:
+    """Two meet, exchange a word, and the first to have said its handshake leaves."""
+
+    def script(stage: Stage) -> None:
+        if accepted_first == "first":
+            first, second = stage.connect("first"), stage.connect("second")
+        else:
+            second, first = stage.connect("second"), stage.connect("first")
+        first.send(stage.handshake(first_side))
+        stage.settle()
+        second.send(stage.handshake(second_side))
+        first.expect(OK)
+        second.expect(OK)
+        first.send(b"hello")
+        second.expect(b"hello")
+        second.send(b"good day\n")
+        first.expect(b"good day\n")
+        first.close()
+
+    return script
+
+
+for first_side in "a", None:
+    for second_side in "b", None:
+        for accepted_first in "first", "second":
+            title = f"meeting of side {first_side} and side {second_side}"
+            SCENARIOS[f"{title}, {accepted_first} accepted first"] = meeting(
+                first_side, second_side, accepted_first
+            )
+
+
+@scenario
+def same_moment(stage: Stage) -> None:
+    first, second = stage.connect("first"), stage.connect("second")
+    first.send(stage.handshake("a"))
+    second.send(stage.handshake("b"))
+    first.expect(OK)
+    second.expect(OK)
+
+
+@scenario
+def byte_by_byte(stage: Stage) -> None:
+    first = stage.waiting("first", "a")
+    second = stage.connect("second")
+    for byte in stage.handshake("b"):
+        second.send(bytes([byte]))
+        stage.settle()  # so that the relay really reads it alone
+    first.expect(OK)
+    second.expect(OK)
+
+
+def odd_words(first: bytes, second: bytes) -> Script:
+    """Two handshakes that are spelled oddly, but are handshakes."""
+
+    def script(stage: Stage) -> None:
+        stage.connect("first").send(first)
+        stage.settle()
+        stage.connect("second").send(second)
+        stage.settle()
+
+    return script
+
+
+LETTERS = b"AbCdEfGh" * 8
+SCENARIOS |= {
+    "underscores": odd_words(SIDED % (b"_" * 64, b"_" * 16), SIDED % (b"_" * 64, b"_" * 15 + b"a")),
+    "only digits": odd_words(SIDED % (b"7" * 64, b"1" * 16), SIDED % (b"7" * 64, b"2" * 16)),
+    "side in capitals is another": odd_words(
+        SIDED % (LETTERS, b"a" * 16), SIDED % (LETTERS, b"A" * 16)
+    ),
+    "token in capitals is another": odd_words(
+        SIDED % (LETTERS.upper(), b"a" * 16), SIDED % (LETTERS.lower(), b"b" * 16)
+    ),
+}
+
+
+# ---- leaving: every way to go, at every moment
+
+LEAVING: dict[str, Callable[[Client], None]] = {
+    "close": Client.close,
+    "shutdown": Client.shutdown,
+    "reset": Client.reset,
+}
+
+
+def interrupted(said: slice | None, leave: Callable[[Client], None]) -> Script:
+    """A client leaves with only a part of its handshake said."""
+
+    def script(stage: Stage) -> None:
+        client = stage.connect("client")
+        if said:
+            client.send(stage.handshake("a")[said])
+        stage.settle()
+        leave(client)
+
+    return script
+
+
+def lonely(leave: Callable[[Client], None]) -> Script:
+    """A client leaves while it waits; the next one with its token does not meet it any more."""
+
+    def script(stage: Stage) -> None:
+        leave(stage.waiting("client", "a"))
+        stage.waiting("too late", "b")
+
+    return script
+
+
+def parting(who: str, leave: Callable[[Client], None]) -> Script:
+    """One of a pair leaves: the other sees an orderly end."""
+
+    def script(stage: Stage) -> None:
+        first, second = stage.pair()
+        first.send(b"one")
+        second.expect(b"one")
+        second.send(b"two")
+        first.expect(b"two")
+        leaver, stayer = (first, second) if who == "first" else (second, first)
+        leave(leaver)
+        stayer.expect_end()
+
+    return script
+
+
+def last_words(who: str, leave: Callable[[Client], None]) -> Script:
+    """One of a pair leaves with its last bytes: the other gets all of them before the end."""
+
+    def script(stage: Stage) -> None:
+        first, second = stage.pair()
+        leaver, stayer = (first, second) if who == "first" else (second, first)
+        leaver.send(b"x" * 50_000)
+        leave(leaver)
+        stayer.expect(b"x" * 50_000)
+        stayer.expect_end()
+
+    return script
+
+
+for how, leave in LEAVING.items():
+    SCENARIOS[f"{how} without a byte"] = interrupted(None, leave)
+    SCENARIOS[f"{how} in the middle of a handshake"] = interrupted(slice(50), leave)
+    SCENARIOS[f"{how} before the newline"] = interrupted(slice(-1), leave)
+    SCENARIOS[f"{how} while waiting"] = lonely(leave)
+    for who in "first", "second":
+        SCENARIOS[f"{how} by the {who} of a pair"] = parting(who, leave)
+        SCENARIOS[f"{how} behind the last words of the {who}"] = last_words(who, leave)
+
+
+@scenario
+def handshake_and_end_at_once(stage: Stage) -> None:
+    client = stage.connect("client")
+    client.send(stage.handshake("a"))
+    client.shutdown()
+    client.expect_end()
+
+
+@scenario
+def both_close(stage: Stage) -> None:
+    first, second = stage.pair()
+    first.close()
+    second.close()
+
+
+@scenario
+def both_close_the_other_way_round(stage: Stage) -> None:
+    first, second = stage.pair()
+    second.close()
+    first.close()
+
+
+@scenario
+def both_shut_down(stage: Stage) -> None:
+    first, second = stage.pair()
+    first.shutdown()
+    second.shutdown()
+
+
+@scenario
+def sending_to_one_that_has_left(stage: Stage) -> None:
+    first, second = stage.pair()
+    first.shutdown()
+    second.expect_end()
+    second.send(b"are you still there?")
+    first.expect_end()
+
+
+# ---- several on one token
+
+
+@scenario
+def same_side_twice(stage: Stage) -> None:
+    stage.waiting("first", "a")
+    stage.waiting("again", "a")
+
+
+@scenario
+def same_side_twice_and_the_first_leaves(stage: Stage) -> None:
+    first = stage.waiting("first", "a")
+    again = stage.waiting("again", "a")
+    first.close()
+    stage.settle()
+    partner = stage.waiting("partner", "b")
+    partner.expect(OK)
+    again.expect(OK)
+
+
+@scenario
+def same_side_four_times(stage: Stage) -> None:
+    for number in range(4):
+        stage.waiting(f"number {number}", "a")
+
+
+@scenario
+def third_on_a_token_waits(stage: Stage) -> None:
+    stage.pair()
+    stage.waiting("third", "c")
+
+
+@scenario
+def third_and_fourth_on_a_token_meet(stage: Stage) -> None:
+    first, second = stage.pair()
+    third = stage.waiting("third", "a")  # a side that the running pair has too
+    fourth = stage.waiting("fourth", "b")
+    third.expect(OK)
+    fourth.expect(OK)
+    third.send(b"from the third")
+    fourth.expect(b"from the third")
+    first.send(b"from the first")
+    second.expect(b"from the first")
+
+
+@scenario
+def three_unsided(stage: Stage) -> None:
+    for name in "first", "second", "third":
+        stage.waiting(name)
+
+
+@scenario
+def token_free_again_after_a_pair(stage: Stage) -> None:
+    first, second = stage.pair()
+    first.close()
+    second.expect_end()
+    again = stage.waiting("first again", "a")
+    stage.waiting("second again", "b")
+    again.expect(OK)
+
+
+# ---- early data
+
+
+@scenario
+def impatient_in_one_segment(stage: Stage) -> None:
+    client = stage.connect("client")
+    client.send(stage.handshake("a") + b"early")
+    client.expect(IMPATIENT)
+    client.expect_end()
+
+
+@scenario
+def impatient_later(stage: Stage) -> None:
+    client = stage.waiting("client", "a")
+    client.send(b"early")
+    client.expect(IMPATIENT)
+    client.expect_end()
+
+
+@scenario
+def impatient_newline(stage: Stage) -> None:
+    client = stage.connect("client")
+    client.send(stage.handshake("a") + b"\n")
+    client.expect(IMPATIENT)
+    client.expect_end()
+
+
+@scenario
+def impatient_second_handshake(stage: Stage) -> None:
+    client = stage.connect("client")
+    client.send(stage.handshake("a") + stage.handshake("b"))
+    client.expect(IMPATIENT)
+    client.expect_end()
+
+
+@scenario
+def impatient_and_end_at_once(stage: Stage) -> None:
+    client = stage.connect("client")
+    client.send(stage.handshake("a") + b"early")
+    client.shutdown()
+    client.expect(IMPATIENT)
+    client.expect_end()
+
+
+@scenario
+def more_after_impatient(stage: Stage) -> None:
+    client = stage.waiting("client", "a")
+    client.send(b"early")
+    client.expect(IMPATIENT)
+    client.expect_end()
+    client.send(b"more")
+
+
+@scenario
+def impatient_is_no_partner(stage: Stage) -> None:
+    client = stage.waiting("client", "a")
+    client.send(b"early")
+    client.expect(IMPATIENT)
+    stage.waiting("partner", "b")
+
+
+@scenario
+def one_of_the_waiting_is_impatient(stage: Stage) -> None:
+    impatient = stage.waiting("impatient", "a")
+    patient = stage.waiting("patient", "a")
+    impatient.send(b"early")
+    impatient.expect(IMPATIENT)
+    partner = stage.waiting("partner", "b")
+    partner.expect(OK)
+    patient.expect(OK)
+
+
+@scenario
+def data_behind_the_handshake_that_matches(stage: Stage) -> None:
+    first = stage.waiting("first", "a")
+    second = stage.connect("second")
+    second.send(stage.handshake("b") + b"not early at all\n")
+    first.expect(OK + b"not early at all\n")
+    second.expect(OK)
+
+
+# ---- a transfer
+
+
+@scenario
+def mebibyte_each_way(stage: Stage) -> None:
+    first, second = stage.pair()
+    from_first = bytes(range(256)) * 4096  # 1 MiB
+    from_second = from_first[::-1]
+    senders = [
+        threading.Thread(target=first.send, args=[from_first]),
+        threading.Thread(target=second.send, args=[from_second]),
+    ]
+    for sender in senders:
+        sender.start()
+    first.expect(from_second)
+    second.expect(from_first)
+    for sender in senders:
+        sender.join()
+
+
+# ---- what differs, and its neighbours: see DIFFERENCES in test_differential.py
+
+
+def long_line(data: bytes) -> Script:
+    def script(stage: Stage) -> None:
+        stage.connect("client").send(data)
+        stage.settle()
+
+    return script
+
+
+SCENARIOS |= {
+    "1,023 bytes without a newline": long_line(b"x" * 1023),
+    "1,024 bytes without a newline": long_line(b"x" * 1024),
+    "1,025 bytes without a newline": long_line(b"x" * 1025),
+    "20,000 bytes without a newline": long_line(b"x" * 20_000),
+    "1,025 bytes and a newline": long_line(b"x" * 1025 + b"\n"),
+    "20,000 bytes and a newline": long_line(b"x" * 20_000 + b"\n"),
+}
+
+ROUNDS = 8  # in each of which a relay that takes any of the waiting may take the newest by chance
+WAITING = 4
+
+
+def newest(partner_side: str | None) -> Script:
+    """Of those waiting, the one with the latest handshake (not the latest accepted) is taken."""
+
+    def script(stage: Stage) -> None:
+        for number in range(ROUNDS):
+            token = f"{stage.token} {number}"
+            clients = [stage.connect(f"{number}: handshake {n}") for n in range(WAITING, 0, -1)]
+            for client in reversed(clients):
+                client.send(handshake(token, "a"))
+                stage.settle()
+            partner = stage.connect(f"{number}: partner")
+            partner.send(handshake(token, partner_side))
+            partner.expect(OK)
+
+    return script
+
+
+SCENARIOS |= {
+    "newest of a side meets another side": newest("b"),
+    "newest of a side meets one without": newest(None),
+}
+
+
+@scenario
+def handshake_that_matches_data_and_end_at_once(stage: Stage) -> None:
+    first = stage.waiting("first", "a")
+    second = stage.connect("second")
+    second.send(stage.handshake("b") + b"farewell")
+    second.shutdown()
+    first.expect(OK + b"farewell")
+    first.expect_end()
+
+
+def still_sending(first_words: Callable[[Stage], bytes]) -> Script:
+    """A client goes on sending while it is refused."""
+
+    def script(stage: Stage) -> None:
+        client = stage.connect("client")
+        client.send(first_words(stage) + bytes(16 << 20))
+        client.shutdown()
+
+    return script
+
+
+SCENARIOS |= {
+    "sending on behind a bad handshake": still_sending(lambda stage: b"hello\n"),
+    "sending on behind impatience": still_sending(lambda stage: stage.handshake("a")),
+}

@@ -1,0 +1,230 @@
+"""Real clients send real files through our relay, where no direct connection is possible.
+
+The sender is on host a, the receiver on host b, the mailbox server and the relay on the server:
+see netns.py. The clients find the relay by the public names they have built in, which is the only
+way to point the Go client anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import netns
+import pytest
+from children import Child, Record, Relay
+
+MEBIBYTE = 1 << 20
+PROGRAMS = ["python", "go"]
+
+
+class Program(NamedTuple):
+    """A client program's command lines."""
+
+    send: list[str]  # the code and the file come behind
+    receive: list[str]  # the code comes behind
+    answer: str = ""  # to what the receiver asks
+
+
+@pytest.fixture(scope="module")
+def programs(python_tools: Path, go_client: Path) -> Mapping[str, Program]:
+    python, go = str(python_tools / "wormhole"), str(go_client)
+    return {
+        "python": Program(
+            [python, "send", "--hide-progress", "--code"],
+            [python, "receive", "--hide-progress", "--accept-file"],
+        ),
+        "go": Program(
+            [go, "send", "--hide-progress", "--code"],
+            [go, "receive", "--hide-progress"],
+            answer="y\n",
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def hosts(missing: Callable[[str], NoReturn]) -> Iterator[None]:
+    """The three hosts. They go away also when this run is told to stop."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with netns.three_hosts():
+            yield
+    except netns.Unavailable as error:
+        missing(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def mailbox(
+    hosts: None, python_tools: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The URL of a mailbox server on the server."""
+    database = tmp_path_factory.mktemp("mailbox") / "mailbox.sqlite"
+    command = [
+        *[str(python_tools / "twist"), "--log-format=text", "wormhole-mailbox"],
+        *[f"--port=tcp:4000:interface={netns.SERVER}", f"--channel-db={database}"],
+    ]
+    with Child(netns.inside("server", command)) as server:
+        server.lines.until(r"starting on 4000$")
+        yield f"ws://{netns.SERVER}:4000/v1"
+
+
+class Transfer:
+    """One file on its way from host a to host b."""
+
+    _nameplates = itertools.count(1)
+
+    def __init__(self, mailbox: str, folder: Path, size: int) -> None:
+        self.size = size
+        self._file = folder / "sent" / "file.bin"
+        self._file.parent.mkdir(parents=True)
+        self._file.write_bytes(os.urandom(size))
+        self._received = folder / "received"
+        self._received.mkdir()
+        self._code = f"{next(self._nameplates)}-interop-test"
+        self._environment = {
+            "HOME": str(folder),
+            "LC_ALL": "C.UTF-8",
+            "PATH": os.environ["PATH"],
+            "WORMHOLE_RELAY_URL": mailbox,
+        }
+
+    def start(self, running: ExitStack, sender: Program, receiver: Program) -> None:
+        """Start both programs; they are ended with `running`, if not before."""
+        send = [*sender.send, self._code, str(self._file)]
+        receive = [*receiver.receive, self._code]
+        self._sending = running.enter_context(
+            Child(netns.inside("a", send), env=self._environment, cwd=self._file.parent)
+        )
+        self._receiving = running.enter_context(
+            Child(
+                netns.inside("b", receive),
+                env=self._environment,
+                cwd=self._received,
+                stdin=receiver.answer,
+            )
+        )
+
+    def finish(self) -> None:
+        """Wait until both programs have ended well; then the file must be there, and the same."""
+        self._receiving.succeed()
+        self._sending.succeed()
+        assert _sha256(self._received / self._file.name) == _sha256(self._file)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class OurRelay(Relay):
+    """Our relay, on the server."""
+
+    def __init__(self, command: list[str], folder: Path, address: str = netns.SERVER) -> None:
+        self._database = folder / "usage.sqlite"
+        options = [f"--port=tcp:4001:interface={address}", f"--usage-db={self._database}"]
+        super().__init__(
+            netns.inside("server", [*command, *options]),
+            rf"^Transit starting on tcp:(\d+):interface={address}$",
+        )
+
+    def stop(self, transfers: list[Transfer]) -> None:
+        """Stop it; the transfers must stand in its records, whole."""
+        assert self.terminate() == 0, str(self.lines)
+        records = self.last_records()
+        happy = sorted(record.total_bytes for record in records if record.mood == "happy")
+        sizes = sorted(transfer.size for transfer in transfers)
+        assert len(happy) == len(sizes), records
+        assert all(carried >= size for carried, size in zip(happy, sizes)), records
+        assert {record.mood for record in records} <= {"happy", "lonely", "redundant", "empty"}
+        with closing(sqlite3.connect(self._database)) as database:
+            rows = database.execute("SELECT result, total_bytes, waiting_time FROM usage")
+            in_database = [Record(mood, size, waited is not None) for mood, size, waited in rows]
+        assert sorted(in_database) == sorted(records)
+
+
+@pytest.mark.parametrize("receiver", PROGRAMS)
+@pytest.mark.parametrize("sender", PROGRAMS)
+def test_transfer(
+    sender: str,
+    receiver: str,
+    programs: Mapping[str, Program],
+    mailbox: str,
+    our_relay: list[str],
+    tmp_path: Path,
+) -> None:
+    transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
+    with ExitStack() as running, OurRelay(our_relay, tmp_path) as relay:
+        transfer.start(running, programs[sender], programs[receiver])
+        transfer.finish()
+        relay.stop([transfer])
+
+
+def test_five_at_once(
+    programs: Mapping[str, Program], mailbox: str, our_relay: list[str], tmp_path: Path
+) -> None:
+    pairs = [*itertools.product(PROGRAMS, PROGRAMS), ("python", "go")]
+    transfers = [
+        Transfer(mailbox, tmp_path / f"{number}", (16 + number) * MEBIBYTE)
+        for number in range(len(pairs))
+    ]
+    with ExitStack() as running, OurRelay(our_relay, tmp_path) as relay:
+        for transfer, (sender, receiver) in zip(transfers, pairs):
+            transfer.start(running, programs[sender], programs[receiver])
+        for transfer in transfers:
+            transfer.finish()
+        relay.stop(transfers)
+
+
+def test_transit_helper(
+    python_tools: Path, mailbox: str, our_relay: list[str], tmp_path: Path
+) -> None:
+    """As the README says: clients are pointed at a relay that they could not know otherwise."""
+    helper = f"--transit-helper=tcp:{netns.OTHER}:4001"
+    wormhole = [str(python_tools / "wormhole"), helper]
+    program = Program([*wormhole, "send", "--code"], [*wormhole, "receive", "--accept-file"])
+    transfer = Transfer(mailbox, tmp_path, MEBIBYTE)
+    with ExitStack() as running, OurRelay(our_relay, tmp_path, netns.OTHER) as relay:
+        transfer.start(running, program, program)
+        transfer.finish()
+        relay.stop([transfer])
+
+
+LISTEN = """
+import socket, sys
+listener = socket.create_server((sys.argv[1], 0))
+print("port", listener.getsockname()[1], flush=True)
+while True:
+    listener.accept()
+"""
+CONNECT = """
+import socket, sys
+socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()
+"""
+
+
+@pytest.mark.parametrize(("here", "there"), [("a", "b"), ("b", "a")])
+def test_no_direct_connection(here: str, there: str, hosts: None) -> None:
+    """What makes the rest of this file a proof: a listener of the one is no use to the other."""
+    address = netns.CLIENTS[there]
+    listen = [sys.executable, "-c", LISTEN, address]
+    with Child(netns.inside(there, listen)) as listener:
+        port = listener.lines.until(r"^port (\d+)$")[1]
+        connect = [sys.executable, "-c", CONNECT, address, port]
+        with Child(netns.inside("server", connect)) as reachable:
+            reachable.succeed()
+        with Child(netns.inside(here, connect)) as unreachable:
+            unreachable.lines.until("Network is unreachable")
+            assert unreachable.wait() == 1
