@@ -83,6 +83,18 @@ BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
 HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
 HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
+# What accept(2) says of a newcomer that was lost on the way; the listener is well.
+NEWCOMER_LOST = {
+    errno.ECONNABORTED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+    errno.EPROTO,
+}
 
 # What we chose.
 READ_BYTES = 256 * 1024  # one move; also the most that a direction can have queued
@@ -934,10 +946,9 @@ class Server:
                 sock, _address = listener.sock.accept()
             except BlockingIOError:
                 return
-            except ConnectionError:  # it hung up before we came to the door
-                continue
-            except OSError as error:  # no descriptors, no memory: a matter of time
-                self._pause_accepting(reason(error))
+            except OSError as error:
+                if error.errno not in NEWCOMER_LOST:  # no descriptors, no memory: it will pass
+                    self._pause_accepting(reason(error))
             else:
                 self.admit(sock)
 
@@ -972,7 +983,8 @@ class Server:
     def stop(self) -> None:
         """Begin to stop: no newcomers, all ends are sent. `over` tells when it is done."""
         self._stop_listening()
-        for conn in tuple(self.connections):
+        # Of a pair the side that still has to take something is the one that stayed.
+        for conn in sorted(self.connections, key=lambda conn: conn.backlog is not None):
             conn.session.end_received()
         self._flush_until = self.clock() + STOP_FLUSH_SECONDS
 
@@ -1053,6 +1065,7 @@ class Sink(threading.Thread):
         self._stopping = False
         self._dropped = 0  # since it was last told
         self._finished = False
+        self._gone = False  # nobody wants more records
         # The thread's own: whether the last write failed, and what was said about it.
         self._failing = False
         self._complained = False
@@ -1064,9 +1077,9 @@ class Sink(threading.Thread):
     def put(self, record: UsageRecord) -> None:
         """Take a record, or count it as dropped. Never blocks."""
         with self._changed:
-            if self._finished:
+            if self._gone:
                 return
-            if len(self._queue) + len(self._batch) >= self._limit:
+            if self._finished or len(self._queue) + len(self._batch) >= self._limit:
                 self._dropped += 1
                 return
             self._queue.append(record)
@@ -1122,6 +1135,7 @@ class Sink(threading.Thread):
         except SinkGone as error:
             log.warning("%s: %s; no more records go there", self.label, error)
             with self._changed:
+                self._gone = True
                 self._queue.clear()
                 self._batch.clear()
         except Exception:
@@ -1381,6 +1395,7 @@ class UsageDatabase(Sink):
         super().__init__("--usage-db")
         self._path = path
         self._db: sqlite3.Connection | None = None
+        self._file: os.stat_result | None = None  # what was opened
         now = int(time.time())
         try:
             self.write((), Current(now, now, 0, 0, 0))
@@ -1392,33 +1407,48 @@ class UsageDatabase(Sink):
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
         """Write all or nothing."""
         try:
-            if self._db is None:
-                self._db = open_usage_database(self._path)
-            self._db.execute("BEGIN IMMEDIATE")
-            _insert(self._db, "usage", batch)
+            db = self._open()
+            db.execute("BEGIN IMMEDIATE")
+            _insert(db, "usage", batch)
             if current is not None:  # none or several rows become one
-                self._db.execute("DELETE FROM `current`")
-                _insert(self._db, "current", [current])
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._give_up_transaction()
+                db.execute("DELETE FROM `current`")
+                _insert(db, "current", [current])
+            db.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            self._roll_back()
             raise SinkError(str(error)) from None
         return len(batch)
-
-    def _give_up_transaction(self) -> None:
-        """Undo what is half done, and open the file anew: it may have been moved or mended."""
-        if self._db is None:
-            return
-        if self._path == ":memory:":
-            self._db.rollback()
-        else:
-            self._db.close()
-            self._db = None
 
     def close(self) -> None:
         """Close the file."""
         if self._db is not None:
             self._db.close()
+            self._db = None
+
+    def _open(self) -> sqlite3.Connection:
+        """Give the database: anew, if the file of that name is no longer the one we have.
+
+        Somebody may have moved or removed it, which SQLite by itself does not always notice.
+        """
+        if self._file is not None:
+            try:
+                moved = not os.path.samestat(self._file, os.stat(self._path))
+            except FileNotFoundError:
+                moved = True
+            if moved:
+                self.close()
+        if self._db is None:
+            self._db = open_usage_database(self._path)
+            self._file = None if self._path == ":memory:" else os.stat(self._path)
+        return self._db
+
+    def _roll_back(self) -> None:
+        """Undo what is half done. A file is opened anew next time: it may have been mended."""
+        if self._path == ":memory:":
+            assert self._db is not None
+            self._db.rollback()
+        else:
+            self.close()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,338 @@
+"""The reference's scenarios, end to end over sockets: what clients see, and what is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import socket
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from typing import NamedTuple
+
+import pytest
+from helpers import TIMEOUT, Loop, handshake, read_to_end, reset
+
+from transit_relay import UsageRecord, unacknowledged_bytes
+
+STEP_SECONDS = 0.25
+
+PLAIN = handshake("t")
+LEFT = handshake("t", "left")
+RIGHT = handshake("t", "right")
+
+
+class Leave(enum.Enum):
+    """How a client goes: it ends its direction, closes, or resets (a plain close if unix)."""
+
+    HALF = "half-close"
+    CLOSE = "close"
+    RESET = "reset"
+
+
+HALF, CLOSE, RESET = Leave
+
+
+class Scenario(NamedTuple):
+    """Who does what, one after the other, and what comes of it.
+
+    A client arrives when it is first named. Each step takes as long, and waits until the relay
+    has all that was sent. Who is still there at the end leaves (HALF) in the order of arrival.
+    """
+
+    steps: list[tuple[str, bytes | list[bytes] | Leave]]  # a list: pieces, one by one
+    sees: dict[str, bytes]  # every byte that each client gets, before an orderly end
+    records: list[tuple[str, int, int | None]]  # mood, total_bytes, waiting_time in steps
+
+
+# A handshake that nobody answers, or that is none.
+
+ALONE = {
+    "nothing": (b"", b"", "empty"),
+    "half a line": (PLAIN[:-1], b"", "empty"),
+    "1,023 bytes without newline": (b"x" * 1023, b"", "empty"),
+    "1,024 bytes without newline": (b"x" * 1024, b"bad handshake\n", "errory"),
+    "1,024 bytes without newline, in two": (
+        [b"x" * 1000, b"x" * 24],
+        b"bad handshake\n",
+        "errory",
+    ),
+    "1,023 bytes and newline": (b"x" * 1023 + b"\n", b"bad handshake\n", "errory"),
+    "9,999 bytes without newline": (b"x" * 9999, b"bad handshake\n", "errory"),
+    "a line of junk": (b"junk\n", b"bad handshake\n", "errory"),
+    "an empty line": (b"\n", b"bad handshake\n", "errory"),
+    "junk in pieces": ([b"j", b"u", b"nk", b"\n"], b"bad handshake\n", "errory"),
+    "junk twice is told once": ([b"junk\n", b"junk\n"], b"bad handshake\n", "errory"),
+    "junk, then a handshake": ([b"junk\n", PLAIN], b"bad handshake\n", "errory"),
+    "carriage return": (PLAIN[:-1] + b"\r\n", b"bad handshake\n", "errory"),
+    "a short token": (b"please relay 0123\n", b"bad handshake\n", "errory"),
+    "HTTP": (b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n", b"bad handshake\n", "errory"),
+    "a handshake": (PLAIN, b"", "lonely"),
+    "a handshake with side": (LEFT, b"", "lonely"),
+    "a handshake, byte by byte": ([bytes([byte]) for byte in LEFT], b"", "lonely"),
+    "a byte too early": (PLAIN + b"x", b"impatient\n", "impatient"),
+    "a newline too early": (PLAIN + b"\n", b"impatient\n", "impatient"),
+    "a byte too early, later": ([PLAIN, b"x"], b"impatient\n", "impatient"),
+    "impatient twice is told once": ([PLAIN, b"x", b"x"], b"impatient\n", "impatient"),
+    "two handshakes": (PLAIN + PLAIN, b"impatient\n", "impatient"),
+}
+
+
+def alone() -> Iterator[tuple[str, Scenario]]:
+    for name, (sent, reply, mood) in ALONE.items():
+        for leave in Leave:
+            steps = [("a", sent), ("a", leave)]
+            yield f"{name}, {leave.value}", Scenario(steps, {"a": reply}, [(mood, 0, None)])
+
+
+# Two that meet.
+
+MEETINGS = {
+    "no sides": (PLAIN, PLAIN),
+    "two sides": (LEFT, RIGHT),
+    "two sides, other order": (RIGHT, LEFT),
+    "a side and none": (LEFT, PLAIN),
+    "none and a side": (PLAIN, LEFT),
+    "sides in another case": (handshake("t", "left"), handshake("t", "LEFT")),
+    "one byte at a time": ([bytes([byte]) for byte in LEFT], [bytes([byte]) for byte in RIGHT]),
+}
+
+
+def meetings() -> Iterator[tuple[str, Scenario]]:
+    for name, (first, second) in MEETINGS.items():
+        yield (
+            name,
+            Scenario(
+                [("a", first), ("b", second), ("a", b"123"), ("b", b"4567"), ("a", b"89")],
+                {"a": b"ok\n4567", "b": b"ok\n12389"},
+                [("happy", 9, 1)],
+            ),
+        )
+
+
+def ends() -> Iterator[tuple[str, Scenario]]:
+    for who, stays in ("ab", "ba"):
+        for leave in Leave:
+            yield (
+                f"{'first' if who == 'a' else 'second'} leaves, {leave.value}",
+                Scenario(
+                    [("a", LEFT), ("b", RIGHT), (stays, b"123"), (who, b"last"), (who, leave)],
+                    {who: b"ok\n123", stays: b"ok\nlast"},
+                    [("happy", 7, 1)],
+                ),
+            )
+            yield (
+                f"{'first' if who == 'a' else 'second'} leaves, {leave.value}, and is talked to",
+                Scenario(
+                    [("a", LEFT), ("b", RIGHT), (who, leave), (stays, b"hello?")],
+                    {who: b"ok\n", stays: b"ok\n"},
+                    [("happy", 0, 1)],
+                ),
+            )
+
+
+# All else.
+
+MORE = {
+    "early data": Scenario(
+        [("a", LEFT), ("b", RIGHT + b"early")],
+        {"a": b"ok\nearly", "b": b"ok\n"},
+        [("happy", 5, 1)],
+    ),
+    "early data, more than one line can have": Scenario(
+        [("a", LEFT), ("b", RIGHT + b"x" * 5000)],
+        {"a": b"ok\n" + b"x" * 5000, "b": b"ok\n"},
+        [("happy", 5000, 1)],
+    ),
+    "early data that is another handshake": Scenario(
+        [("a", LEFT), ("b", RIGHT + RIGHT)],
+        {"a": b"ok\n" + RIGHT, "b": b"ok\n"},
+        [("happy", len(RIGHT), 1)],
+    ),
+    "every byte there is": Scenario(
+        [("a", LEFT), ("b", RIGHT), ("a", bytes(range(256)))],
+        {"a": b"ok\n", "b": b"ok\n" + bytes(range(256))},
+        [("happy", 256, 1)],
+    ),
+    "accepted first, heard last": Scenario(
+        [("a", b""), ("b", RIGHT), ("a", LEFT), ("b", b"1")],
+        {"a": b"ok\n1", "b": b"ok\n"},
+        [("happy", 1, 1)],
+    ),
+    "tokens in another case": Scenario(
+        [("a", handshake("t")), ("b", handshake("T"))],
+        {"a": b"", "b": b""},
+        [("lonely", 0, None), ("lonely", 0, None)],
+    ),
+    "two pairs at once": Scenario(
+        [
+            ("a", handshake("1")),
+            ("c", handshake("2")),
+            ("b", handshake("1")),
+            ("d", handshake("2")),
+            ("a", b"1"),
+            ("c", b"22"),
+            ("b", b"333"),
+            ("d", b"4444"),
+        ],
+        {"a": b"ok\n333", "b": b"ok\n1", "c": b"ok\n4444", "d": b"ok\n22"},
+        [("happy", 4, 2), ("happy", 6, 2)],
+    ),
+    "the same side waits too": Scenario(
+        [("a", LEFT), ("b", LEFT)],
+        {"a": b"", "b": b""},
+        [("lonely", 0, None), ("lonely", 0, None)],
+    ),
+    "the newest of a side is taken": Scenario(
+        [("a", LEFT), ("b", LEFT), ("c", LEFT), ("d", RIGHT), ("d", b"hi")],
+        {"a": b"", "b": b"", "c": b"ok\nhi", "d": b"ok\n"},
+        [("redundant", 0, None), ("redundant", 0, None), ("happy", 2, 1)],
+    ),
+    "the newest is that of the latest handshake": Scenario(
+        [("a", b""), ("b", LEFT), ("a", LEFT), ("c", RIGHT), ("c", b"hi")],
+        {"a": b"ok\nhi", "b": b"", "c": b"ok\n"},
+        [("redundant", 0, None), ("happy", 2, 3)],
+    ),
+    "the newest of a side is taken by one without": Scenario(
+        [("a", LEFT), ("b", LEFT), ("c", PLAIN), ("c", b"hi")],
+        {"a": b"", "b": b"ok\nhi", "c": b"ok\n"},
+        [("redundant", 0, None), ("happy", 2, 1)],
+    ),
+    "what a redundant one says goes nowhere": Scenario(
+        [("a", LEFT), ("b", LEFT), ("c", RIGHT), ("a", b"me too"), ("b", b"1")],
+        {"a": b"", "b": b"ok\n", "c": b"ok\n1"},
+        [("redundant", 0, None), ("happy", 1, 1)],
+    ),
+    "a third waits": Scenario(
+        [("a", LEFT), ("b", RIGHT), ("c", PLAIN), ("a", b"1")],
+        {"a": b"ok\n", "b": b"ok\n1", "c": b""},
+        [("happy", 1, 1), ("lonely", 0, None)],
+    ),
+    "a third is impatient": Scenario(
+        [("a", LEFT), ("b", RIGHT), ("c", PLAIN), ("c", b"1"), ("a", b"22")],
+        {"a": b"ok\n", "b": b"ok\n22", "c": b"impatient\n"},
+        [("impatient", 0, None), ("happy", 2, 1)],
+    ),
+    "a fourth meets the third": Scenario(
+        [
+            ("a", LEFT),
+            ("b", RIGHT),
+            ("c", LEFT),
+            ("d", RIGHT),
+            ("a", b"1"),
+            ("b", b"22"),
+            ("c", b"333"),
+            ("d", b"4444"),
+        ],
+        {"a": b"ok\n22", "b": b"ok\n1", "c": b"ok\n4444", "d": b"ok\n333"},
+        [("happy", 3, 1), ("happy", 7, 1)],
+    ),
+    "the token of a pair that is gone is free": Scenario(
+        [("a", LEFT), ("b", RIGHT), ("a", CLOSE), ("b", CLOSE), ("c", LEFT), ("d", RIGHT)],
+        {"a": b"ok\n", "b": b"ok\n", "c": b"ok\n", "d": b"ok\n"},
+        [("happy", 0, 1), ("happy", 0, 1)],
+    ),
+    "nobody meets one that has left": Scenario(
+        [("a", LEFT), ("a", CLOSE), ("b", RIGHT)],
+        {"a": b"", "b": b""},
+        [("lonely", 0, None), ("lonely", 0, None)],
+    ),
+    "nobody meets an impatient one": Scenario(
+        [("a", LEFT + b"x"), ("b", RIGHT)],
+        {"a": b"impatient\n", "b": b""},
+        [("impatient", 0, None), ("lonely", 0, None)],
+    ),
+    "the older of a side is met when the newer has left": Scenario(
+        [("a", LEFT), ("b", LEFT), ("b", CLOSE), ("c", RIGHT)],
+        {"a": b"ok\n", "b": b"", "c": b"ok\n"},
+        [("lonely", 0, None), ("happy", 0, 3)],
+    ),
+}
+
+SCENARIOS = {**dict(alone()), **dict(meetings()), **dict(ends()), **MORE}
+KINDS = {"unix": [False], "tcp": [True], "mixed": [True, False]}  # over TCP? in turn
+
+
+def settle(loop: Loop, client: socket.socket) -> None:
+    """Take turns until the relay has taken all that `client` has sent."""
+    deadline = time.monotonic() + TIMEOUT
+    while unacknowledged_bytes(client):
+        loop.pump()
+        assert time.monotonic() < deadline
+    loop.pump()
+
+
+def leave(loop: Loop, client: socket.socket, how: Leave, expected: bytes) -> bytes:
+    """Go, as `how` says, and wait until the relay knows it. Gives all that the client got."""
+    seen = b""
+    if how is not HALF:  # nothing can be read afterwards, and closing must not reset
+        while len(seen) < len(expected) and (part := client.recv(1 << 16)):
+            seen += part
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            seen += client.recv(1 << 16)
+    before = len(loop.server.connections)
+    deadline = time.monotonic() + TIMEOUT
+    {HALF: half_close, CLOSE: socket.socket.close, RESET: reset}[how](client)
+    while len(loop.server.connections) == before:
+        loop.server.run_once(TIMEOUT)
+        assert time.monotonic() < deadline
+    loop.pump()
+    return read_to_end(client) if how is HALF else seen
+
+
+def half_close(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(loop: Loop, name: str, kind: str) -> None:
+    scenario = SCENARIOS[name]
+    kinds = cycle(KINDS[kind])
+    clients: dict[str, socket.socket] = {}
+    seen: dict[str, bytes] = {}
+    for who, what in scenario.steps:
+        loop.advance(STEP_SECONDS)
+        if who not in clients:
+            clients[who] = loop.connect(next(kinds))
+        if isinstance(what, Leave):
+            seen[who] = leave(loop, clients[who], what, scenario.sees[who])
+        else:
+            for piece in [what] if isinstance(what, bytes) else what:
+                clients[who].sendall(piece)
+                settle(loop, clients[who])
+    for who, client in clients.items():
+        if who not in seen:
+            seen[who] = leave(loop, client, HALF, scenario.sees[who])
+    assert seen == scenario.sees
+    assert [
+        (life.mood, life.total_bytes, life.waiting_time and life.waiting_time / STEP_SECONDS)
+        for life in loop.recorder.records
+    ] == scenario.records
+    assert loop.server.connections == set()
+
+
+def test_the_times_of_a_pair(loop: Loop) -> None:
+    first = loop.connect()
+    loop.advance(3)
+    loop.connect().sendall(LEFT)
+    loop.advance(2)
+    first.sendall(RIGHT)
+    loop.advance(5)
+    first.close()
+    loop.pump()
+    loop.advance(4)  # the other is held: this does not count
+    assert loop.recorder.records == [UsageRecord(1_700_000_000.0, 10.0, 3.0, 0, "happy")]
+
+
+def test_the_times_of_one_alone(loop: Loop) -> None:
+    loop.advance(1)
+    client = loop.connect()
+    loop.advance(2)
+    client.sendall(b"junk\n")
+    loop.pump()
+    loop.advance(3)  # held, likewise
+    client.close()
+    loop.pump()
+    assert loop.recorder.records == [UsageRecord(1_700_000_001.0, 2.0, None, 0, "errory")]
