@@ -1009,7 +1009,8 @@ class Server:
             self.recorder.update(self.current())
             self.recorder.stop()
             self._record_until = now + STOP_RECORD_SECONDS
-        self.over = self.recorder.finished or now >= self._record_until
+        if self.recorder.finished or now >= self._record_until:
+            self.over = True
 
     # For the tests.
 
@@ -1635,6 +1636,8 @@ def open_listener(endpoint: Endpoint, passed: PassedSockets) -> Listener:
         return Listener(_adopt(fd, endpoint), endpoint.text)
     except OSError as error:  # socket.gaierror, an unknown interface, is one too
         raise StartupError(f"{endpoint.text}: {reason(error)}") from None
+    except UnicodeError:  # from its way of encoding names
+        raise StartupError(f"{endpoint.text}: the interface is no address and no name") from None
 
 
 def _listen_tcp(endpoint: Endpoint) -> Listener:
@@ -1994,10 +1997,10 @@ def endpoint_argument(text: str) -> Endpoint:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def file_name(text: str) -> str:
-    """An option's value that names a file. Raises ArgumentTypeError."""
+def nonempty(text: str) -> str:
+    """An option's value that names something. Raises ArgumentTypeError."""
     if not text:
-        raise argparse.ArgumentTypeError("the file's name is empty")
+        raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
@@ -2024,7 +2027,7 @@ def make_parser() -> Parser:
     records.add_argument(
         "--usage-db",
         metavar="FILE",
-        type=file_name,
+        type=nonempty,
         help="write a row for each transfer to this SQLite database, made if it is missing;"
         " :memory: keeps it in memory (default: no database)",
     )
@@ -2060,20 +2063,21 @@ def make_parser() -> Parser:
     running.add_argument(
         "--pidfile",
         metavar="FILE",
-        type=file_name,
+        type=nonempty,
         help="keep the process id here, and let no second relay start (default:"
         " transit_relay.pid with --daemonize, else none)",
     )
     running.add_argument(
         "--logfile",
         metavar="FILE",
-        type=file_name,
+        type=nonempty,
         help="write messages here; opened anew when it was moved (default: transit_relay.log"
         " with --daemonize, else stderr, or stdout if --log-fd is 2)",
     )
     running.add_argument(
         "--user",
         metavar="NAME[:GROUP]",
+        type=nonempty,
         help="open everything as root, then run as this user (default: do not change)",
     )
     about = parser.add_argument_group("about")
@@ -2120,9 +2124,10 @@ def serve(options: argparse.Namespace) -> int:
         listeners: list[Listener] = []
         for endpoint in options.port:
             listener = open_listener(endpoint, passed)
-            undo.callback(listener.close)
             if listener.fd in {other.fd for other in listeners}:
+                listener.sock.detach()  # closed once is enough
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
+            undo.callback(listener.close)
             listeners.append(listener)
         if options.user:
             become(options.user, log_file)

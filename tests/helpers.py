@@ -155,6 +155,16 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def receive(sock: socket.socket, size: int) -> bytes:
+    """The next `size` bytes. An end before that is an error."""
+    data = bytearray()
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        assert part, f"the end came after {len(data)} of {size} bytes"
+        data += part
+    return bytes(data)
+
+
 def read_to_end(sock: socket.socket) -> bytes:
     """Everything until the other end's end. A reset is an error."""
     sock.settimeout(TIMEOUT)
@@ -238,7 +248,7 @@ class RelayProcess:
         one, other = self.connect(), self.connect()
         one.sendall(handshake(token, "one"))
         other.sendall(handshake(token, "other"))
-        assert one.recv(3, socket.MSG_WAITALL) == other.recv(3, socket.MSG_WAITALL) == b"ok\n"
+        assert receive(one, 3) == receive(other, 3) == b"ok\n"
         return one, other
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:

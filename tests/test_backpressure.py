@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import TIMEOUT, Loop, RelayProcess
+from helpers import TIMEOUT, Loop, RelayProcess, receive
 
 BOUND_BYTES = 2 * 1024 * 1024  # what one pair may make the relay hold (PROTOCOL.md section 1)
 BLOCK = os.urandom(1 << 16)
@@ -45,7 +45,7 @@ def test_memory_is_bounded_and_every_byte_arrives(
     running = relay()
     one, other = running.pair("warmup")  # what a first pair costs is no part of the question
     one.sendall(BLOCK)
-    assert other.recv(len(BLOCK), socket.MSG_WAITALL) == BLOCK
+    assert receive(other, len(BLOCK)) == BLOCK
     one.close()
     other.close()
     one, other = running.pair()
@@ -100,6 +100,6 @@ def test_a_stalled_pair_does_not_hinder_another(relay: Callable[..., RelayProces
     send_all_it_takes(one, hashlib.sha256())
     good, partner = running.pair("good")
     good.sendall(BLOCK)
-    assert partner.recv(len(BLOCK), socket.MSG_WAITALL) == BLOCK
+    assert receive(partner, len(BLOCK)) == BLOCK
     for sock in (one, other, good, partner):
         sock.close()
