@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import transit_relay
-from transit_relay import Limits, Pipe, Recorder, Server, UsageRecord
+from transit_relay import Connection, Limits, Pipe, Recorder, Server, UsageRecord
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
@@ -111,6 +111,13 @@ class Loop:
         ours.settimeout(TIMEOUT)
         self.server.admit(its)
         return ours
+
+    def connect_both(self, tcp: bool = False) -> tuple[socket.socket, Connection]:
+        """A new client, and the relay's end of it."""
+        before = set(self.server.connections)
+        client = self.connect(tcp)
+        (conn,) = self.server.connections - before
+        return client, conn
 
     def pump(self) -> None:
         """Take turns until nothing is ready any more. Checks the books after each."""

@@ -8,6 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
 
@@ -70,21 +71,12 @@ class QuietRelay(ReachedRelay):
     So clients need not wait for its word: once they are served, it has started.
     """
 
-    def __init__(
-        self,
-        *arguments: str,
-        cwd: Path | None = None,
-        env: dict[str, str] | None = None,
-        pass_fds: Sequence[int] = (),
-        program: Sequence[str] = (sys.executable, str(RELAY)),
-    ) -> None:
+    def __init__(self, *arguments: str, pass_fds: Sequence[int] = (), **others: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.address = listener.getsockname()
             fd = listener.fileno()
             arguments = ("--port", f"fd:{fd}", *arguments)
-            super().__init__(
-                *arguments, cwd=cwd, env=env, pass_fds=[fd, *pass_fds], program=program
-            )
+            super().__init__(*arguments, pass_fds=[fd, *pass_fds], **others)
 
 
 def transfer(relay: RelayProcess, data: bytes = b"some data", token: str = "pair") -> None:
@@ -94,16 +86,6 @@ def transfer(relay: RelayProcess, data: bytes = b"some data", token: str = "pair
         one.sendall(data)
         one.shutdown(socket.SHUT_WR)
         assert read_to_end(other) == data
-
-
-def take(client: socket.socket, count: int) -> bytes:
-    """The next `count` bytes that come."""
-    data = b""
-    while len(data) < count:
-        part = client.recv(count - len(data))
-        assert part, f"only {data!r} came"
-        data += part
-    return data
 
 
 def refused(relay: RelayProcess, line: bytes, answer: bytes) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import RELAY, TIMEOUT, RelayProcess, handshake, read_to_end, reset
+from helpers import RELAY, TIMEOUT, RelayProcess, handshake, read_to_end, receive, reset
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -29,7 +29,6 @@ from processes import (
     query,
     redirected,
     refused,
-    take,
     transfer,
 )
 
@@ -194,7 +193,7 @@ def test_several_ports_are_one_relay(tmp_path: Path) -> None:
         with one, other:
             one.sendall(handshake("meet", "one"))
             other.sendall(handshake("meet", "other"))
-            assert take(one, 3) == take(other, 3) == b"ok\n"
+            assert receive(one, 3) == receive(other, 3) == b"ok\n"
         relay.stop_cleanly()
 
 
@@ -574,8 +573,8 @@ def test_no_token_side_address_or_byte_is_told(tmp_path: Path, logfile: bool) ->
         newer = client(handshake("SecretToken", "SecretOne"))
         refused(relay, handshake("SecretEarly") + b"Secret", b"impatient\n")
         partner = client(handshake("SecretToken", "SecretOther") + b"SecretData")
-        assert take(newer, 13) == b"ok\nSecretData"
-        assert take(partner, 3) == b"ok\n"
+        assert receive(newer, 13) == b"ok\nSecretData"
+        assert receive(partner, 3) == b"ok\n"
         assert read_to_end(displaced) == b""
         relay.stop_cleanly()
     moods = query(tmp_path / "usage.sqlite", "SELECT DISTINCT result FROM usage ORDER BY result")

@@ -32,14 +32,6 @@ def digest(data: bytes) -> str:
     return f"{len(data)} bytes, {sha256(data).hexdigest()}"
 
 
-def connect(loop: Loop, tcp: bool = False) -> tuple[socket.socket, Connection]:
-    """A new client, and the relay's end of it."""
-    before = set(loop.server.connections)
-    client = loop.connect(tcp)
-    (conn,) = loop.server.connections - before
-    return client, conn
-
-
 class Pair:
     """Two clients that have met, and the relay's ends of them. Buffers are small."""
 
@@ -245,11 +237,11 @@ def test_what_was_sent_before_a_reset_is_delivered(loop: Loop, tcp: bool) -> Non
 
 
 def newcomer(loop: Loop) -> Connection:
-    return connect(loop)[1]
+    return loop.connect_both()[1]
 
 
 def waiting(loop: Loop) -> Connection:
-    client, conn = connect(loop)
+    client, conn = loop.connect_both()
     client.sendall(handshake())
     return conn
 
@@ -278,7 +270,7 @@ def both_have_backlogs(loop: Loop) -> Connection:
 
 
 def told_to_go(loop: Loop) -> Connection:
-    client, conn = connect(loop)
+    client, conn = loop.connect_both()
     client.sendall(b"junk\n")
     return conn
 
@@ -377,7 +369,7 @@ def test_dead_means_deaf_and_dumb(loop: Loop) -> None:
 
 
 def test_doomed_twice_is_closed_once(loop: Loop) -> None:
-    client, conn = connect(loop)
+    client, conn = loop.connect_both()
     loop.server.doom(conn)
     loop.server.doom(conn)
     loop.pump()
@@ -391,7 +383,7 @@ def test_doomed_twice_is_closed_once(loop: Loop) -> None:
 
 def held(loop: Loop, tcp: bool = False) -> tuple[socket.socket, Connection]:
     """One who was told to go, has read it, and has not gone."""
-    client, conn = connect(loop, tcp)
+    client, conn = loop.connect_both(tcp)
     client.sendall(b"junk\n")
     loop.pump()
     assert read_to_end(client) == BAD_HANDSHAKE
@@ -412,7 +404,7 @@ def assert_held_for(loop: Loop, conn: Connection, seconds: int) -> None:
 
 @SOCKETS
 def test_held_until_its_end_whatever_it_still_sends(loop: Loop, tcp: bool) -> None:
-    client, conn = connect(loop, tcp)
+    client, conn = loop.connect_both(tcp)
     flood = b"junk\n" + b"x" * (1 << 20)
     assert exchange(loop, {client: flood}, {client: None})[client] == BAD_HANDSHAKE
     assert conn in loop.server.connections
@@ -461,7 +453,7 @@ def test_held_for_a_minute_where_nobody_can_tell(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transit_relay, "unacknowledged_bytes", lambda sock: None)
-    client, conn = connect(loop)
+    client, conn = loop.connect_both()
     client.sendall(b"junk\n")
     loop.pump()
     assert_held_for(loop, conn, 60)

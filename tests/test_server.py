@@ -20,7 +20,6 @@ from transit_relay import (
     OK,
     READ_BYTES,
     WAIT_HANDSHAKE,
-    Connection,
     Current,
     Limits,
     Listener,
@@ -72,14 +71,6 @@ def currents(loop: Loop) -> list[Current]:
     told: list[Current] = []
     loop.recorder.update = told.append  # type: ignore[method-assign]
     return told
-
-
-def connect(loop: Loop) -> tuple[socket.socket, Connection]:
-    """A new client, and the relay's end of it."""
-    before = set(loop.server.connections)
-    client = loop.connect()
-    (conn,) = loop.server.connections - before
-    return client, conn
 
 
 def stuff(loop: Loop, sender: socket.socket) -> None:
@@ -191,7 +182,7 @@ def test_a_number_is_not_used_again_within_a_batch(
     loop: Loop, door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One leaves and another comes in the same batch, which then names the first again."""
-    leaver, old = connect(loop)
+    leaver, old = loop.connect_both()
     loop.pump()
     leaver.close()
     newcomer = door.knock()
@@ -209,7 +200,7 @@ def test_a_number_is_not_used_again_within_a_batch(
 
 
 def test_who_has_the_number_of_a_dead_one_gets_none_of_its_events(loop: Loop) -> None:
-    leaver, old = connect(loop)
+    leaver, old = loop.connect_both()
     client, its = socket.socketpair()
     leaver.close()
     loop.pump()
@@ -237,8 +228,8 @@ def test_both_of_a_pair_leave_in_one_batch(loop: Loop) -> None:
 
 
 def test_the_doomed_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> None:
-    _, newcomer = connect(loop)
-    client, waiter = connect(loop)
+    _, newcomer = loop.connect_both()
+    client, waiter = loop.connect_both()
     client.sendall(handshake())
     loop.pump()
     for conn in (waiter, newcomer):
@@ -528,9 +519,9 @@ class World:
         self.rendezvous = loop.server.rendezvous
         (self.queueing,) = (conn for conn in self.server.connections if conn.backlog)
         self.paired = self.queueing.session
-        client, self.waiter = connect(loop)
+        client, self.waiter = loop.connect_both()
         client.sendall(handshake())
-        self.newcomer = connect(loop)[1]
+        self.newcomer = loop.connect_both()[1]
         loop.pump()
         ((self.token, self.crowd),) = self.rendezvous.waiting.items()
 
