@@ -6,7 +6,8 @@ Two clients that cannot reach each other connect to this relay and present the s
 From then on it passes bytes between them until one leaves. It notes how much it is used and
 knows nothing else about anybody.
 
-The file reads from top to bottom; a section uses only sections above it:
+The file reads from top to bottom; a section uses only sections above it. (The Server is given
+its listeners and its recorder, which are made further down; it only calls them.)
 
     Constants, errors    the numbers, each with its reason; who is to blame
     Records              what is noted of a connection or a pair when it is over
@@ -39,6 +40,7 @@ import contextlib
 import errno
 import fcntl
 import grp
+import io
 import json
 import logging
 import os
@@ -75,15 +77,16 @@ log = logging.getLogger(PROGRAM)
 # reason. What an operator can set is in `Limits`; its defaults are what `--help` prints.
 # ---------------------------------------------------------------------------------------------
 
-# The protocol (PROTOCOL.md section 1).
+# The protocol: magic-wormhole-protocols, transit.md, and the reference relay where it is silent.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
-MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
 OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
-HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
-HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
-# What accept(2) says of a newcomer that was lost on the way; the listener is well.
+MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
+
+# The operating system: 0, 1 and 2, and what accept(2) says of a newcomer that was lost on the
+# way, while the listener is well.
+STANDARD_FDS = 3
 NEWCOMER_LOST = {
     errno.ECONNABORTED,
     errno.ECONNRESET,
@@ -97,22 +100,24 @@ NEWCOMER_LOST = {
 }
 
 # What we chose.
-READ_BYTES = 256 * 1024  # one move; also the most that a direction can have queued
+READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
 ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
 ACCEPT_RETRY_SECONDS = 1  # after EMFILE and its kin; asyncio's ACCEPT_RETRY_DELAY
-HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
 LISTEN_BACKLOG = 1024  # newcomers that the kernel queues for us; it cuts this to somaxconn
-MAX_OPEN_FILES = 1024 * 1024  # some containers have a hard limit of a milliard, which costs
+MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times that; a relay needs no more
+HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
+HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
+HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
 CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
 COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
-GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses at most this
+GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses no more
 RETRY_SECONDS = 1  # a sink that failed is tried again this often
 STALL_SECONDS = 0.5  # no sink waits longer than this for a lock or a reader at one go
 STOP_FLUSH_SECONDS = 2  # a stop gives queued bytes this long
 STOP_RECORD_SECONDS = 10  # ... and then the sinks this long
-STOP_POLL_SECONDS = 0.05  # how often a stop looks whether all is delivered
+STOP_POLL_SECONDS = 0.05  # how often a stop looks whether all is done
 
 
 class Limits(NamedTuple):
@@ -121,7 +126,7 @@ class Limits(NamedTuple):
     handshake_seconds: float = 60  # from accept to a whole handshake
 
 
-class UsageError(Exception):
+class UsageError(argparse.ArgumentTypeError):
     """The command line is wrong: one line on stderr, exit code 2."""
 
 
@@ -142,11 +147,25 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+class Throttle:
+    """Lets a complaint through, and then for a minute no other."""
+
+    def __init__(self) -> None:
+        self._next_at = float("-inf")
+
+    def lets_through(self, now: float) -> bool:
+        """Whether it is time (monotonic seconds) to say it; if so, it is taken as said."""
+        if now < self._next_at:
+            return False
+        self._next_at = now + COMPLAINT_SECONDS
+        return True
+
+
 # ---------------------------------------------------------------------------------------------
 # Records
 #
 # What is noted when a connection without a partner, or a pair, is over, and the numbers of the
-# moment. A record never holds an address, a token or a side (PROTOCOL.md section 3).
+# moment. A record never holds an address, a token or a side (README, Records and privacy).
 # ---------------------------------------------------------------------------------------------
 
 
@@ -227,7 +246,7 @@ class Handshake(NamedTuple):
 
     def matches(self, other: Handshake) -> bool:
         """Whether two clients of one token are each other's partner: not if on the same side."""
-        return self.side is None or other.side is None or self.side != other.side
+        return self.side != other.side or self.side is None
 
 
 def parse_handshake(line: bytes) -> Handshake | None:
@@ -298,7 +317,7 @@ class Session:
             self._end("errory", BAD_HANDSHAKE)
         else:
             self._enter(WAIT_PARTNER)
-            self.rendezvous.join(self, self.handshake)
+            self.rendezvous.join(self)
 
     def bytes_received(self, data: bytes | memoryview) -> None:
         """Something came behind the handshake. It is for the partner, if there is one."""
@@ -383,7 +402,7 @@ class Rendezvous:
     """Who waits under which token, and which pairs are running.
 
     All that wait under one token are on the same side, or it is a single client without a
-    side: any other two would have been matched. So a newcomer joins all of them or none.
+    side: any other two would have been matched. So a newcomer suits all of them or none.
     """
 
     def __init__(
@@ -395,15 +414,18 @@ class Rendezvous:
         self.waiting: dict[bytes, list[Session]] = {}  # by token; the newest is last
         self.paired: set[Session] = set()  # both sides of each pair, until it is recorded
 
-    def join(self, newcomer: Session, handshake: Handshake) -> None:
-        """Match the newcomer with the newest of those that wait for it, or let it wait.
+    def join(self, newcomer: Session) -> None:
+        """Match the newcomer with the newest of those that it suits, or let it wait.
 
         The newest, because an older one may be half dead without our knowing; the others of
         its side become redundant now. (In the reference it is an arbitrary one.)
         """
+        handshake = newcomer.handshake
+        assert handshake is not None
         crowd = self.waiting.setdefault(handshake.token, [])
-        newest = crowd[-1] if crowd else None
-        if newest is None or newest.handshake is None or not handshake.matches(newest.handshake):
+        newest = crowd[-1] if crowd else newcomer
+        assert newest.handshake is not None
+        if newest is newcomer or not handshake.matches(newest.handshake):
             crowd.append(newcomer)
             return
         self.forget(newest)
@@ -510,8 +532,9 @@ class RawFraming:
 # toggles it. So backpressure is one line: a connection is not read while its partner has a
 # backlog, and a backlog is never more than what one read gave.
 #
-# Three things are asked of the Server: `watch` (the interest may have changed), `hold` (the
-# end is sent, now wait for the other side's) and `doom` (close this at the end of the turn).
+# Of the Server it uses the shared buffer, the clock and the Rendezvous, and asks it for three
+# things: `watch` (the interest may have changed), `hold` (the end is sent, now wait for the
+# other side's) and `doom` (close this at the end of the turn).
 #
 # Nothing that was received is lost. A failed write is not the end of a client: what it sent
 # before it went is still in its socket, and is read to the end. After our end is sent we go on
@@ -583,6 +606,8 @@ class Connection:
 
     def on_ready(self, mask: int) -> None:
         """One bounded move. `mask` may be out of date: an earlier event may have changed us."""
+        if self.dead:
+            return
         if mask & EVENT_WRITE and self.backlog is not None:
             self._drain()
         if mask & self.interest() & EVENT_READ:
@@ -593,10 +618,10 @@ class Connection:
         return self.backlog is None and not unacknowledged_bytes(self.sock)
 
     def hold_is_over(self, now: float) -> bool:
-        """Whether a held connection had its time to end by itself (asked once a second).
+        """Whether a held connection had its time to end by itself; the Server asks each second.
 
-        A slow receiver may need long for what is under way to it: the time begins when its
-        kernel has acknowledged all of it.
+        A slow receiver may need long for what is under way to it: the time begins when we
+        first find that its kernel has acknowledged all of it.
         """
         if self._hold_until is None:
             pending = unacknowledged_bytes(self.sock)
@@ -656,8 +681,7 @@ class Connection:
             return
         self._read_ended = True
         self.session.end_received()
-        self._go_on_finishing()
-        self._server.watch(self)
+        self.finish()
 
     def _drain(self) -> None:
         """Send from the backlog. When it is empty, the partner is read again."""
@@ -706,7 +730,8 @@ class Connection:
 def unacknowledged_bytes(sock: socket.socket) -> int | None:
     """How much of what we sent (our end counts as one) the other kernel has not acknowledged.
 
-    None where the system cannot tell. On Linux: tcp(7), SIOCOUTQ; unix(7) has it too.
+    None where the system cannot tell. On Linux: tcp(7) and unix(7), SIOCOUTQ, which is the
+    number of TIOCOUTQ; on a unix socket it is what the other end has not read.
     """
     try:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
@@ -721,8 +746,8 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
 # One select, one dispatch; each ready object gets one bounded move. Time limits are one queue
 # for each kind, oldest first. Closing is deferred: `doom` marks a connection now, `_reap`
 # closes it at the end of the turn, so that no event of the turn meets a closed socket or its
-# reused number. Signal handlers only note the signal; a byte in the wake-up socket, from them
-# or from a sink's thread, ends the select.
+# reused number. Signal handlers only note the signal; Python writes a byte to the wake-up
+# socket, which ends the select.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -741,7 +766,7 @@ class Timeouts:
             self._due.move_to_end(conn)
 
     def cancel(self, conn: Connection) -> None:
-        """`conn` is of no interest any more; nor need it have been."""
+        """Forget `conn`, if it is in the queue."""
         self._due.pop(conn, None)
 
     def next_due(self) -> float:
@@ -778,21 +803,20 @@ class Server:
         self._rebooted = int(wallclock())
         self._selector = selectors.DefaultSelector()
         self._doomed: deque[Connection] = deque()
+        # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
         self._handshaking = Timeouts(limits.handshake_seconds)
         self._holding = Timeouts(HOLD_POLL_SECONDS)
         self._current_at = clock()
         self._signals: deque[int] = deque()
-        # What wakes the select; a full one is as good as one byte.
         self._wakeup, self._waker = socket.socketpair()
         self._wakeup.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._wakeup, EVENT_READ, self._on_wakeup)
-        self.recorder.on_finished(self.wake)
         # Listeners, and whether we may accept at the moment.
         self._listeners = list(listeners)
         self._accepting = False
         self._accept_at = float("inf")
-        self._accept_complaint_at = 0.0
+        self._accept_complaints = Throttle()
         self._start_accepting()
         # A stop has two phases, each with its last moment: bytes, then records.
         self._flush_until: float | None = None
@@ -825,11 +849,6 @@ class Server:
         self._run_timers(self.clock())
         self._reap()
 
-    def wake(self) -> None:
-        """End the select, from any thread."""
-        with contextlib.suppress(OSError):  # full, or the loop is gone
-            self._waker.send(b"\0")
-
     def close(self) -> None:
         """Let go of everything, at once."""
         self._stop_listening()
@@ -859,13 +878,13 @@ class Server:
             if conn.session.state is WAIT_HANDSHAKE:
                 conn.session.end_received()
         for conn in self._holding.take_expired(now):
-            self._hold_on(conn, now)
+            self.hold(conn)
         if now >= self._accept_at:
             self._start_accepting()
         if now >= self._current_at:
             self._current_at = now + CURRENT_SECONDS
             self.recorder.update(self.current())
-            self.recorder.complain(now)
+            self.recorder.report_dropped(now)
         if self._flush_until is not None:
             self._go_on_stopping(now)
 
@@ -896,20 +915,18 @@ class Server:
         conn.mask = mask
 
     def hold(self, conn: Connection) -> None:
-        """The end is sent: close `conn` when its peer has had time to take it in."""
-        self._hold_on(conn, self.clock())
+        """The end is sent: close `conn` if its peer has had time to take it in, else ask again."""
+        now = self.clock()
+        if conn.hold_is_over(now):
+            self.doom(conn)
+        else:
+            self._holding.start(conn, now)
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn. Whoever is doomed hears nothing more."""
         if not conn.dead:
             conn.dead = True
             self._doomed.append(conn)
-
-    def _hold_on(self, conn: Connection, now: float) -> None:
-        if conn.hold_is_over(now):
-            self.doom(conn)
-        else:
-            self._holding.start(conn, now)
 
     def _reap(self) -> None:
         """Close the doomed. To take leave may doom others, so until there are none."""
@@ -938,7 +955,7 @@ class Server:
         return conn
 
     def _accept(self, listener: Listener, _mask: int) -> None:
-        """Take in some of those that knock. The rest is there in the next turn too."""
+        """Take in some of the newcomers that wait. The rest is there in the next turn too."""
         for _ in range(ACCEPTS_PER_WAKEUP):
             if not self._accepting:
                 return
@@ -965,8 +982,7 @@ class Server:
         self._accept_at = now + ACCEPT_RETRY_SECONDS
         for listener in self._listeners:
             self._selector.unregister(listener.fd)
-        if now >= self._accept_complaint_at:
-            self._accept_complaint_at = now + COMPLAINT_SECONDS
+        if self._accept_complaints.lets_through(now):
             log.warning("newcomers have to wait: %s", why)
 
     def _stop_listening(self) -> None:
@@ -1064,14 +1080,13 @@ class Sink(threading.Thread):
         self._batch: list[UsageRecord] = []  # taken from the queue, not yet written
         self._current: Current | None = None  # to be written with the next batch
         self._stopping = False
-        self._dropped = 0  # since it was last told
+        self._dropped = 0
         self._finished = False
         self._gone = False  # nobody wants more records
         # The thread's own: whether the last write failed, and what was said about it.
         self._failing = False
         self._complained = False
-        self._complain_at = 0.0
-        self.on_finished: Callable[[], None] = lambda: None
+        self._complaints = Throttle()
 
     # The loop's side.
 
@@ -1099,29 +1114,31 @@ class Sink(threading.Thread):
             self._stopping = True
             self._changed.notify()
 
-    def take_dropped(self) -> int:
-        """How many records were dropped since this was last asked."""
-        with self._changed:
-            dropped, self._dropped = self._dropped, 0
-            return dropped
-
     @property
     def finished(self) -> bool:
         """Whether the thread has nothing left to do."""
         with self._changed:
             return self._finished
 
+    @property
     def unwritten(self) -> int:
-        """How many records have not reached their place."""
+        """How many records wait."""
         with self._changed:
             return len(self._queue) + len(self._batch)
+
+    @property
+    def dropped(self) -> int:
+        """How many records there was no room for, since the start."""
+        with self._changed:
+            return self._dropped
 
     # The thread's side.
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write records from the front of `batch`: give how many. Fewer: call again with the rest.
+        """Write records from the front of `batch`, and `current` where there is a place for it.
 
-        Raises SinkError (try again later) or SinkGone (never again).
+        Gives how many are written; the next batch begins with the first that is not. Raises
+        SinkError (try again later, with the same) or SinkGone (never again).
         """
         raise NotImplementedError
 
@@ -1131,8 +1148,11 @@ class Sink(threading.Thread):
     def run(self) -> None:
         """Gather, write, and again; until told to stop and nothing is left."""
         try:
-            while self._gather():
-                self._write_some()
+            try:
+                while self._gather():
+                    self._write_some()
+            finally:
+                self.close()
         except SinkGone as error:
             log.warning("%s: %s; no more records go there", self.label, error)
             with self._changed:
@@ -1141,21 +1161,18 @@ class Sink(threading.Thread):
                 self._batch.clear()
         except Exception:
             log.exception("%s: a mistake of ours; no more records go there", self.label)
-        self.close()
         with self._changed:
             self._finished = True
-        self.on_finished()
 
     def _gather(self) -> bool:
         """Wait until there is something to write, and take it. False: nothing ever will be."""
         with self._changed:
             self._changed.wait_for(self._has_work)
-            pause = RETRY_SECONDS if self._failing else self.gather_seconds
-            if self._failing and self._stopping:
-                pause = STOP_POLL_SECONDS  # time is short
-                self._changed.wait(pause)
-            elif pause:
+            if not self._stopping:
+                pause = RETRY_SECONDS if self._failing else self.gather_seconds
                 self._changed.wait_for(lambda: self._stopping, pause)
+            elif self._failing:
+                self._changed.wait(STOP_POLL_SECONDS)  # time is short
             while self._queue and len(self._batch) < BATCH_RECORDS:
                 self._batch.append(self._queue.popleft())
             return bool(self._batch or self._current)
@@ -1170,7 +1187,7 @@ class Sink(threading.Thread):
         try:
             written = self.write(self._batch, current)
         except SinkError as error:
-            self._complain(str(error))
+            self._report_failure(str(error))
             return
         with self._changed:
             del self._batch[:written]
@@ -1181,14 +1198,12 @@ class Sink(threading.Thread):
             self._complained = False
             log.info("%s: works again", self.label)
 
-    def _complain(self, what: str) -> None:
+    def _report_failure(self, what: str) -> None:
         """Say that records wait; at most once a minute, while it is tried each second."""
         self._failing = True
-        now = time.monotonic()
-        if now >= self._complain_at:
+        if self._complaints.lets_through(time.monotonic()):
             self._complained = True
-            self._complain_at = now + COMPLAINT_SECONDS
-            log.warning("%s: %s; %d records wait", self.label, what, self.unwritten())
+            log.warning("%s: %s; %d records wait", self.label, what, self.unwritten)
 
 
 class Recorder:
@@ -1198,15 +1213,10 @@ class Recorder:
         """Starts the sinks' threads. `blur_seconds`: 0 tells all as it was."""
         self._sinks = sinks
         self._blur_seconds = blur_seconds
-        self._complain_at = 0.0
-        self._dropped = 0  # and not yet said
+        self._complaints = Throttle()
+        self._reported = 0  # how many of the dropped have been spoken of
         for sink in sinks:
             sink.start()
-
-    def on_finished(self, call: Callable[[], None]) -> None:
-        """`call` is called, in some thread, each time that a sink has ended."""
-        for sink in self._sinks:
-            sink.on_finished = call
 
     def record(self, record: UsageRecord) -> None:
         """Take a record to all sinks, blurred if that is wanted."""
@@ -1220,13 +1230,12 @@ class Recorder:
         for sink in self._sinks:
             sink.put_current(current)
 
-    def complain(self, now: float) -> None:
+    def report_dropped(self, now: float) -> None:
         """Say, once a minute, how many records there was no room for."""
-        self._dropped += sum(sink.take_dropped() for sink in self._sinks)
-        if self._dropped and now >= self._complain_at:
-            log.warning("%d usage records were dropped: too many wait already", self._dropped)
-            self._dropped = 0
-            self._complain_at = now + COMPLAINT_SECONDS
+        dropped = sum(sink.dropped for sink in self._sinks)
+        if dropped > self._reported and self._complaints.lets_through(now):
+            log.warning("%d usage records dropped: too many wait", dropped - self._reported)
+            self._reported = dropped
 
     def stop(self) -> None:
         """Let the sinks write what they have, then end."""
@@ -1238,18 +1247,22 @@ class Recorder:
         """Whether all sinks have ended."""
         return all(sink.finished for sink in self._sinks)
 
+    def join(self, seconds: float) -> None:
+        """Wait for the sinks to end, but no longer than this. For when no loop is left to wait."""
+        deadline = time.monotonic() + seconds
+        for sink in self._sinks:
+            sink.join(max(0.0, deadline - time.monotonic()))
+
     def lost(self) -> int:
-        """How many records are unwritten, or dropped and not yet said (each sink counts)."""
-        unwritten = sum(sink.unwritten() + sink.take_dropped() for sink in self._sinks)
-        return unwritten + self._dropped
+        """How many records are unwritten or were dropped, since the start (each sink counts)."""
+        return sum(sink.unwritten + sink.dropped for sink in self._sinks)
 
 
 # ---------------------------------------------------------------------------------------------
 # Sinks
 #
-# The two places where records go, as PROTOCOL.md section 3 wants them: JSON lines that a
-# reader may stop reading, and a database that another program may have locked, moved or
-# filled the disk under.
+# The two places where records go: JSON lines, whose reader may stop reading, and a database
+# that somebody may lock, move away, or fill the disk under.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1372,7 +1385,7 @@ def _check_schema(db: sqlite3.Connection) -> None:
         missing = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info(`{table}`)")}
         if missing:
             raise sqlite3.DatabaseError(
-                f"no usage database: table {table} lacks {', '.join(sorted(missing))}"
+                f"not a usage database: table {table} lacks {', '.join(sorted(missing))}"
             )
     versions = [row[0] for row in db.execute("SELECT `version` FROM `version`")]
     if versions != [USAGE_VERSION]:
@@ -1403,7 +1416,7 @@ class UsageDatabase(Sink):
         except SinkError as error:
             if not PASSING_TROUBLE.search(str(error)):
                 raise StartupError(f"--usage-db {path}: {error}") from None
-            self._complain(str(error))
+            self._report_failure(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
         """Write all or nothing."""
@@ -1506,8 +1519,12 @@ class PassedSockets(NamedTuple):
             return cls()
         return cls(int(count), tuple(names.split(":")) if names else ())
 
-    def find(self, endpoint: Endpoint) -> int:
-        """Give the descriptor that a `systemd:` endpoint means. Raises StartupError."""
+    def find(self, endpoint: Endpoint) -> int | None:
+        """Which descriptor an endpoint means; None if it is to be opened. Raises StartupError."""
+        if endpoint.kind == "fd":
+            return endpoint.fileno
+        if endpoint.kind != "systemd":
+            return None
         if endpoint.position is not None:
             if endpoint.position >= self.total:
                 raise StartupError(f"{endpoint.text}: {self.total} sockets were passed to us")
@@ -1520,21 +1537,21 @@ class PassedSockets(NamedTuple):
 
 def parse_endpoint(text: str) -> Endpoint:
     """Understand an endpoint as an operator writes it. Raises UsageError."""
-    (_, kind), *fields = _split_fields(text)
-    if kind not in ENDPOINT_FIELDS or not fields:
+    (label, kind), *fields = _split_fields(text)
+    if label or kind not in ENDPOINT_FIELDS or not fields:
         kinds = ", ".join(ENDPOINT_FIELDS)
-        raise UsageError(f"{text!r} is no endpoint: write KIND:..., where KIND is one of {kinds}")
+        raise UsageError(f"{text!r}: not an endpoint, write KIND:... (KIND: one of {kinds})")
     names = ENDPOINT_FIELDS[kind]
+    unnamed = iter(names)
     given: dict[str, str] = {}
-    for position, (name, value) in enumerate(fields):
+    for name, value in fields:
+        name = name or next(unnamed, "")
         if not name:
-            if position >= len(names):
-                raise UsageError(f"{text}: too many fields")
-            name = names[position]
+            raise UsageError(f"{text}: too many fields")
         if name not in names:
             raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(names)}")
         if name in given:
-            raise UsageError(f"{text}: {name} is given twice")
+            raise UsageError(f"{text}: {name} is given twice (a colon in a value is \\:)")
         given[name] = value
 
     def number(name: str, highest: int, base: int = 10) -> int:
@@ -1595,8 +1612,8 @@ class Listener:
         """`path`: the unix socket that we made, and remove when we close."""
         sock.setblocking(False)
         # Accepted sockets inherit these from the listening one. Keepalive: as the reference.
-        # Nodelay: whoever waits for a few bytes must not wait for more. Oobinline: urgent
-        # bytes are bytes too, and have to stay in their place.
+        # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses
+        # it, so it is the last. Oobinline: urgent bytes are bytes too, and stay in their place.
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -1620,20 +1637,37 @@ class Listener:
 
 
 def _identity(path: str) -> tuple[int, int, int]:
-    """Which file this is. Inode numbers are soon used again, so its birthday belongs to it."""
+    """Which file this is. Inode numbers are soon used again, so its time is looked at too."""
     found = os.lstat(path)
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def open_listener(endpoint: Endpoint, passed: PassedSockets) -> Listener:
-    """Open an endpoint, or take over the socket that it names. Raises StartupError."""
+def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
+    """Open all endpoints, or none. Raises StartupError.
+
+    Those that are open already come first: of the others one could get the number of a
+    descriptor that is missing.
+    """
+    listeners: list[Listener] = []
     try:
-        if endpoint.kind == "tcp":
-            return _listen_tcp(endpoint)
-        if endpoint.kind == "unix":
-            return _listen_unix(endpoint)
-        fd = endpoint.fileno if endpoint.kind == "fd" else passed.find(endpoint)
-        return Listener(_adopt(fd, endpoint), endpoint.text)
+        for endpoint in sorted(endpoints, key=lambda one: passed.find(one) is None):
+            fd = passed.find(endpoint)
+            if fd is not None and fd in {listener.fd for listener in listeners}:
+                raise StartupError(f"{endpoint.text}: this socket is given twice")
+            listeners.append(open_listener(endpoint, fd))
+    except StartupError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def open_listener(endpoint: Endpoint, fd: int | None) -> Listener:
+    """Open an endpoint, or take over `fd` if it is open already. Raises StartupError."""
+    try:
+        if fd is not None:
+            return Listener(_adopt(fd, endpoint), endpoint.text)
+        return _listen_unix(endpoint) if endpoint.kind == "unix" else _listen_tcp(endpoint)
     except OSError as error:  # socket.gaierror, an unknown interface, is one too
         raise StartupError(f"{endpoint.text}: {reason(error)}") from None
     except UnicodeError:  # from its way of encoding names
@@ -1698,7 +1732,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 def _remove_dead_socket(endpoint: Endpoint) -> None:
     """Make way if a relay that died left its socket behind. Raises StartupError if not so."""
     if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
-        raise StartupError(f"{endpoint.text}: the file exists and is no socket")
+        raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -1718,7 +1752,7 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if sock.type != socket.SOCK_STREAM or not listens:
         sock.detach()
-        raise StartupError(f"{endpoint.text}: descriptor {fd} is no listening stream socket")
+        raise StartupError(f"{endpoint.text}: descriptor {fd} is not a listening stream socket")
     return sock
 
 
@@ -1789,6 +1823,23 @@ class PidFile:
 class LogFile(logging.FileHandler):
     """Appends to a file, which is opened anew when somebody (logrotate) has moved it."""
 
+    is_ours = False  # whether we made it: else it is not ours to give to `--user`
+
+    def _open(self) -> io.TextIOWrapper:
+        """Open the file, and note whether there was none: a link may lead anywhere."""
+
+        def make(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_EXCL, 0o666)
+
+        try:
+            self.is_ours = True
+            return open(
+                self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=make
+            )
+        except FileExistsError:
+            self.is_ours = False
+            return super()._open()
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line; to the old file, if there is no way to a new one."""
         try:
@@ -1806,7 +1857,7 @@ class LogFile(logging.FileHandler):
 
 
 class LineFormatter(logging.Formatter):
-    """One line a message; what is more than information says so."""
+    """One line a message; warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Give the text of `record`, with its level in front if that is above INFO."""
@@ -1816,9 +1867,9 @@ class LineFormatter(logging.Formatter):
 
 
 def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
-    """Send messages to the file at `path` alone, which is given, or else to stderr or stdout.
+    """Send messages to the file at `path`, or without one to stderr (or stdout).
 
-    Raises StartupError.
+    Gives the file, for whoever has to know whose it is. Raises StartupError.
     """
     logging.raiseExceptions = False  # a dead stderr or a full disk is no reason to stop
     log.setLevel(logging.INFO)
@@ -1855,7 +1906,7 @@ def daemonize() -> Callable[[], None]:
 
     def detach() -> None:
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(FIRST_PASSED_FD):
+        for fd in range(STANDARD_FDS):
             os.dup2(null, fd)
         os.close(null)
         with contextlib.suppress(BrokenPipeError):
@@ -1869,7 +1920,7 @@ def occupy_standard_descriptors() -> None:
     """Where 0, 1 or 2 is closed, put /dev/null: else a socket would get the messages for it."""
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
-        if fd >= FIRST_PASSED_FD:
+        if fd >= STANDARD_FDS:
             os.close(fd)
             return
 
@@ -1881,7 +1932,7 @@ def duplicate_log_descriptor(fd: int) -> int:
     """
     try:
         writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_PASSED_FD)
+        ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     except OSError as error:
         raise StartupError(f"--log-fd={fd}: {reason(error)}") from None
     if not writable:
@@ -1889,18 +1940,20 @@ def duplicate_log_descriptor(fd: int) -> int:
     return ours
 
 
-def raise_open_files_limit() -> None:
-    """Allow ourselves as many descriptors as the system lets us have: one for each client."""
+def raise_open_files_limit() -> str:
+    """Allow ourselves as many descriptors as the system does, one for each client.
+
+    Gives what there is to say about it: nothing if nothing changes.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft == resource.RLIM_INFINITY or soft >= most:
-        return
+        return ""
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     except (OSError, ValueError) as error:
-        log.info("RLIMIT_NOFILE stays at %d open files: %s", soft, error)
-    else:
-        log.info("RLIMIT_NOFILE raised from %d to %d open files", soft, most)
+        return f"RLIMIT_NOFILE stays at {soft} open files: {error}"
+    return f"RLIMIT_NOFILE raised from {soft} to {most} open files"
 
 
 def find_user(text: str) -> tuple[str, int, int]:
@@ -1920,13 +1973,13 @@ def find_user(text: str) -> tuple[str, int, int]:
 def become(text: str, log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
-    The log file goes along: it has to be opened again when it was rotated.
+    A log file that we made goes along: it has to be opened again when it was rotated.
     """
     name, uid, gid = find_user(text)
     if (os.geteuid(), os.getegid()) == (uid, gid):
         return
     try:
-        if log_file is not None:
+        if log_file is not None and log_file.is_ours:
             os.fchown(log_file.stream.fileno(), uid, gid)
         os.initgroups(name, gid)
         os.setgid(gid)
@@ -1943,7 +1996,7 @@ def become(text: str, log_file: LogFile | None) -> None:
 # because nothing forks behind them. A start that fails undoes what it did, in reverse.
 # ---------------------------------------------------------------------------------------------
 
-ENDPOINT_HELP = """\
+EPILOG = """\
 endpoints:
   tcp:4001                          IPv4 and IPv6, all interfaces
   tcp:4001:interface=127.0.0.1      one address; IPv6: interface=\\:\\:1
@@ -1972,35 +2025,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """An option's value that counts something. Raises ArgumentTypeError."""
+    """An option's value that counts something. Raises UsageError."""
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2147483647")
+        raise UsageError(f"{text!r} is not a whole number from 0 to 2147483647")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """An option's value that is a time. Raises ArgumentTypeError."""
+    """An option's value that is a time. Raises UsageError."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 on")
+        raise UsageError(f"{text!r} is not a number of seconds from 0 on")
     return value
 
 
-def endpoint_argument(text: str) -> Endpoint:
-    """An option's value that is an endpoint. Raises ArgumentTypeError."""
-    try:
-        return parse_endpoint(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def nonempty(text: str) -> str:
-    """An option's value that names something. Raises ArgumentTypeError."""
+    """An option's value that names something. Raises UsageError."""
     if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
+        raise UsageError("the name is empty")
     return text
 
 
@@ -2010,7 +2055,7 @@ def make_parser() -> Parser:
         prog=PROGRAM,
         usage="%(prog)s [--port ENDPOINT] [OPTIONS]",
         description="The relay server of Magic Wormhole, where clients behind NAT meet.",
-        epilog=ENDPOINT_HELP,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -2019,7 +2064,7 @@ def make_parser() -> Parser:
     listening.add_argument(
         "--port",
         metavar="ENDPOINT",
-        type=endpoint_argument,
+        type=parse_endpoint,
         action="append",
         help="take clients here; may be given several times (default: tcp:4001)",
     )
@@ -2096,15 +2141,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def announce(options: argparse.Namespace, listeners: Sequence[Listener]) -> None:
+def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: str) -> None:
     """Say how we run: all of it now, so that a start that fails says nothing but why."""
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:
         log.info("not blurring access times")
-    raise_open_files_limit()
+    if limit:
+        log.info(limit)
     if os.geteuid() == 0 and not options.user:
-        log.info("running as root; --user NAME would make it somebody else")
+        log.info("running as root; consider --user NAME")
     log.info("Transit starting on %s", ", ".join(listener.label for listener in listeners))
 
 
@@ -2121,14 +2167,9 @@ def serve(options: argparse.Namespace) -> int:
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
-        listeners: list[Listener] = []
-        for endpoint in options.port:
-            listener = open_listener(endpoint, passed)
-            if listener.fd in {other.fd for other in listeners}:
-                listener.sock.detach()  # closed once is enough
-                raise StartupError(f"{endpoint.text}: this socket is given twice")
+        listeners = open_listeners(options.port, passed)
+        for listener in listeners:
             undo.callback(listener.close)
-            listeners.append(listener)
         if options.user:
             become(options.user, log_file)
         sinks: list[Sink] = []
@@ -2136,26 +2177,30 @@ def serve(options: argparse.Namespace) -> int:
             sinks.append(UsageDatabase(options.usage_db))
         if log_fd is not None:
             sinks.append(JsonLines(log_fd))
+        limit = raise_open_files_limit()
         recorder = Recorder(sinks, options.blur_usage)
         server = Server(listeners, recorder, Limits(options.handshake_timeout))
-        undo.callback(server.close)
 
         def ready() -> None:
-            announce(options, listeners)
+            announce(options, listeners, limit)
             detach()
 
+        crashed = False
         try:
             server.run(ready)
         except Exception:
             log.exception("a mistake of ours; please report it")
-            return 1
+            crashed = True
         server.close()
+        if crashed:  # what is known by now is written all the same
+            recorder.stop()
+            recorder.join(STOP_RECORD_SECONDS)
         lost = recorder.lost()
         if lost:
-            log.error("stopped; %d usage records could not be written", lost)
-            return 1
-        log.info("stopped")
-        return 0
+            log.error("stopped; usage records lost: %d", lost)
+        else:
+            log.info("stopped")
+        return 1 if lost or crashed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import TIMEOUT, Loop, RelayProcess, receive
 
-BOUND_BYTES = 2 * 1024 * 1024  # what one pair may make the relay hold (PROTOCOL.md section 1)
+BOUND_BYTES = 2 * 1024 * 1024  # what one pair may make the relay hold
 BLOCK = os.urandom(1 << 16)
 
 

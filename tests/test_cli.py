@@ -254,6 +254,12 @@ def test_one_socket_given_twice_is_refused(second: str) -> None:
     assert only_line(relay) == f"transit-relay: {second}: this socket is given twice"
 
 
+def test_a_missing_descriptor_is_not_mistaken_for_a_socket_of_ours() -> None:
+    """Our own listener would get the lowest free number, if it were opened first."""
+    said = failed_start(*LOCAL, "--port", "fd:3")
+    assert said == "transit-relay: fd:3: Bad file descriptor"
+
+
 def test_busy_port_is_code_1_and_one_line(tmp_path: Path) -> None:
     """What was opened before it is undone."""
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -456,8 +462,22 @@ def test_records_lost_at_a_stop_are_counted(relay: Start, tmp_path: Path) -> Non
             transfer(running)
         assert running.stop() == 1
     said = running.stderr.decode().splitlines()
-    assert said[-1] == "error: stopped; 3 usage records could not be written"
+    assert said[-1] == "error: stopped; usage records lost: 3"
     assert query(database, "SELECT count(*) FROM usage") == [(0,)]
+
+
+def test_after_a_mistake_of_ours_records_are_written_all_the_same(tmp_path: Path) -> None:
+    """The program falls over the first handshake: it knows no pattern for one."""
+    database = tmp_path / "usage.sqlite"
+    options = (*LOCAL, "--usage-db", str(database))
+    with RelayProcess(*options, program=patched(HANDSHAKE=None)) as running:
+        running.started()
+        with running.connect(), running.connect() as fatal:
+            fatal.sendall(b"\n")
+            assert running.wait() == 1
+    assert b"error: a mistake of ours; please report it\nTraceback" in running.stderr
+    assert running.stderr.endswith(b"\nstopped\n")
+    assert query(database, "SELECT result FROM usage") == [("empty",)] * 2
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -470,7 +490,7 @@ def test_second_signal_ends_at_once(relay: Start, tmp_path: Path, second: signal
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("^SIGTERM: stopping$")
         assert running.stop(second) == 1
-    assert b"error: stopped; 1 usage records could not be written\n" in running.stderr
+    assert b"error: stopped; usage records lost: 1\n" in running.stderr
 
 
 # Limits.

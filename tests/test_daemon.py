@@ -402,6 +402,16 @@ def test_logfile_that_user_cannot_make_again_goes_on_in_the_old_one(
     assert (public / "old.log").read_text().endswith(" stopped\n")
 
 
+@as_root
+def test_a_logfile_that_was_there_is_not_given_away(daemon: Start, public: Path) -> None:
+    """It may be a link, by which the user would get what it must not have."""
+    secret = public / "secret"
+    secret.touch(0o600)
+    (public / "transit_relay.log").symlink_to(secret)
+    daemon("--user", "nobody", folder=public)
+    assert secret.stat().st_uid == 0
+
+
 @pytest.mark.parametrize(
     ("user", "why"),
     [

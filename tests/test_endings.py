@@ -1,4 +1,4 @@
-"""Nothing that was received is lost when somebody leaves (PROTOCOL.md, The end of a pair)."""
+"""Nothing that was received is lost when somebody leaves (README, Differences)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from transit_relay import (
     PassedSockets,
     StartupError,
     UsageError,
-    open_listener,
+    open_listeners,
     parse_endpoint,
 )
 
@@ -51,7 +51,7 @@ def listen() -> Iterator[Listen]:
     with contextlib.ExitStack() as opened:
 
         def start(text: str, passed: PassedSockets | None = None) -> Listener:
-            listener = open_listener(parse_endpoint(text), passed or PassedSockets())
+            (listener,) = open_listeners([parse_endpoint(text)], passed or PassedSockets())
             opened.callback(listener.close)
             return listener
 
@@ -103,6 +103,8 @@ GOOD = {
     "unix:/run/x.sock:lockfile=1": {"path": "/run/x.sock"},
     r"unix:a\:b\=c\\d": {"path": r"a:b=c\d"},
     "unix:address=a=b": {"path": "a=b"},
+    # Only fields without a name count for the order.
+    "tcp:interface=127.0.0.1:4001": {"port": 4001, "interface": "127.0.0.1"},
     "systemd:index=0": {"kind": "systemd", "position": 0, "name": None},
     "systemd:index=12": {"position": 12},
     "systemd:name=relay.socket": {"position": None, "name": "relay.socket"},
@@ -129,13 +131,13 @@ def test_defaults() -> None:
 
 
 BAD = {
-    "": "no endpoint",
-    "4001": "no endpoint",
-    "tcp": "no endpoint",
-    ":4001": "no endpoint",
-    "udp:4001": "no endpoint: write KIND:..., where KIND is one of tcp, unix, systemd, fd",
-    "TCP:4001": "no endpoint",
-    "ssl:443": "no endpoint",
+    "": "not an endpoint",
+    "4001": "not an endpoint",
+    "tcp": "not an endpoint",
+    ":4001": "not an endpoint",
+    "udp:4001": "not an endpoint, write KIND:... (KIND: one of tcp, unix, systemd, fd)",
+    "TCP:4001": "not an endpoint",
+    "ssl:443": "not an endpoint",
     "tcp:": "port must be a number from 0 to 65535",
     "tcp:http": "port must be a number from 0 to 65535",
     "tcp:65536": "port must be a number from 0 to 65535",
@@ -152,7 +154,8 @@ BAD = {
     "tcp:4001:port=4002": "port is given twice",
     "tcp:4001:interface=a:interface=b": "interface is given twice",
     "tcp:4001:a:50:b": "too many fields",
-    "tcp:4001:interface=::": "too many fields",  # the colons are not escaped
+    "tcp:4001:interface=::": "given twice (a colon in a value is \\:)",
+    "foo=tcp:4001": "not an endpoint",
     "unix:": "the path is missing",
     "unix:mode=660": "the path is missing",
     "unix:/run/x.sock:mode=rw": "mode must be a number from 0 to 777",
@@ -457,7 +460,7 @@ def test_what_is_no_socket_is_refused_and_untouched(
     before = path.lstat()
     with pytest.raises(StartupError) as caught:
         listen("unix:x.sock")
-    assert str(caught.value) == "unix:x.sock: the file exists and is no socket"
+    assert str(caught.value) == "unix:x.sock: the file exists and is not a socket"
     assert path.lstat() == before
 
 
@@ -611,6 +614,6 @@ def test_descriptor_that_is_no_listening_socket(listen: Listen, kind: str) -> No
         why = {
             "file": "Socket operation on non-socket",
             "closed": "Bad file descriptor",
-        }.get(kind, f"descriptor {number} is no listening stream socket")
+        }.get(kind, f"descriptor {number} is not a listening stream socket")
         said = str(caught.value)
         assert said == f"fd:{number}: {why}"

@@ -1,4 +1,4 @@
-"""Which first lines are handshakes, and what they say (PROTOCOL.md section 1)."""
+"""Which first lines are handshakes, and what they say."""
 
 from __future__ import annotations
 

@@ -497,15 +497,6 @@ def test_a_hang_up_signal_is_ignored(loop: Loop, run: Callable[..., list[int]]) 
     assert run(signal.SIGHUP, signal.SIGTERM) == []
 
 
-def test_wake_ends_the_select_once(loop: Loop) -> None:
-    loop.pump()
-    loop.server.wake()
-    loop.server.wake()
-    assert loop.server._selector.select(0)
-    loop.server.run_once(0)
-    assert loop.server._selector.select(0) == []
-
-
 # The self-check must be able to fail.
 
 

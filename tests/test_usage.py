@@ -119,7 +119,7 @@ def end(*sinks: Sink) -> None:
     for sink in sinks:
         sink.stop()
         sink.join(TIMEOUT)
-        assert sink.finished, f"{sink.label} does not end, {sink.unwritten()} records wait"
+        assert sink.finished, f"{sink.label} does not end, {sink.unwritten} records wait"
 
 
 def numbered(count: int, first: int = 0) -> list[UsageRecord]:
@@ -226,9 +226,9 @@ def test_the_queue_is_bounded_and_counts_what_it_drops(
     recorder = start(gated)
     for record in numbered(103):
         recorder.record(record)
-    assert gated.unwritten() == 100
-    recorder.complain(1_000.0)
-    assert "warning: 3 usage records were dropped: too many wait already" in messages.said
+    assert gated.unwritten == 100
+    recorder.report_dropped(1_000.0)
+    assert "warning: 3 usage records dropped: too many wait" in messages.said
     gated.gate.set()
     end(gated)
     assert gated.written == numbered(100)
@@ -243,7 +243,7 @@ def test_records_that_are_being_tried_count_for_the_bound(
     gated.wait_for_tries(2)  # the first ones have left the queue
     for record in numbered(60, first=60):
         recorder.record(record)
-    assert (gated.unwritten(), recorder.lost()) == (100, 120)
+    assert (gated.unwritten, recorder.lost()) == (100, 120)
 
 
 def test_there_is_room_again_when_records_are_written(
@@ -268,11 +268,9 @@ def test_dropped_records_are_told_once_a_minute_and_all_of_them(
     for now, count in [(1000.0, 101), (1001.0, 2), (1059.9, 3), (1060.0, 4), (1200.0, 0)]:
         for record in numbered(count):
             recorder.record(record)
-        recorder.complain(now)
+        recorder.report_dropped(now)
         told.append([text for text in messages.said if "dropped" in text])
-    first, second = (
-        f"warning: {count} usage records were dropped: too many wait already" for count in (1, 9)
-    )
+    first, second = (f"warning: {count} usage records dropped: too many wait" for count in (1, 9))
     assert told == [[first], [first], [first], [first, second], [first, second]]
 
 
@@ -317,14 +315,27 @@ def test_a_stop_writes_everything(gated: GatedSink, start: Callable[..., Recorde
     assert gated.written == numbered(99)
 
 
-def test_the_end_of_each_sink_is_announced(start: Callable[..., Recorder]) -> None:
-    ended = threading.Semaphore(0)
+def test_what_was_dropped_is_lost_even_if_it_was_told(
+    gated: GatedSink, start: Callable[..., Recorder]
+) -> None:
+    recorder = start(gated)
+    for record in numbered(103):
+        recorder.record(record)
+    recorder.report_dropped(1_000.0)
+    gated.gate.set()
+    end(gated)
+    assert recorder.lost() == 3
+
+
+def test_join_waits_for_all_that_was_put(start: Callable[..., Recorder]) -> None:
     sinks = GatedSink(), GatedSink()
     recorder = start(*sinks)
-    recorder.on_finished(ended.release)
+    for sink in sinks:
+        sink.gate.set()
+    recorder.record(RECORD)
     recorder.stop()
-    assert ended.acquire(timeout=TIMEOUT) and ended.acquire(timeout=TIMEOUT)
-    assert recorder.finished
+    recorder.join(TIMEOUT)
+    assert recorder.finished and [sink.written for sink in sinks] == [[RECORD], [RECORD]]
 
 
 def test_a_failing_sink_does_not_hold_up_another(
@@ -448,7 +459,7 @@ def test_lines_wait_for_a_stalled_reader(
     for record in records:
         recorder.record(record)
     room = 65_536 // len(lines_of(records[:1])[0])
-    assert sink.unwritten() > 5_000 - room - 50  # the last chunk is counted when it is whole
+    assert sink.unwritten > 5_000 - room - 50  # the last chunk is counted when it is whole
     recorder.stop()
     assert read_lines(reader) == lines_of(records)
     end(sink)
@@ -501,7 +512,7 @@ def test_a_reader_that_is_gone_is_said_once(
     assert sink.finished
     for record in numbered(10):
         recorder.record(record)
-    recorder.complain(1_000.0)
+    recorder.report_dropped(1_000.0)
     assert messages.said == ["warning: --log-fd: its reader is gone; no more records go there"]
     assert recorder.lost() == 0  # nobody wants them
 

@@ -2,7 +2,7 @@
 
 Compared are every byte each client saw, how each connection ended, and every usage record (mood,
 bytes, whether there was a waiting time). Where the two may differ, DIFFERENCES says what ours does
-and which **differs** of PROTOCOL.md allows it.
+and which of the differences that README.md lists it is.
 """
 
 from __future__ import annotations
