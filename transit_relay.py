@@ -2127,7 +2127,7 @@ def make_parser() -> Parser:
     )
     about = parser.add_argument_group("about")
     about.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    about.add_argument("--help", action="help", help="show this text")
+    about.add_argument("-h", "--help", action="help", help="show this text")
     return parser
 
 
