@@ -155,11 +155,11 @@ def help_text() -> str:
 
 
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
-    options = re.findall(r"^  --.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
+    options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     told = {" ".join(option.split()) for option in options}
     assert len(told) == 11
     for option in told:
-        if not option.startswith(("--version", "--help")):
+        if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
         if "SECONDS" in option:
             assert re.search(r"\(default: \d+ s\b", option), option

@@ -191,10 +191,10 @@ def test_five_at_once(
 def test_transit_helper(
     python_tools: Path, mailbox: str, our_relay: list[str], tmp_path: Path
 ) -> None:
-    """As the README says: clients are pointed at a relay that they could not know otherwise."""
+    """As the README says: the sender alone is pointed at a relay that nobody knows otherwise."""
+    wormhole = str(python_tools / "wormhole")
     helper = f"--transit-helper=tcp:{netns.OTHER}:4001"
-    wormhole = [str(python_tools / "wormhole"), helper]
-    program = Program([*wormhole, "send", "--code"], [*wormhole, "receive", "--accept-file"])
+    program = Program([wormhole, helper, "send", "--code"], [wormhole, "receive", "--accept-file"])
     transfer = Transfer(mailbox, tmp_path, MEBIBYTE)
     with ExitStack() as running, OurRelay(our_relay, tmp_path, netns.OTHER) as relay:
         transfer.start(running, program, program)
