@@ -62,7 +62,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, TextIO
 
 __version__ = "0.1"
 
@@ -140,6 +140,13 @@ class SinkError(Exception):
 
 class SinkGone(Exception):
     """Nobody will ever read what this sink writes: it is given up."""
+
+
+def takes_bytes(fd: int, seconds: float) -> bool:
+    """Whether a write to `fd` of at most PIPE_BUF bytes will not block; may wait for that."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
 
 
 def reason(error: OSError) -> str:
@@ -614,8 +621,8 @@ class Connection:
             self._receive()
 
     def delivered(self) -> bool:
-        """Whether all that we sent, the end included, is acknowledged, as far as one can know."""
-        return self.backlog is None and not unacknowledged_bytes(self.sock)
+        """Whether the end, and all before it, is sent and acknowledged, as far as one can know."""
+        return self._end_sent and not unacknowledged_bytes(self.sock)
 
     def hold_is_over(self, now: float) -> bool:
         """Whether a held connection had its time to end by itself; the Server asks each second.
@@ -733,8 +740,17 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
     None where the system cannot tell. On Linux: tcp(7) and unix(7), SIOCOUTQ, which is the
     number of TIOCOUTQ; on a unix socket it is what the other end has not read.
     """
+    return _ask_kernel(sock, termios.TIOCOUTQ)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """How much has reached our kernel and was not yet read: tcp(7), SIOCINQ."""
+    return _ask_kernel(sock, termios.FIONREAD) or 0
+
+
+def _ask_kernel(sock: socket.socket, question: int) -> int | None:
     try:
-        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        answer = fcntl.ioctl(sock.fileno(), question, b"\0\0\0\0")
     except OSError:
         return None
     return int(struct.unpack("i", answer)[0])
@@ -818,9 +834,11 @@ class Server:
         self._accept_at = float("inf")
         self._accept_complaints = Throttle()
         self._start_accepting()
-        # A stop has two phases, each with its last moment: bytes, then records.
+        # A stop has two phases, each with its last moment: bytes, then records. What a session
+        # has received in all, once it has what had reached us when the stop began.
         self._flush_until: float | None = None
         self._record_until: float | None = None
+        self._owing: dict[Session, int] = {}
 
     # The loop.
 
@@ -997,12 +1015,28 @@ class Server:
     # The end.
 
     def stop(self) -> None:
-        """Begin to stop: no newcomers, all ends are sent. `over` tells when it is done."""
+        """Begin to stop: no newcomers; whoever has no partner goes. `over` tells when it is done.
+
+        A pair goes on until what has reached us by now is read, its end perhaps included.
+        """
         self._stop_listening()
-        # Of a pair the side that still has to take something is the one that stayed.
-        for conn in sorted(self.connections, key=lambda conn: conn.backlog is not None):
-            conn.session.end_received()
         self._flush_until = self.clock() + STOP_FLUSH_SECONDS
+        for conn in tuple(self.connections):
+            session = conn.session
+            if session.state is RELAYING:
+                self._owing[session] = session.received_bytes + unread_bytes(conn.sock)
+            else:
+                session.end_received()
+
+    def _end_pairs(self, late: bool) -> None:
+        """End the pairs that owe each other nothing more, or all if it is too late for that."""
+        # The side that still has to take something is the one that stayed.
+        for conn in sorted(self.connections, key=lambda conn: conn.backlog is not None):
+            session, partner = conn.session, conn.session.partner
+            if session.state is RELAYING and partner is not None:
+                both = (session, partner)
+                if late or all(one.received_bytes >= self._owing[one] for one in both):
+                    session.end_received()
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -1017,7 +1051,9 @@ class Server:
         """First the bytes, then the records; each has its time."""
         assert self._flush_until is not None
         if self._record_until is None:
-            if now < self._flush_until and not all(conn.delivered() for conn in self.connections):
+            late = now >= self._flush_until
+            self._end_pairs(late)
+            if not late and not all(conn.delivered() for conn in self.connections):
                 return
             for conn in self.connections:
                 self.doom(conn)
@@ -1210,13 +1246,19 @@ class Recorder:
     """The loop's side of all sinks."""
 
     def __init__(self, sinks: Sequence[Sink] = (), blur_seconds: int = 0) -> None:
-        """Starts the sinks' threads. `blur_seconds`: 0 tells all as it was."""
+        """Starts the sinks' threads. `blur_seconds`: 0 tells all as it was.
+
+        Raises StartupError.
+        """
         self._sinks = sinks
         self._blur_seconds = blur_seconds
         self._complaints = Throttle()
         self._reported = 0  # how many of the dropped have been spoken of
-        for sink in sinks:
-            sink.start()
+        try:
+            for sink in sinks:
+                sink.start()
+        except RuntimeError as error:
+            raise StartupError(str(error)) from None
 
     def record(self, record: UsageRecord) -> None:
         """Take a record to all sinks, blurred if that is wanted."""
@@ -1269,7 +1311,7 @@ class Recorder:
 class JsonLines(Sink):
     """`--log-fd`: one JSON object a line, each written whole or kept."""
 
-    chunk_bytes = 4096  # PIPE_BUF: what a pipe that polls as writable takes without blocking
+    chunk_bytes = select.PIPE_BUF
 
     def __init__(self, fd: int) -> None:
         """`fd` is open for writing, and ours: it is closed at the end."""
@@ -1283,12 +1325,13 @@ class JsonLines(Sink):
         if not self._chunk:
             self._take_chunk(batch)
         try:
-            if self._chunk and self._writable():
+            if self._chunk and takes_bytes(self._fd, STALL_SECONDS):
                 self._chunk = self._chunk[os.write(self._fd, self._chunk) :]
         except BlockingIOError:
             pass  # somebody else has made it non-blocking
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.ECONNRESET):
+            hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self._fd).st_mode)
+            if hung_up or error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED):
                 raise SinkGone("its reader is gone") from None
             raise SinkError(reason(error)) from None
         return 0 if self._chunk else self._chunk_records
@@ -1305,11 +1348,6 @@ class JsonLines(Sink):
                 break
             self._chunk += line
             self._chunk_records += 1
-
-    def _writable(self) -> bool:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        return bool(poll.poll(STALL_SECONDS * 1000))
 
 
 USAGE_SCHEMA = """
@@ -1349,20 +1387,21 @@ def open_usage_database(path: str) -> sqlite3.Connection:
     Raises sqlite3.Error. What is not ours is left untouched, and nothing half made is left
     behind.
     """
-    is_new = not os.path.exists(path)
-    if not is_new and not os.path.isfile(path):
+    target = os.path.realpath(path)  # a link to nowhere yet is somebody's plan: it stays
+    is_new = not os.path.exists(target)
+    if not is_new and not os.path.isfile(target):
         raise sqlite3.DatabaseError("not a regular file")
     db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
     try:
-        if path == ":memory:" or is_new or os.path.getsize(path) == 0:
+        if path == ":memory:" or is_new or os.path.getsize(target) == 0:
             _create_schema(db)
         _check_schema(db)
-    except sqlite3.Error:
+    except sqlite3.Error as error:
         db.close()
-        if is_new:
+        if is_new and "locked" not in str(error):  # else another relay is making it just now
             with contextlib.suppress(OSError):
-                if os.path.getsize(path) == 0:
-                    os.unlink(path)
+                if os.path.getsize(target) == 0:
+                    os.unlink(target)
         raise
     return db
 
@@ -1370,6 +1409,9 @@ def open_usage_database(path: str) -> sqlite3.Connection:
 def _create_schema(db: sqlite3.Connection) -> None:
     """All in one transaction. Not `executescript`, which commits before it begins."""
     db.execute("BEGIN IMMEDIATE")
+    if db.execute("SELECT * FROM sqlite_master").fetchone():  # another relay was faster
+        db.execute("ROLLBACK")
+        return
     statement = ""
     for line in USAGE_SCHEMA.splitlines(keepends=True):
         statement += line
@@ -1411,22 +1453,23 @@ class UsageDatabase(Sink):
         self._db: sqlite3.Connection | None = None
         self._file: os.stat_result | None = None  # what was opened
         now = int(time.time())
+        self._latest = Current(now, now, 0, 0, 0)
         try:
-            self.write((), Current(now, now, 0, 0, 0))
+            self.write((), None)
         except SinkError as error:
             if not PASSING_TROUBLE.search(str(error)):
                 raise StartupError(f"--usage-db {path}: {error}") from None
             self._report_failure(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write all or nothing."""
+        """Write all or nothing; `current` always, as the file may be a new one."""
+        self._latest = current or self._latest
         try:
             db = self._open()
             db.execute("BEGIN IMMEDIATE")
             _insert(db, "usage", batch)
-            if current is not None:  # none or several rows become one
-                db.execute("DELETE FROM `current`")
-                _insert(db, "current", [current])
+            db.execute("DELETE FROM `current`")  # none or several rows become one
+            _insert(db, "current", [self._latest])
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
             self._roll_back()
@@ -1515,7 +1558,7 @@ class PassedSockets(NamedTuple):
         pid, count, names = (
             os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
         )
-        if pid != str(os.getpid()) or not count.isdecimal():
+        if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,6}", count):
             return cls()
         return cls(int(count), tuple(names.split(":")) if names else ())
 
@@ -1714,19 +1757,34 @@ def _bind(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
 
 def _listen_unix(endpoint: Endpoint) -> Listener:
     path = endpoint.path
-    if os.path.lexists(path):
-        _remove_dead_socket(endpoint)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o777 & ~endpoint.mode)
+    # Two that start at once must not take each other's new socket for the dead one.
+    lock = _lock_folder(os.path.dirname(path) or ".")
     try:
+        if os.path.lexists(path):
+            _remove_dead_socket(endpoint)
         sock.bind(path)
         sock.listen(endpoint.backlog)
         return Listener(sock, endpoint.text, path)
-    except OSError:
+    except (OSError, StartupError):
         sock.close()
         raise
     finally:
         os.umask(before)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_folder(folder: str) -> int | None:
+    """Lock a folder until the descriptor is closed; None where one may not."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
 
 
 def _remove_dead_socket(endpoint: Endpoint) -> None:
@@ -1797,7 +1855,7 @@ class PidFile:
     def _is_locked_by_us(self, fd: int) -> bool:
         """Lock what was opened. False: it is no longer the file of that name."""
         content = os.read(fd, 64).strip()
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or (content and not content.isdigit()):
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not re.fullmatch(rb"[0-9]{0,20}", content):
             raise StartupError(f"pidfile {self._path}: holds something else")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1849,11 +1907,25 @@ class LogFile(logging.FileHandler):
         except OSError:
             moved = False
         if moved:
-            with contextlib.suppress(OSError):
-                stream = self._open()
-                self.stream.close()
-                self.stream = stream
+            with contextlib.suppress(OSError):  # the last line too may be to a full disk
+                old, self.stream = self.stream, self._open()
+                old.close()
         super().emit(record)
+
+
+class StreamHandler(logging.Handler):
+    """Messages on stderr or stdout. What nobody takes is dropped: a message must not block."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, if there is room for it."""
+        line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):
+            if takes_bytes(self._fd, 0):
+                os.write(self._fd, line[: select.PIPE_BUF])
 
 
 class LineFormatter(logging.Formatter):
@@ -1875,8 +1947,7 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
     log.setLevel(logging.INFO)
     log.propagate = False
     if path is None:
-        stream = sys.stdout if to_stdout else sys.stderr
-        handler = logging.StreamHandler(stream) if stream is not None else logging.NullHandler()
+        handler = StreamHandler(1 if to_stdout else 2)
         handler.setFormatter(LineFormatter("%(severity)s%(message)s"))
         log.addHandler(handler)
         return None
@@ -1894,18 +1965,22 @@ def daemonize() -> Callable[[], None]:
 
     The process that was started waits for that call and exits with 0, or with 1 if there will
     be none: then the daemon has said why on stderr, which it leaves only at that call.
+    Raises StartupError.
     """
-    ready_read, ready_write = os.pipe()
-    if os.fork():
-        os.close(ready_write)
-        os._exit(0 if os.read(ready_read, 1) else 1)
-    os.setsid()
-    if os.fork():  # not the session's leader: no terminal can ever become ours
-        os._exit(0)
-    os.close(ready_read)
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        ready_read, ready_write = os.pipe()
+        if os.fork():
+            os.close(ready_write)
+            os._exit(0 if os.read(ready_read, 1) else 1)
+        os.setsid()
+        if os.fork():  # not the session's leader: no terminal can ever become ours
+            os._exit(0)
+        os.close(ready_read)
+    except OSError as error:
+        raise StartupError(f"--daemonize: {reason(error)}") from None
 
     def detach() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
         for fd in range(STANDARD_FDS):
             os.dup2(null, fd)
         os.close(null)
@@ -2021,7 +2096,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{PROGRAM}: {message} (--help tells more)\n")
+        complain(f"{message} (--help tells more)", sys.stderr)
+        raise SystemExit(2)
+
+
+def complain(message: str, stream: TextIO | None) -> None:
+    """Say in one line why we do not start, if anybody is there to hear it."""
+    with contextlib.suppress(OSError):
+        if stream is not None:
+            print(f"{PROGRAM}: {' '.join(message.split())}", file=stream, flush=True)
 
 
 def whole_number(text: str) -> int:
@@ -2034,7 +2117,7 @@ def whole_number(text: str) -> int:
 def seconds(text: str) -> float:
     """An option's value that is a time. Raises UsageError."""
     try:
-        value = float(text)
+        value = float(text) if text.isascii() and "_" not in text else -1.0
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
@@ -2208,9 +2291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         return serve(options)
-    except StartupError as error:
-        if sys.stderr is not None:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
+    except (StartupError, OSError) as error:  # OSError: not even the loop could be set up
+        complain(str(error), sys.stdout if options.log_fd == 2 else sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the server had its own way with signals
         return 1

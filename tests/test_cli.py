@@ -90,6 +90,7 @@ WRONG = [
     ["--port="],
     ["--port=nonsense"],
     ["--port=tcp:99999"],
+    ["--port=tcp:\nx"],  # it is repeated in the message
     ["--port=tcp:4001:interface=::"],
     ["--blur=60"],  # no abbreviations: they change their meaning with the next option
     ["--blur-usage=-1"],
@@ -102,6 +103,8 @@ WRONG = [
     ["--handshake-timeout=soon"],
     ["--handshake-timeout=nan"],
     ["--handshake-timeout=inf"],
+    ["--handshake-timeout=1_0"],
+    ["--handshake-timeout=\u0661"],
     ["--log-fd=-1"],
     ["--log-fd=stdout"],
     ["--log-fd=2147483648"],
@@ -451,6 +454,30 @@ def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
         log.read(full)
         lines = [json.loads(log.readline()) for _ in range(20)]
     assert [line["mood"] for line in lines] == ["happy"] * 20
+
+
+def test_a_stalled_reader_of_messages_delays_nothing(tmp_path: Path) -> None:
+    """Not even the end: what it does not take is not said."""
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb", buffering=0) as pipe:
+        pipe.write(b"\n" * fcntl.fcntl(pipe, 1032))  # F_GETPIPE_SZ
+        # Not with redirected(): a shell may know no descriptors above 9.
+        onto_it = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 2); os.execv(sys.argv[2], sys.argv[2:])"
+        )
+        program = [sys.executable, "-c", onto_it, str(writer), sys.executable, str(RELAY)]
+        with QuietRelay(pass_fds=[writer], program=program) as relay:
+            transfer(relay)
+            assert relay.stop() == 0
+
+
+def test_on_log_fd_2_there_is_nothing_but_records() -> None:
+    """Not even why it does not start."""
+    done = subprocess.run(
+        [sys.executable, str(RELAY), "--log-fd", "2", "--port", "fd:99"], capture_output=True
+    )
+    assert done.stdout == b"transit-relay: fd:99: Bad file descriptor\n"
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_records_lost_at_a_stop_are_counted(relay: Start, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import grp
 import json
+import logging
 import os
 import pwd
 import re
@@ -21,6 +22,8 @@ from pathlib import Path
 import pytest
 from helpers import RELAY, TIMEOUT, RelayProcess
 from processes import QuietRelay, ReachedRelay, activated, only_line, query, transfer
+
+from transit_relay import LogFile
 
 LOCAL = ("--port", "tcp:0:interface=127.0.0.1")
 
@@ -188,7 +191,9 @@ def test_pidfile_of_a_killed_relay_is_replaced(daemon: Start) -> None:
     assert first.pid != second.pid == int(second.pidfile.read_text())
 
 
-@pytest.mark.parametrize("content", ["not a number\n", "123 456\n", "-1\n", "123\nprecious\n"])
+@pytest.mark.parametrize(
+    "content", ["not a number\n", "123 456\n", "-1\n", "123\nprecious\n", "1" * 99]
+)
 def test_pidfile_that_is_something_else_is_untouched(tmp_path: Path, content: str) -> None:
     (tmp_path / "transit_relay.pid").write_text(content)
     said = failed_start(tmp_path)
@@ -410,6 +415,19 @@ def test_a_logfile_that_was_there_is_not_given_away(daemon: Start, public: Path)
     (public / "transit_relay.log").symlink_to(secret)
     daemon("--user", "nobody", folder=public)
     assert secret.stat().st_uid == 0
+
+
+def test_logfile_is_reopened_though_the_old_one_is_on_a_full_disk(tmp_path: Path) -> None:
+    """A message that could not be written is in its buffer, so that to close it fails."""
+    log = LogFile(str(tmp_path / "log"))
+    record = logging.LogRecord("relay", logging.INFO, __file__, 1, "good news", None, None)
+    log.stream.close()
+    log.stream = open("/dev/full", "w", encoding="utf-8")
+    log.stream.write("lost")
+    log.emit(record)
+    log.emit(record)
+    log.close()
+    assert (tmp_path / "log").read_text() == "good news\n" * 2
 
 
 @pytest.mark.parametrize(

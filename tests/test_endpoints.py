@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -554,6 +555,7 @@ def test_systemd_without_names(activate: Activate) -> None:
         ({"LISTEN_PID": "me"}, "systemd:index=0", "0 sockets were passed"),
         ({"LISTEN_FDS": ""}, "systemd:index=0", "0 sockets were passed"),
         ({"LISTEN_FDS": "-1"}, "systemd:index=0", "0 sockets were passed"),
+        ({"LISTEN_FDS": "9" * 5000}, "systemd:index=0", "0 sockets were passed"),
         ({}, "systemd:index=2", "2 sockets were passed"),
         ({}, "systemd:name=relay", "0 sockets of this name"),
         ({"LISTEN_FDNAMES": "a:b"}, "systemd:name=relay", "0 sockets of this name"),
@@ -617,3 +619,21 @@ def test_descriptor_that_is_no_listening_socket(listen: Listen, kind: str) -> No
         }.get(kind, f"descriptor {number} is not a listening stream socket")
         said = str(caught.value)
         assert said == f"fd:{number}: {why}"
+
+
+def test_two_starts_do_not_take_each_others_socket(
+    listen: Listen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks at a dead socket is alone in the folder until its own is there."""
+
+    def look(endpoint: Endpoint) -> None:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(endpoint.path)
+
+    monkeypatch.setattr(transit_relay, "_remove_dead_socket", look)
+    (tmp_path / "s").touch()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    listen(f"unix:{tmp_path}/s")
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)

@@ -73,14 +73,16 @@ def currents(loop: Loop) -> list[Current]:
     return told
 
 
-def stuff(loop: Loop, sender: socket.socket) -> None:
-    """Send to one who does not read until the relay queues, and takes no more."""
+def stuff(loop: Loop, sender: socket.socket) -> int:
+    """Send to one who does not read until the relay queues, and takes no more: so many bytes."""
     sender.setblocking(False)
+    sent = 0
     with pytest.raises(BlockingIOError):
         for _ in range(1_000):
-            sender.send(bytes(10_000))
+            sent += sender.send(bytes(10_000))
             loop.pump()
     sender.settimeout(TIMEOUT)
+    return sent
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -375,9 +377,10 @@ def test_queued_bytes_get_two_seconds(loop: Loop) -> None:
 
 
 def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
+    """Nor is anything lost that had reached the relay's kernel, though it was not read yet."""
     one, other = loop.pair()
-    stuff(loop, one)
-    taken = loop.server.current().incomplete_bytes
+    sent = stuff(loop, one)
+    assert sent > loop.server.current().incomplete_bytes
     loop.server.stop()
     loop.pump()
     assert not loop.server.over
@@ -385,7 +388,19 @@ def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
     while part := other.recv(1 << 16):
         size += len(part)
         loop.pump()
-    assert size == taken
+    assert size == sent
+    assert loop.server.over
+
+
+def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
+    """What comes after the signal is no longer owed to anybody."""
+    one, other = loop.pair()
+    one.sendall(b"before")
+    loop.server.stop()
+    one.sendall(b"after")
+    loop.pump()
+    assert read_to_end(other).startswith(b"before")
+    loop.pump()
     assert loop.server.over
 
 

@@ -489,7 +489,7 @@ def test_partial_writes_lose_and_repeat_nothing(
     reader, sink = pipe
     monkeypatch.setattr(sink, "chunk_bytes", 200_000)
     if raced:  # what polled as writable is full by now
-        monkeypatch.setattr(sink, "_writable", lambda: True)
+        monkeypatch.setattr(transit_relay, "takes_bytes", lambda *_: True)
     os.set_blocking(sink._fd, False)
     recorder = start(sink)
     records = numbered(5_000)
@@ -515,6 +515,19 @@ def test_a_reader_that_is_gone_is_said_once(
     recorder.report_dropped(1_000.0)
     assert messages.said == ["warning: --log-fd: its reader is gone; no more records go there"]
     assert recorder.lost() == 0  # nobody wants them
+
+
+def test_a_terminal_that_is_gone_is_a_reader_that_is_gone(
+    start: Callable[..., Recorder], messages: Messages
+) -> None:
+    terminal, ours = os.openpty()
+    sink = JsonLines(ours)
+    os.close(terminal)
+    recorder = start(sink)
+    recorder.record(RECORD)
+    sink.join(TIMEOUT)
+    assert messages.said == ["warning: --log-fd: its reader is gone; no more records go there"]
+    assert recorder.lost() == 0
 
 
 def test_a_reader_that_goes_while_lines_wait(
@@ -929,6 +942,55 @@ def test_a_disk_that_is_full_at_the_start_is_no_refusal(
     full_disk.clear()
     end(sink)
     assert [row[4] for row in rows(tmp_path / "db", "usage")] == ["happy"]
+
+
+def test_a_database_made_anew_has_the_latest_numbers(
+    start: Callable[..., Recorder], tmp_path: Path
+) -> None:
+    path = tmp_path / "db"
+    sink = UsageDatabase(str(path))
+    sink.write((), CURRENT)
+    path.unlink()
+    sink.write([RECORD], None)
+    sink.close()
+    assert rows(path, "current") == [tuple(CURRENT)]
+
+
+def test_another_relay_made_it_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was missing when we looked, and is there when we have the lock."""
+    path = tmp_path / "db"
+    create = transit_relay._create_schema
+
+    def create_late(db: sqlite3.Connection) -> None:
+        monkeypatch.setattr(transit_relay, "_create_schema", create)
+        UsageDatabase(str(path)).close()
+        create(db)
+
+    monkeypatch.setattr(transit_relay, "_create_schema", create_late)
+    UsageDatabase(str(path)).close()
+    assert rows(path, "version") == [(1,)]
+
+
+def test_a_link_to_nowhere_is_followed_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the database cannot be made there at once."""
+
+    def fail(db: sqlite3.Connection) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        raise sqlite3.OperationalError("database or disk is full")
+
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    with monkeypatch.context() as full:
+        full.setattr(transit_relay, "_create_schema", fail)
+        sink = UsageDatabase(str(link))
+    assert link.is_symlink() and not target.exists()
+    sink.write([RECORD], None)
+    sink.close()
+    assert link.is_symlink() and len(rows(target, "usage")) == 1
 
 
 @pytest.mark.parametrize("mode", ["wal", "delete"])
