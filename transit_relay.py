@@ -312,6 +312,11 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session {self.state} received_bytes={self.received_bytes}>"
 
+    def suits(self, other: Session) -> bool:
+        """Whether the two, who have named the same token, can be a pair."""
+        assert self.handshake is not None and other.handshake is not None
+        return self.handshake.matches(other.handshake)
+
     # What happened, as the Framing, the Connection and the Rendezvous tell it.
 
     def line_received(self, line: bytes) -> None:
@@ -427,14 +432,12 @@ class Rendezvous:
         The newest, because an older one may be half dead without our knowing; the others of
         its side become redundant now. (In the reference it is an arbitrary one.)
         """
-        handshake = newcomer.handshake
-        assert handshake is not None
-        crowd = self.waiting.setdefault(handshake.token, [])
-        newest = crowd[-1] if crowd else newcomer
-        assert newest.handshake is not None
-        if newest is newcomer or not handshake.matches(newest.handshake):
+        assert newcomer.handshake is not None
+        crowd = self.waiting.setdefault(newcomer.handshake.token, [])
+        if not crowd or not newcomer.suits(crowd[-1]):
             crowd.append(newcomer)
             return
+        newest = crowd[-1]
         self.forget(newest)
         self.paired.update((newest, newcomer))
         newest.matched(newcomer)
