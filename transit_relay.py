@@ -40,7 +40,6 @@ import contextlib
 import errno
 import fcntl
 import grp
-import io
 import json
 import logging
 import os
@@ -108,6 +107,7 @@ MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times that; a rel
 HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
 HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
 HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
+FOLDER_LOCK_SECONDS = 5  # a start waits this long for another one in a unix socket's folder
 CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
 COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
@@ -1396,7 +1396,8 @@ def open_usage_database(path: str) -> sqlite3.Connection:
         raise sqlite3.DatabaseError("not a regular file")
     db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
     try:
-        if path == ":memory:" or is_new or os.path.getsize(target) == 0:
+        db.execute("SELECT * FROM sqlite_master")  # takes back what a kill left half done
+        if path == ":memory:" or os.path.getsize(target) == 0:
             _create_schema(db)
         _check_schema(db)
     except sqlite3.Error as error:
@@ -1477,6 +1478,8 @@ class UsageDatabase(Sink):
         except (sqlite3.Error, OSError) as error:
             self._roll_back()
             raise SinkError(str(error)) from None
+        with contextlib.suppress(sqlite3.Error):  # so that who moves the file has all of it
+            db.execute("PRAGMA wal_checkpoint")
         return len(batch)
 
     def close(self) -> None:
@@ -1780,13 +1783,23 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder until the descriptor is closed; None where one may not."""
+    """Lock a folder until the descriptor is closed; None where one may not.
+
+    Whoever keeps it locked for longer than a start takes is no relay: then it goes without.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    deadline = time.monotonic() + FOLDER_LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(FOLDER_LOCK_SECONDS / 100)
+        except OSError:
+            break
     return fd
 
 
@@ -1808,6 +1821,8 @@ def _remove_dead_socket(endpoint: Endpoint) -> None:
 
 def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
     """Make our socket of a descriptor that was passed to us. Raises OSError, StartupError."""
+    if fd < STANDARD_FDS:  # where a daemon will have /dev/null
+        fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -1881,54 +1896,55 @@ class PidFile:
         os.close(self._fd)
 
 
-class LogFile(logging.FileHandler):
-    """Appends to a file, which is opened anew when somebody (logrotate) has moved it."""
-
-    is_ours = False  # whether we made it: else it is not ours to give to `--user`
-
-    def _open(self) -> io.TextIOWrapper:
-        """Open the file, and note whether there was none: a link may lead anywhere."""
-
-        def make(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_EXCL, 0o666)
-
-        try:
-            self.is_ours = True
-            return open(
-                self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=make
-            )
-        except FileExistsError:
-            self.is_ours = False
-            return super()._open()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; to the old file, if there is no way to a new one."""
-        try:
-            moved = not os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
-        except FileNotFoundError:
-            moved = True
-        except OSError:
-            moved = False
-        if moved:
-            with contextlib.suppress(OSError):  # the last line too may be to a full disk
-                old, self.stream = self.stream, self._open()
-                old.close()
-        super().emit(record)
-
-
-class StreamHandler(logging.Handler):
-    """Messages on stderr or stdout. What nobody takes is dropped: a message must not block."""
+class MessageHandler(logging.Handler):
+    """Messages to a descriptor. What it does not take at once is dropped: no message blocks."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
-        self._fd = fd
+        self.fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, if there is room for it."""
         line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
-            if takes_bytes(self._fd, 0):
-                os.write(self._fd, line[: select.PIPE_BUF])
+            if takes_bytes(self.fd, 0):
+                os.write(self.fd, line[: select.PIPE_BUF])
+
+
+class LogFile(MessageHandler):
+    """Messages to the end of a file, which is opened anew when somebody (logrotate) moved it."""
+
+    def __init__(self, path: str) -> None:
+        """Open or make the file. Raises OSError."""
+        self._path = path
+        self.is_ours = False  # whether we made it: else it is not ours to give to `--user`
+        super().__init__(self._open())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; to the old file, if there is no way to a new one."""
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                old, self.fd = self.fd, self._open()
+                os.close(old)
+        super().emit(record)
+
+    def _was_moved(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self.fd))
+        except FileNotFoundError:
+            return True
+
+    def _open(self) -> int:
+        """Open the file, and note whether there was none: a link may lead anywhere."""
+        # Non-blocking, as it may be a pipe, or become one.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(self._path, flags | os.O_EXCL, 0o666)
+            self.is_ours = True
+        except FileExistsError:
+            fd = os.open(self._path, flags, 0o666)
+            self.is_ours = False
+        return fd
 
 
 class LineFormatter(logging.Formatter):
@@ -1946,16 +1962,15 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
 
     Gives the file, for whoever has to know whose it is. Raises StartupError.
     """
-    logging.raiseExceptions = False  # a dead stderr or a full disk is no reason to stop
     log.setLevel(logging.INFO)
     log.propagate = False
     if path is None:
-        handler = StreamHandler(1 if to_stdout else 2)
+        handler = MessageHandler(1 if to_stdout else 2)
         handler.setFormatter(LineFormatter("%(severity)s%(message)s"))
         log.addHandler(handler)
         return None
     try:
-        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
+        file = LogFile(path)
     except OSError as error:
         raise StartupError(f"logfile {path}: {reason(error)}") from None
     file.setFormatter(LineFormatter("%(asctime)s %(severity)s%(message)s", "%Y-%m-%dT%H:%M:%S%z"))
@@ -2058,7 +2073,7 @@ def become(text: str, log_file: LogFile | None) -> None:
         return
     try:
         if log_file is not None and log_file.is_ours:
-            os.fchown(log_file.stream.fileno(), uid, gid)
+            os.fchown(log_file.fd, uid, gid)
         os.initgroups(name, gid)
         os.setgid(gid)
         os.setuid(uid)
@@ -2105,9 +2120,12 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str, stream: TextIO | None) -> None:
     """Say in one line why we do not start, if anybody is there to hear it."""
+    if stream is None:
+        return
+    line = f"{PROGRAM}: {' '.join(message.split())}"
     with contextlib.suppress(OSError):
-        if stream is not None:
-            print(f"{PROGRAM}: {' '.join(message.split())}", file=stream, flush=True)
+        encoded = line.encode(stream.encoding, "backslashreplace")
+        print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
 def whole_number(text: str) -> int:
@@ -2272,12 +2290,12 @@ def serve(options: argparse.Namespace) -> int:
             detach()
 
         crashed = False
-        try:
-            server.run(ready)
-        except Exception:
-            log.exception("a mistake of ours; please report it")
-            crashed = True
-        server.close()
+        for step in (partial(server.run, ready), server.close):
+            try:
+                step()
+            except Exception:
+                log.exception("a mistake of ours; please report it")
+                crashed = True
         if crashed:  # what is known by now is written all the same
             recorder.stop()
             recorder.join(STOP_RECORD_SECONDS)

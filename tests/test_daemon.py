@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import json
 import logging
@@ -299,6 +300,9 @@ def test_log_fd_goes_on_in_the_background(daemon: Start, tmp_path: Path) -> None
         assert log.read() == ""
 
 
+GOOD_NEWS = logging.LogRecord("relay", logging.INFO, __file__, 1, "good news", None, None)
+
+
 # Another user.
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
@@ -418,16 +422,33 @@ def test_a_logfile_that_was_there_is_not_given_away(daemon: Start, public: Path)
 
 
 def test_logfile_is_reopened_though_the_old_one_is_on_a_full_disk(tmp_path: Path) -> None:
-    """A message that could not be written is in its buffer, so that to close it fails."""
     log = LogFile(str(tmp_path / "log"))
-    record = logging.LogRecord("relay", logging.INFO, __file__, 1, "good news", None, None)
-    log.stream.close()
-    log.stream = open("/dev/full", "w", encoding="utf-8")
-    log.stream.write("lost")
-    log.emit(record)
-    log.emit(record)
-    log.close()
+    os.close(log.fd)
+    log.fd = os.open("/dev/full", os.O_WRONLY)
+    log.emit(GOOD_NEWS)
+    log.emit(GOOD_NEWS)
+    os.close(log.fd)
     assert (tmp_path / "log").read_text() == "good news\n" * 2
+
+
+def test_logfile_that_becomes_a_pipe_without_a_reader_blocks_nobody(tmp_path: Path) -> None:
+    """It goes on in the old one."""
+    log = LogFile(str(tmp_path / "log"))
+    (tmp_path / "log").rename(tmp_path / "old")
+    os.mkfifo(tmp_path / "log")
+    log.emit(GOOD_NEWS)
+    os.close(log.fd)
+    assert (tmp_path / "old").read_text() == "good news\n"
+
+
+def test_logfile_that_is_a_full_pipe_blocks_nobody() -> None:
+    """As /dev/stderr may be, in a container."""
+    reader, writer = os.pipe()
+    log = LogFile(f"/dev/fd/{writer}")
+    os.write(writer, b"\n" * fcntl.fcntl(writer, 1032))  # F_GETPIPE_SZ
+    log.emit(GOOD_NEWS)
+    for fd in (reader, writer, log.fd):
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
