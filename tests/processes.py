@@ -42,6 +42,15 @@ def patched(**constants: object) -> list[str]:
     ]
 
 
+def with_descriptor(fd: int, as_number: int) -> list[str]:
+    """A program: the relay, with one of our descriptors (to be passed) as this number."""
+    onto_it = (
+        "import os, sys; program = sys.argv[3:]; "
+        "os.dup2(int(sys.argv[1]), int(sys.argv[2])); os.execv(program[0], program)"
+    )
+    return [sys.executable, "-c", onto_it, str(fd), str(as_number), sys.executable, str(RELAY)]
+
+
 def redirected(redirections: str) -> list[str]:
     """A program: the relay, as a shell starts it with these redirections."""
     return ["sh", "-c", f'exec "$0" "$@" {redirections}', sys.executable, str(RELAY)]

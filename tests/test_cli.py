@@ -30,6 +30,7 @@ from processes import (
     redirected,
     refused,
     transfer,
+    with_descriptor,
 )
 
 from transit_relay import __version__, parse_arguments, parse_endpoint
@@ -461,12 +462,7 @@ def test_a_stalled_reader_of_messages_delays_nothing(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb", buffering=0) as pipe:
         pipe.write(b"\n" * fcntl.fcntl(pipe, 1032))  # F_GETPIPE_SZ
-        # Not with redirected(): a shell may know no descriptors above 9.
-        onto_it = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 2); os.execv(sys.argv[2], sys.argv[2:])"
-        )
-        program = [sys.executable, "-c", onto_it, str(writer), sys.executable, str(RELAY)]
-        with QuietRelay(pass_fds=[writer], program=program) as relay:
+        with QuietRelay(pass_fds=[writer], program=with_descriptor(writer, 2)) as relay:
             transfer(relay)
             assert relay.stop() == 0
 
@@ -505,6 +501,20 @@ def test_after_a_mistake_of_ours_records_are_written_all_the_same(tmp_path: Path
     assert b"error: a mistake of ours; please report it\nTraceback" in running.stderr
     assert running.stderr.endswith(b"\nstopped\n")
     assert query(database, "SELECT result FROM usage") == [("empty",)] * 2
+
+
+def test_after_a_mistake_that_strikes_again_too(tmp_path: Path) -> None:
+    """The program falls over the end of a connection, in the loop and when it closes all."""
+    database = tmp_path / "usage.sqlite"
+    falls = "import transit_relay as t; t.Session.end_sent = lambda self: 1 / 0; "
+    program = [*patched()[:2], patched()[2].replace("import transit_relay as t; ", falls)]
+    with RelayProcess(*LOCAL, "--usage-db", str(database), program=program) as running:
+        running.started()
+        with running.connect():
+            pass
+        assert running.wait() == 1
+    assert running.stderr.endswith(b"\nstopped\n")
+    assert query(database, "SELECT result FROM usage") == [("empty",)]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -22,7 +22,15 @@ from pathlib import Path
 
 import pytest
 from helpers import RELAY, TIMEOUT, RelayProcess
-from processes import QuietRelay, ReachedRelay, activated, only_line, query, transfer
+from processes import (
+    QuietRelay,
+    ReachedRelay,
+    activated,
+    only_line,
+    query,
+    transfer,
+    with_descriptor,
+)
 
 from transit_relay import LogFile
 
@@ -301,6 +309,14 @@ def test_log_fd_goes_on_in_the_background(daemon: Start, tmp_path: Path) -> None
 
 
 GOOD_NEWS = logging.LogRecord("relay", logging.INFO, __file__, 1, "good news", None, None)
+
+
+def test_a_socket_passed_as_stdin_is_served(daemon: Start) -> None:
+    """As inetd passes it; a daemon's own stdin is /dev/null."""
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        fd, address = passed.fileno(), passed.getsockname()
+        daemon("--port", "fd:0", pass_fds=[fd], program=with_descriptor(fd, 0))
+    socket.create_connection(address, TIMEOUT).close()
 
 
 # Another user.

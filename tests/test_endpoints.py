@@ -637,3 +637,13 @@ def test_two_starts_do_not_take_each_others_socket(
     listen(f"unix:{tmp_path}/s")
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(folder)
+
+
+def test_a_folder_that_somebody_keeps_locked_does_not_hinder(
+    listen: Listen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transit_relay, "FOLDER_LOCK_SECONDS", 0.01)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    listen(f"unix:{tmp_path}/s")
+    os.close(folder)

@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -954,6 +955,31 @@ def test_a_database_made_anew_has_the_latest_numbers(
     sink.write([RECORD], None)
     sink.close()
     assert rows(path, "current") == [tuple(CURRENT)]
+
+
+def test_a_database_that_is_moved_takes_its_records_along(tmp_path: Path) -> None:
+    """Also in WAL mode, where they are in another file at first."""
+    path, moved = tmp_path / "db", tmp_path / "moved"
+    UsageDatabase(str(path)).close()
+    execute(path, "PRAGMA journal_mode=wal")
+    sink = UsageDatabase(str(path))
+    sink.write([RECORD], None)
+    path.rename(moved)
+    sink.write([LONELY], None)
+    sink.close()
+    assert [row[4] for row in rows(moved, "usage")] == ["happy"]
+    assert [row[4] for row in rows(path, "usage")] == ["lonely"]
+
+
+def test_killed_while_it_was_first_made(tmp_path: Path) -> None:
+    """All pages are there, and the journal that takes them back: to a file of no pages."""
+    path, journal = tmp_path / "db", tmp_path / "db-journal"
+    UsageDatabase(str(path)).close()
+    magic = bytes.fromhex("d9d505f920a163d7")
+    journal.write_bytes((magic + struct.pack(">5I", 0, 1, 0, 512, 4096)).ljust(512, b"\0"))
+    UsageDatabase(str(path)).close()
+    assert not journal.exists()
+    assert rows(path, "version") == [(1,)] and rows(path, "usage") == []
 
 
 def test_another_relay_made_it_at_the_same_moment(
