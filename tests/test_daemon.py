@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import RELAY, TIMEOUT, RelayProcess
+from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -316,7 +316,9 @@ def test_a_socket_passed_as_stdin_is_served(daemon: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as passed:
         fd, address = passed.fileno(), passed.getsockname()
         daemon("--port", "fd:0", pass_fds=[fd], program=with_descriptor(fd, 0))
-    socket.create_connection(address, TIMEOUT).close()
+    with socket.create_connection(address, TIMEOUT) as client:
+        client.sendall(b"\n")
+        assert read_to_end(client) == b"bad handshake\n"
 
 
 # Another user.
