@@ -873,9 +873,7 @@ class Server:
     def close(self) -> None:
         """Let go of everything, at once."""
         self._stop_listening()
-        for conn in self.connections:
-            self.doom(conn)
-        self._reap()
+        self._close_connections()
         self._selector.close()
         self._wakeup.close()
         self._waker.close()
@@ -963,6 +961,11 @@ class Server:
             conn.session.connection_lost()
         if self._listeners and not self._accepting:
             self._start_accepting()  # there is room again
+
+    def _close_connections(self) -> None:
+        for conn in self.connections:
+            self.doom(conn)
+        self._reap()
 
     # Newcomers.
 
@@ -1058,9 +1061,7 @@ class Server:
             self._end_pairs(late)
             if not late and not all(conn.delivered() for conn in self.connections):
                 return
-            for conn in self.connections:
-                self.doom(conn)
-            self._reap()
+            self._close_connections()
             self.recorder.update(self.current())
             self.recorder.stop()
             self._record_until = now + STOP_RECORD_SECONDS
@@ -1112,7 +1113,6 @@ class Sink(threading.Thread):
     def __init__(self, label: str, records_limit: int = QUEUED_RECORDS) -> None:
         # A daemon thread: one that hangs in a dead disk must not keep the process alive.
         super().__init__(name=label, daemon=True)
-        self.label = label
         self._limit = records_limit
         self._changed = threading.Condition()
         self._queue: deque[UsageRecord] = deque()
@@ -1193,13 +1193,13 @@ class Sink(threading.Thread):
             finally:
                 self.close()
         except SinkGone as error:
-            log.warning("%s: %s; no more records go there", self.label, error)
+            log.warning("%s: %s; no more records go there", self.name, error)
             with self._changed:
                 self._gone = True
                 self._queue.clear()
                 self._batch.clear()
         except Exception:
-            log.exception("%s: a mistake of ours; no more records go there", self.label)
+            log.exception("%s: a mistake of ours; no more records go there", self.name)
         with self._changed:
             self._finished = True
 
@@ -1235,14 +1235,14 @@ class Sink(threading.Thread):
         self._failing = False
         if self._complained:
             self._complained = False
-            log.info("%s: works again", self.label)
+            log.info("%s: works again", self.name)
 
     def _report_failure(self, what: str) -> None:
         """Say that records wait; at most once a minute, while it is tried each second."""
         self._failing = True
         if self._complaints.lets_through(time.monotonic()):
             self._complained = True
-            log.warning("%s: %s; %d records wait", self.label, what, self.unwritten)
+            log.warning("%s: %s; %d records wait", self.name, what, self.unwritten)
 
 
 class Recorder:
@@ -1698,9 +1698,9 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
     descriptor that is missing.
     """
     listeners: list[Listener] = []
+    found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
     try:
-        for endpoint in sorted(endpoints, key=lambda one: passed.find(one) is None):
-            fd = passed.find(endpoint)
+        for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
             if fd is not None and fd in {listener.fd for listener in listeners}:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
             listeners.append(open_listener(endpoint, fd))
@@ -1964,17 +1964,14 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
     """
     log.setLevel(logging.INFO)
     log.propagate = False
-    if path is None:
-        handler = MessageHandler(1 if to_stdout else 2)
-        handler.setFormatter(LineFormatter("%(severity)s%(message)s"))
-        log.addHandler(handler)
-        return None
     try:
-        file = LogFile(path)
+        file = None if path is None else LogFile(path)
     except OSError as error:
         raise StartupError(f"logfile {path}: {reason(error)}") from None
-    file.setFormatter(LineFormatter("%(asctime)s %(severity)s%(message)s", "%Y-%m-%dT%H:%M:%S%z"))
-    log.addHandler(file)
+    handler = file or MessageHandler(1 if to_stdout else 2)
+    layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
+    handler.setFormatter(LineFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+    log.addHandler(handler)
     return file
 
 

@@ -6,6 +6,7 @@ only says when to give up. Slow machines multiply it with RELAY_TEST_TIMEOUT_FAC
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
@@ -160,6 +161,12 @@ def reset(sock: socket.socket) -> None:
     """Close a TCP connection with a reset: all that is queued here is thrown away."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     sock.close()
+
+
+def fill_pipe(fd: int) -> int:
+    """Fill an empty pipe: give how many bytes it took. A blocking write blocks now."""
+    size = fcntl.fcntl(fd, 1032)  # F_GETPIPE_SZ, which Python 3.9 has no name for
+    return os.write(fd, b"\n" * size)
 
 
 def receive(sock: socket.socket, size: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import RELAY, TIMEOUT, RelayProcess, handshake, read_to_end, receive, reset
+from helpers import (
+    RELAY,
+    TIMEOUT,
+    RelayProcess,
+    fill_pipe,
+    handshake,
+    read_to_end,
+    receive,
+    reset,
+)
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -441,9 +449,8 @@ def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
     """As above: an hour."""
     reader, writer = os.pipe()
     with open(reader, "rb") as log:
-        with open(writer, "wb", buffering=0) as pipe:
-            full = fcntl.fcntl(pipe, 1032)  # F_GETPIPE_SZ, which Python 3.9 has no name for
-            pipe.write(b"\n" * full)
+        with open(writer, "wb", buffering=0):
+            full = fill_pipe(writer)
             running = relay(
                 "--log-fd",
                 str(writer),
@@ -460,8 +467,8 @@ def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
 def test_a_stalled_reader_of_messages_delays_nothing(tmp_path: Path) -> None:
     """Not even the end: what it does not take is not said."""
     reader, writer = os.pipe()
-    with open(reader, "rb"), open(writer, "wb", buffering=0) as pipe:
-        pipe.write(b"\n" * fcntl.fcntl(pipe, 1032))  # F_GETPIPE_SZ
+    with open(reader, "rb"), open(writer, "wb", buffering=0):
+        fill_pipe(writer)
         with QuietRelay(pass_fds=[writer], program=with_descriptor(writer, 2)) as relay:
             transfer(relay)
             assert relay.stop() == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import grp
 import json
 import logging
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
+from helpers import RELAY, TIMEOUT, RelayProcess, fill_pipe, read_to_end
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -463,7 +462,7 @@ def test_logfile_that_is_a_full_pipe_blocks_nobody() -> None:
     """As /dev/stderr may be, in a container."""
     reader, writer = os.pipe()
     log = LogFile(f"/dev/fd/{writer}")
-    os.write(writer, b"\n" * fcntl.fcntl(writer, 1032))  # F_GETPIPE_SZ
+    fill_pipe(writer)
     log.emit(GOOD_NEWS)
     for fd in (reader, writer, log.fd):
         os.close(fd)

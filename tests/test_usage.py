@@ -120,7 +120,7 @@ def end(*sinks: Sink) -> None:
     for sink in sinks:
         sink.stop()
         sink.join(TIMEOUT)
-        assert sink.finished, f"{sink.label} does not end, {sink.unwritten} records wait"
+        assert sink.finished, f"{sink.name} does not end, {sink.unwritten} records wait"
 
 
 def numbered(count: int, first: int = 0) -> list[UsageRecord]:
