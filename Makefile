@@ -3,7 +3,7 @@
 PYTHON ?= python3
 prefix = /usr/local
 
-sources = transit_relay.py $(wildcard ws_frames.py)
+sources = transit_relay.py ws_frames.py
 share = $(DESTDIR)$(prefix)/share/transit-relay
 entry = $(DESTDIR)$(prefix)/sbin/transit-relay
 
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help test interop lint install uninstall clean
+.PHONY: help test fuzz interop lint install uninstall clean
 
 help: ## list these verbs (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ endef
 
 test: ## run the tests; PYTHON=python3.9 make test for another Python
 	@$(find_pytest); "$$python" -m pytest -q tests
+
+fuzz: ## run the garbage tests for longer; RELAY_FUZZ_CASES (200000) says for how long
+	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} "$$python" -m pytest -q -s tests/test_fuzz.py
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""transit-relay: the relay server of Magic Wormhole, in one file, standard library only.
+"""transit-relay: the relay server of Magic Wormhole, standard library only.
 
 Two clients that cannot reach each other connect to this relay and present the same token.
 From then on it passes bytes between them until one leaves. It notes how much it is used and
 knows nothing else about anybody.
+
+This one file is a whole relay for TCP. With ws_frames.py beside it, which knows how WebSocket
+spells things and nothing else, it takes WebSocket clients too, on every port.
 
 The file reads from top to bottom; a section uses only sections above it. (The Server is given
 its listeners and its recorder, which are made further down; it only calls them.)
@@ -12,9 +15,10 @@ its listeners and its recorder, which are made further down; it only calls them.
     Constants, errors    the numbers, each with its reason; who is to blame
     Records              what is noted of a connection or a pair when it is over
     Session              decides: one client's rules, and who meets whom (no sockets)
-    Framing              spells: finds the handshake line in a stream of bytes
+    Framing              spells: what a client says, as plain bytes or as WebSocket messages
     Connection           moves bytes: one socket, what it still has to send, how it ends
-    Server               waits: one select, one dispatch, time limits, deferred closing
+    Time limits          who has waited for how long, and what for
+    Server               waits: one select, one dispatch, deferred closing
     Recorder             takes records out of the loop: one queue and thread per sink
     Sinks                JSON lines, and the usage database
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ... and how each is opened
@@ -23,14 +27,16 @@ its listeners and its recorder, which are made further down; it only calls them.
 
 The walk of one byte: `Server.run_once` learns that client A is readable and calls
 `Connection.on_ready`, which receives into the one buffer that all connections share, and hands
-what came to its Framing. The Framing, past the handshake line, hands it on to the Session; the
-Session is RELAYING, counts it and gives it to its partner's Connection, which sends it at once.
+what came to its Framing. The Framing takes WebSocket's spelling off, if that is A's, and past
+the handshake line hands it on to the Session; the Session is RELAYING, counts it and gives it
+to its partner's Connection, which has its own Framing spell it for B and sends it at once.
 What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
-So a pair holds at most one buffer's worth of bytes in each direction.
+So a pair holds little more than one buffer's worth of bytes in each direction.
 
-The end of a client: its read gives nothing, its Session ends the pair, both Connections finish
-(send what is queued, then the end, then wait for the other side's), are doomed, and are closed
-by `Server._reap` at the end of the turn: nothing is ever closed while somebody is using it.
+The end of a client: its read gives nothing (or a WebSocket Close), its Session ends the pair,
+both Connections finish (send what is queued, then the end, then wait for the other side's), are
+doomed, and are closed by `Server._reap` at the end of the turn: nothing is ever closed while
+somebody is using it.
 """
 
 from __future__ import annotations
@@ -61,7 +67,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import NamedTuple, NoReturn, Protocol, TextIO
+from typing import NamedTuple, NoReturn, Protocol, TextIO, Union
+
+try:
+    import ws_frames
+except ModuleNotFoundError:  # copied without it: all is TCP
+    ws_frames = None  # type: ignore[assignment]
 
 __version__ = "0.1"
 
@@ -83,6 +94,15 @@ BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
 MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
 
+# How the first bytes of a client tell its spelling (PROTOCOL.md, section 1), and what we answer to
+# whoever comes by HTTP and does not want a WebSocket: most likely a health check.
+RAW_BEGINNING = b"please relay "
+HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
+HTTP_TEXT = """\
+This is transit-relay, where Magic Wormhole clients meet that cannot reach each other.
+There is nothing to see here: they connect to it over TCP or WebSocket.
+"""
+
 # The operating system: 0, 1 and 2, and what accept(2) says of a newcomer that was lost on the
 # way, while the listener is well.
 STANDARD_FDS = 3
@@ -100,6 +120,13 @@ NEWCOMER_LOST = {
 
 # What we chose.
 READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
+FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket: it may be 10,000 frames to parse
+MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger ones
+PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
+# What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
+MAX_BACKLOG_BYTES = READ_BYTES + 1024 + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
+PING_SECONDS = 25  # a WebSocket as silent as that is pinged: proxies give up after 30 or 60
+SILENCE_SECONDS = 75  # three Pings without a sign of life: nobody waits there any more
 ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
 ACCEPT_RETRY_SECONDS = 1  # after EMFILE and its kin; asyncio's ACCEPT_RETRY_DELAY
 LISTEN_BACKLOG = 1024  # newcomers that the kernel queues for us; it cuts this to somaxconn
@@ -226,23 +253,30 @@ def blur_size(size: int) -> int:
 # was sent away reads that one method's callers.
 # ---------------------------------------------------------------------------------------------
 
+WAIT_UPGRADE = "wait_upgrade"
 WAIT_HANDSHAKE = "wait_handshake"
 WAIT_PARTNER = "wait_partner"
 RELAYING = "relaying"
 DONE = "done"
 
+# Why a client is let go, for a spelling that can say so.
+OVER = "over"  # all is said: it left, its partner left, it was refused, its time is over
+STOPPING = "stopping"  # the relay stops
+
+Bytes = Union[bytes, memoryview]
+
 
 class Pipe(Protocol):
     """What a Session may ask of the connection it decides for."""
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: Bytes) -> None:
         """Send `data`, now or when there is room. `data` is the caller's again on return."""
 
     def link(self, partner: Pipe) -> None:
         """What comes from here goes there from now on: read no faster than it takes it."""
 
-    def finish(self) -> None:
-        """Send what is queued, then the end; throw away what still comes."""
+    def finish(self, why: str) -> None:
+        """Send what is queued, then the end; throw away what still comes. The last order."""
 
 
 class Handshake(NamedTuple):
@@ -270,6 +304,9 @@ class Session:
 
     state           input      next            mood       reply
     --------------  ---------  --------------  ---------  ----------------
+    wait_upgrade    opened     wait_handshake  -          -
+    wait_upgrade    end        done            -          -
+    wait_handshake  http       wait_upgrade    -          -
     wait_handshake  handshake  wait_partner    -          -
     wait_handshake  junk       done            errory     bad handshake\n
     wait_handshake  end        done            empty      -
@@ -281,6 +318,7 @@ class Session:
     relaying        end        done            happy      -
     relaying        left       done            -          -
 
+    Who comes by HTTP has no stream of bytes, and no record, before the upgrade to WebSocket.
     The mood of a pair is recorded once, when the side that stayed (its input is `left`) has
     all of the other's bytes and the end: see `end_sent`.
     """
@@ -296,11 +334,16 @@ class Session:
         "state",
     )
 
-    def __init__(self, pipe: Pipe, rendezvous: Rendezvous, started: float) -> None:
-        """A client was accepted just now; `started` is the time of day (s since the epoch)."""
+    def __init__(
+        self, pipe: Pipe, rendezvous: Rendezvous, started: float, web: bool = False
+    ) -> None:
+        """A client was accepted just now; `started` is the time of day (s since the epoch).
+
+        `web`: where clients come by HTTP, unless they say otherwise.
+        """
         self.pipe = pipe
         self.rendezvous = rendezvous
-        self.state = WAIT_HANDSHAKE
+        self.state = WAIT_UPGRADE if web else WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()
         self.started = started
         self.handshake: Handshake | None = None
@@ -319,6 +362,16 @@ class Session:
 
     # What happened, as the Framing, the Connection and the Rendezvous tell it.
 
+    def http_begun(self) -> None:
+        """The client speaks HTTP: its stream of bytes begins behind the upgrade, if at all."""
+        assert self.state is WAIT_HANDSHAKE, self
+        self._enter(WAIT_UPGRADE)
+
+    def opened(self) -> None:
+        """The stream of bytes begins: the upgrade is done, or there is no need of one."""
+        assert self.state is WAIT_UPGRADE, self
+        self._enter(WAIT_HANDSHAKE)
+
     def line_received(self, line: bytes) -> None:
         """The first line is whole (given without its newline), or too long to be one."""
         if self.state is DONE:  # too late: its time was over
@@ -331,7 +384,7 @@ class Session:
             self._enter(WAIT_PARTNER)
             self.rendezvous.join(self)
 
-    def bytes_received(self, data: bytes | memoryview) -> None:
+    def bytes_received(self, data: Bytes) -> None:
         """Something came behind the handshake. It is for the partner, if there is one."""
         if self.state is RELAYING:
             assert self.partner is not None
@@ -355,24 +408,26 @@ class Session:
         assert self.state is WAIT_PARTNER, self
         self._end("redundant")
 
-    def end_received(self) -> None:
+    def end_received(self, why: str = OVER) -> None:
         """Nothing more comes from this client: it left, its time is over, or we stop.
 
         Half-close is not supported, as in the reference: the end of one direction is the end
         of the client.
         """
-        if self.state is WAIT_HANDSHAKE:
-            self._end("empty")
+        if self.state is WAIT_UPGRADE:
+            self._end(None, why=why)
+        elif self.state is WAIT_HANDSHAKE:
+            self._end("empty", why=why)
         elif self.state is WAIT_PARTNER:
-            self._end("lonely")
+            self._end("lonely", why=why)
         elif self.state is RELAYING:
-            self._end("happy")
+            self._end("happy", why=why)
 
-    def partner_left(self) -> None:
+    def partner_left(self, why: str) -> None:
         """The pair is over, and we are the side that stayed."""
         assert self.state is RELAYING, self
         self._enter(DONE)
-        self.pipe.finish()
+        self.pipe.finish(why)
 
     def end_sent(self) -> None:
         """The last byte and the end are with this client's kernel, or it is gone for good.
@@ -390,20 +445,20 @@ class Session:
 
     # How it ends.
 
-    def _end(self, mood: str, reply: bytes = b"") -> None:
+    def _end(self, mood: str | None, reply: bytes = b"", why: str = OVER) -> None:
         """The one way out: take leave of all others, answer, finish."""
         partner, self.partner = self.partner, None
         if self.state is WAIT_PARTNER:
             self.rendezvous.forget(self)
         self._enter(DONE)
-        if partner is None:
-            self.rendezvous.record_single(self, mood)
-        else:
+        if partner is not None:
             assert mood == "happy"  # said by the pair's record, when it is written
-            partner.partner_left()
+            partner.partner_left(why)
+        elif mood is not None:
+            self.rendezvous.record_single(self, mood)
         if reply:
             self.pipe.send(reply)
-        self.pipe.finish()
+        self.pipe.finish(why)
 
     def _enter(self, state: str) -> None:
         """The only place where a state changes."""
@@ -495,29 +550,81 @@ class Rendezvous:
 # ---------------------------------------------------------------------------------------------
 # Framing
 #
-# How a stream of bytes spells what a Session understands: one line, then data. Where it is in
-# the stream stands in named fields, so that a half-read handshake can be carried elsewhere.
-# Over TCP the spelling is the plain bytes; another one joins it here.
+# How a client spells what a Session understands: one line, then bytes. Over TCP they stand
+# there as they are, over WebSocket they are the payload of messages whose borders mean nothing.
+# A connection begins as Undecided, and its Framing gives way to the next one as soon as it is
+# clear who comes (only if it is HTTP is there a third):
+#
+#     Undecided ----> RawFraming                              a line, then bytes
+#              \---> HttpFraming ----> WebSocketFraming       a RawFraming in messages
+#
+# and at the end to SILENT, which hears nothing. A Framing keeps where it is in the stream in
+# named fields, so that a half-read handshake or frame can be carried elsewhere. What it has to
+# say by itself (an answer, a Pong, a Close) it writes to its Wire, already spelled.
 # ---------------------------------------------------------------------------------------------
 
 
-class RawFraming:
-    """Plain TCP: finds the handshake line, then is transparent."""
+class Wire(Protocol):
+    """What a Framing may ask of the connection it spells for."""
 
-    __slots__ = ("_line", "_past_line", "_session")
+    framing: Framing  # may be replaced, by the Framing itself
+
+    def write(self, data: Bytes, *more: Bytes) -> None:
+        """Send what is spelled already, now or when there is room."""
+
+    def queued_bytes(self) -> int:
+        """How much the client has left with us."""
+
+    def stirred(self, heard: bool) -> None:
+        """A WebSocket sent us something (or we it): it is not silent now."""
+
+
+class Framing:
+    """One spelling, and where one client is in it. This one hears nothing and says nothing."""
+
+    __slots__ = ()
+
+    is_plain = True  # nothing looks different on the wire: `spell` need not be asked
+    read_bytes = READ_BYTES  # to be received at once
+
+    def receive(self, data: memoryview) -> None:
+        """Tell the Session what `data`, the next bytes of the stream, means."""
+
+    def spell(self, data: Bytes) -> Sequence[Bytes]:
+        """Give what `data` looks like on the wire."""
+        return (data,)
+
+    def farewell(self, why: str) -> bytes:
+        """Give what is sent before the end."""
+        return b""
+
+    def drained(self) -> None:
+        """All that was queued is with the kernel."""
+
+    def keep_alive(self) -> None:
+        """Nothing has moved for PING_SECONDS."""
+
+
+SILENT = Framing()
+
+
+class RawFraming(Framing):
+    """Plain bytes: finds the handshake line, then is transparent."""
+
+    __slots__ = ("_line", "_session", "past_line")
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._line = b""  # what came of the first line so far
-        self._past_line = False
+        self.past_line = False
 
-    def receive(self, data: memoryview) -> None:
-        """Tell the Session what `data`, the next bytes of the stream, means.
+    def receive(self, data: Bytes) -> None:
+        """Find the line in `data`, or hand it on.
 
         The line counts as whole at its newline, and as hopeless at MAX_LINE_BYTES without
         one, however the bytes were split. Bytes behind it, in the same segment, are data.
         """
-        if self._past_line:
+        if self.past_line:
             self._session.bytes_received(data)
             return
         start = len(self._line)
@@ -526,12 +633,184 @@ class RawFraming:
         if newline < 0 and len(line) < MAX_LINE_BYTES:
             self._line = line
             return
-        self._line = b""
-        self._past_line = True
-        self._session.line_received(line[:newline] if newline >= 0 else line)
+        self._end_line(line[:newline] if newline >= 0 else line)
         rest = data[newline + 1 - start :] if newline >= 0 else data[:0]
         if rest:
             self._session.bytes_received(rest)
+
+    def message_ended(self) -> None:
+        """A message ends here: that will do in place of a newline behind a whole handshake."""
+        if not self.past_line and parse_handshake(self._line):
+            self._end_line(self._line)
+
+    def _end_line(self, line: bytes) -> None:
+        self._line = b""
+        self.past_line = True
+        self._session.line_received(line)
+
+
+class Undecided(Framing):
+    """The first bytes: they tell whether a client spells plainly or comes by HTTP."""
+
+    __slots__ = ("_session", "_start", "_web", "_wire")
+
+    def __init__(self, session: Session, wire: Wire, web: bool) -> None:
+        """`web`: whether a client counts as HTTP unless its first bytes say otherwise."""
+        self._session = session
+        self._wire = wire
+        self._web = web
+        self._start = b""  # what came, as long as it tells nothing
+
+    def receive(self, data: memoryview) -> None:
+        """Make way for the right Framing, if `data` decides which one that is."""
+        others = (RAW_BEGINNING,) if self._web else HTTP_BEGINNINGS
+        start = self._start + data[: len(RAW_BEGINNING)]
+        is_other = start.startswith(others)
+        if not is_other and any(other.startswith(start) for other in others):
+            self._start = start
+            return
+        is_http = self._web != is_other
+        if is_other and is_http:
+            self._session.http_begun()
+        elif is_other:
+            self._session.opened()
+        wire, start = self._wire, self._start
+        wire.framing = HttpFraming(self._session, wire) if is_http else RawFraming(self._session)
+        if start:
+            wire.framing.receive(memoryview(start))
+        wire.framing.receive(data)
+
+
+class HttpFraming(Framing):
+    """A request: for an upgrade to WebSocket, or by somebody who looks whether we live."""
+
+    __slots__ = ("_reader", "_session", "_wire")
+
+    read_bytes = FRAMED_READ_BYTES  # there may be frames behind the head
+
+    def __init__(self, session: Session, wire: Wire) -> None:
+        self._session = session
+        self._wire = wire
+        self._reader = ws_frames.RequestReader()
+
+    def receive(self, data: memoryview) -> None:
+        """When the head is whole, answer it. What came behind it is frames."""
+        try:
+            read = self._reader.receive(data)
+            if read is None:
+                return
+            request, rest = read
+            is_upgrade = request.wants_websocket
+            answer = request.accept() if is_upgrade else answer_visitor(request)
+        except ws_frames.UpgradeRejected as refusal:
+            is_upgrade, answer = False, refusal.answer
+        self._wire.write(answer)
+        if is_upgrade:
+            self._session.opened()
+            self._wire.framing = WebSocketFraming(self._session, self._wire)
+            self._wire.framing.receive(memoryview(rest))
+        else:
+            self._session.end_received()
+
+
+def answer_visitor(request: ws_frames.Request) -> bytes:
+    """What who wants no WebSocket is told. Raises UpgradeRejected."""
+    if request.method not in ws_frames.METHODS.split(", "):
+        raise ws_frames.not_allowed(request.method)
+    return ws_frames.http_answer(200, HTTP_TEXT, method=request.method)
+
+
+class WebSocketFraming(Framing):
+    """A stream of bytes in binary messages, and what a WebSocket says besides."""
+
+    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire")
+
+    is_plain = False
+    read_bytes = FRAMED_READ_BYTES
+
+    def __init__(self, session: Session, wire: Wire) -> None:
+        self._session = session
+        self._wire = wire
+        self._stream = RawFraming(session)  # what the messages carry
+        self._parser = ws_frames.FrameParser(must_be_masked=True)
+        self._pong = b""  # the newest, if it has to wait until there is room
+        self._goodbye = b""  # the Close that answers what this client did, if it ended things
+
+    def receive(self, data: memoryview) -> None:
+        """Take the payload out of the frames in `data`, and answer what is not payload.
+
+        All payload of one call is handed on at once, however small the frames are; the Pongs
+        that are due go out together, before it.
+        """
+        self._wire.stirred(heard=True)
+        payload: list[Bytes] = []
+        pongs: list[bytes] = []
+        try:
+            for event in self._parser.receive(data):
+                if event.opcode == ws_frames.BINARY:
+                    payload.append(event.payload)
+                    if event.is_last and not self._stream.past_line:
+                        self._hand_on(payload, pongs)
+                        self._stream.message_ended()
+                        if self._session.state is DONE:
+                            return
+                elif event.opcode == ws_frames.PING:
+                    pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
+                elif event.opcode == ws_frames.CLOSE:  # echo its code: 5.5.1
+                    self._goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
+                    break
+        except ws_frames.ProtocolError as error:
+            self._goodbye = ws_frames.build_close(error.code)
+        self._hand_on(payload, pongs)
+        if self._goodbye:
+            self._session.end_received()
+
+    def _hand_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
+        """Send the Pongs, tell the Session of the payload, and empty both."""
+        if pongs and self._wire.queued_bytes() > PONG_BACKLOG_BYTES:
+            self._pong = pongs[-1]
+        elif pongs:
+            self._pong = b""
+            self._wire.write(b"".join(pongs))
+        if payload:
+            self._stream.receive(payload[0] if len(payload) == 1 else b"".join(payload))
+        payload.clear()
+        pongs.clear()
+
+    def spell(self, data: Bytes) -> Sequence[Bytes]:
+        """Binary messages, none longer than MAX_MESSAGE_BYTES: a header and a slice for each."""
+        self._wire.stirred(heard=False)
+        if len(data) <= MAX_MESSAGE_BYTES:
+            return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
+        parts: list[Bytes] = []
+        view = memoryview(data)
+        for start in range(0, len(data), MAX_MESSAGE_BYTES):
+            piece = view[start : start + MAX_MESSAGE_BYTES]
+            parts += (ws_frames.frame_header(ws_frames.BINARY, len(piece)), piece)
+        return parts
+
+    def farewell(self, why: str) -> bytes:
+        """A Close: the one that is due to what the client did, or one that says why we end it."""
+        code = ws_frames.GOING_AWAY if why is STOPPING else ws_frames.NORMAL
+        return self._goodbye or ws_frames.build_close(code)
+
+    def drained(self) -> None:
+        """There is room for the Pong that had to wait."""
+        pong, self._pong = self._pong, b""
+        if pong:
+            self._wire.write(pong)
+        self._wire.stirred(heard=False)
+
+    def keep_alive(self) -> None:
+        """Ping, so that proxies do not take the silence for death; not on top of a backlog."""
+        if not self._wire.queued_bytes():
+            self._wire.write(ws_frames.build_frame(ws_frames.PING))
+        self._wire.stirred(heard=False)
+
+
+def first_framing(session: Session, wire: Wire, web: bool) -> Framing:
+    """Who comes is Undecided, if there is more than one way to come."""
+    return RawFraming(session) if ws_frames is None else Undecided(session, wire, web)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -540,11 +819,11 @@ class RawFraming:
 # One non-blocking socket, what it still has to send (its backlog), and which events it waits
 # for. The interest is computed from the backlogs whenever one appears or empties; nobody
 # toggles it. So backpressure is one line: a connection is not read while its partner has a
-# backlog, and a backlog is never more than what one read gave.
+# backlog, and a backlog is never more than what one read gave (and, of a WebSocket, some Pongs).
 #
-# Of the Server it uses the shared buffer, the clock and the Rendezvous, and asks it for three
+# Of the Server it uses the shared buffer, the clock and the Rendezvous, and asks it for four
 # things: `watch` (the interest may have changed), `hold` (the end is sent, now wait for the
-# other side's) and `doom` (close this at the end of the turn).
+# other side's), `doom` (close this at the end of the turn) and `stirred` (it is not silent).
 #
 # Nothing that was received is lost. A failed write is not the end of a client: what it sent
 # before it went is still in its socket, and is read to the end. After our end is sent we go on
@@ -561,7 +840,6 @@ class Connection:
         "_end_sent",
         "_finishing",
         "_hold_until",
-        "_partner",
         "_read_ended",
         "_server",
         "backlog",
@@ -569,20 +847,23 @@ class Connection:
         "fd",
         "framing",
         "mask",
+        "partner",
+        "read_bytes",
         "session",
         "sock",
     )
 
-    def __init__(self, sock: socket.socket, server: Server) -> None:
+    def __init__(self, sock: socket.socket, server: Server, web: bool) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        self.session = Session(self, server.rendezvous, server.wallclock())
-        self.framing = RawFraming(self.session)
+        self.session = Session(self, server.rendezvous, server.wallclock(), web)
+        self.framing = first_framing(self.session, self, web)
+        self.read_bytes = 0  # all that was ever read, as it was spelled
+        self.partner: Connection | None = None  # while relaying: where our bytes go
         self.backlog: bytearray | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
         self.dead = False  # doomed: ignores what this turn's events still say
-        self._partner: Connection | None = None  # while relaying: where our bytes go
         self._broken = False  # a write failed: what is sent there is thrown away
         self._read_ended = False  # the other end's end, or its reset, was read
         self._finishing = False
@@ -591,7 +872,6 @@ class Connection:
 
     def __repr__(self) -> str:
         """What is going on, without a word about who it is."""
-        queued = 0 if self.backlog is None else len(self.backlog)
         flags = "".join(
             f" {name}"
             for name in ("broken", "read_ended", "finishing", "end_sent")
@@ -600,7 +880,8 @@ class Connection:
         return (
             f"<Connection fd={self.fd} {'dead' if self.dead else self.session.state}"
             f" read={'on' if self.mask & EVENT_READ else 'off'}"
-            f" write={'on' if self.mask & EVENT_WRITE else 'off'} queued={queued}{flags}>"
+            f" write={'on' if self.mask & EVENT_WRITE else 'off'}"
+            f" queued={self.queued_bytes()}{flags}>"
         )
 
     # The Server's questions.
@@ -610,7 +891,7 @@ class Connection:
         if self.dead:
             return 0
         mask = 0 if self.backlog is None else EVENT_WRITE
-        if not self._read_ended and (self._partner is None or self._partner.backlog is None):
+        if not self._read_ended and (self.partner is None or self.partner.backlog is None):
             mask |= EVENT_READ
         return mask
 
@@ -643,35 +924,57 @@ class Connection:
 
     # The Session's orders (see Pipe).
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: Bytes) -> None:
+        """Have it spelled, and sent."""
+        if self.framing.is_plain:
+            self.write(data)
+        else:
+            self.write(*self.framing.spell(data))
+
+    def link(self, partner: Pipe) -> None:
+        """What comes from here goes to `partner` from now on."""
+        assert isinstance(partner, Connection)
+        self.partner = partner
+        self._server.watch(self)
+
+    def finish(self, why: str) -> None:
+        """Send what is queued, then the end; throw away what still comes; then be closed."""
+        self._finishing = True
+        self.partner = None
+        goodbye, self.framing = self.framing.farewell(why), SILENT
+        if goodbye and not self.dead:
+            self.write(goodbye)
+        self._go_on_finishing()
+        self._server.watch(self)
+
+    # The Framing's (see Wire).
+
+    def write(self, data: Bytes, *more: Bytes) -> None:
         """Send at once what the kernel takes; only the rest is copied to the backlog."""
         if self._broken:
             return
         if self.backlog is not None:
-            self.backlog += data
+            self.backlog += b"".join((data, *more))
             return
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
             self._broken = True
             return
-        if sent < len(data):
-            self._set_backlog(bytearray(data[sent:]))
+        if more or sent < len(data):
+            left = unsent((data, *more), sent)
+            if left:
+                self._set_backlog(left)
 
-    def link(self, partner: Pipe) -> None:
-        """What comes from here goes to `partner` from now on."""
-        assert isinstance(partner, Connection)
-        self._partner = partner
-        self._server.watch(self)
+    def queued_bytes(self) -> int:
+        """How much the client has left with us."""
+        return 0 if self.backlog is None else len(self.backlog)
 
-    def finish(self) -> None:
-        """Send what is queued, then the end; throw away what still comes; then be closed."""
-        self._finishing = True
-        self._partner = None
-        self._go_on_finishing()
-        self._server.watch(self)
+    def stirred(self, heard: bool) -> None:
+        """A WebSocket sent us something (or we it): it is not silent now."""
+        self._server.stirred(self, heard)
 
     # How bytes move.
 
@@ -679,7 +982,7 @@ class Connection:
         """Read once, into the buffer that everybody shares, and hand it to the Framing."""
         buffer = self._server.buffer
         try:
-            count = self.sock.recv_into(buffer)
+            count = self.sock.recv_into(buffer, self.framing.read_bytes)
         except BlockingIOError:
             return
         except OSError:  # a reset: all that came before it was read by now
@@ -687,11 +990,13 @@ class Connection:
             self.backlog = None
             count = 0
         if count:
+            self.read_bytes += count
             self.framing.receive(buffer[:count])
             return
         self._read_ended = True
         self.session.end_received()
-        self.finish()
+        self._go_on_finishing()
+        self._server.watch(self)
 
     def _drain(self) -> None:
         """Send from the backlog. When it is empty, the partner is read again."""
@@ -707,6 +1012,7 @@ class Connection:
             del self.backlog[:sent]
             return
         self._set_backlog(None)
+        self.framing.drained()
         if self._finishing:
             self._go_on_finishing()
 
@@ -714,8 +1020,8 @@ class Connection:
         """A backlog appears or is gone: this changes what we, and our partner, wait for."""
         self.backlog = backlog
         self._server.watch(self)
-        if self._partner is not None:
-            self._server.watch(self._partner)
+        if self.partner is not None:
+            self._server.watch(self.partner)
 
     def _go_on_finishing(self) -> None:
         """The one answer to "who closes this socket, and when?".
@@ -735,6 +1041,16 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
             self.session.end_sent()
             self._server.hold(self)
+
+
+def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
+    """Give what is left of `parts` when so many bytes of it are sent."""
+    rest = bytearray()
+    for part in parts:
+        if sent < len(part):
+            rest += memoryview(part)[sent:]
+        sent = max(0, sent - len(part))
+    return rest
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int | None:
@@ -760,13 +1076,11 @@ def _ask_kernel(sock: socket.socket, question: int) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Server
+# Time limits
 #
-# One select, one dispatch; each ready object gets one bounded move. Time limits are one queue
-# for each kind, oldest first. Closing is deferred: `doom` marks a connection now, `_reap`
-# closes it at the end of the turn, so that no event of the turn meets a closed socket or its
-# reused number. Signal handlers only note the signal; Python writes a byte to the wake-up
-# socket, which ends the select.
+# One queue for each kind. All entries of a kind wait equally long, so the queue is sorted by
+# construction, and whoever starts anew goes to its end. A queue says who is due; what that
+# means is the Server's to say, who may find that it means nothing any more.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -799,6 +1113,47 @@ class Timeouts:
             expired.append(self._due.popitem(last=False)[0])
         return expired
 
+    def waiting(self) -> set[Connection]:
+        """All that are in the queue."""
+        return set(self._due)
+
+
+class TimeLimits:
+    """The queues, one for each thing that somebody may wait for too long."""
+
+    def __init__(self, limits: Limits) -> None:
+        # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
+        self.handshaking = Timeouts(limits.handshake_seconds)
+        self.holding = Timeouts(HOLD_POLL_SECONDS)
+        # WebSockets only: since anything moved, and since a client without partner was heard.
+        self.quiet = Timeouts(PING_SECONDS)
+        self.unheard = Timeouts(SILENCE_SECONDS)
+        self._queues = (self.handshaking, self.holding, self.quiet, self.unheard)
+
+    def next_due(self) -> float:
+        """When the first of all is due; infinity if none is."""
+        return min(queue.next_due() for queue in self._queues)
+
+    def forget(self, conn: Connection) -> None:
+        """It is gone."""
+        for queue in self._queues:
+            queue.cancel(conn)
+
+    def check_invariants(self, connections: set[Connection]) -> None:
+        """Raise AssertionError if somebody waits who is gone. For the tests."""
+        for queue in self._queues:
+            assert queue.waiting() <= connections, "a time limit for nobody"
+
+
+# ---------------------------------------------------------------------------------------------
+# Server
+#
+# One select, one dispatch; each ready object gets one bounded move. Closing is deferred: `doom`
+# marks a connection now, `_reap` closes it at the end of the turn, so that no event of the turn
+# meets a closed socket or its reused number. Signal handlers only note the signal; Python
+# writes a byte to the wake-up socket, which ends the select.
+# ---------------------------------------------------------------------------------------------
+
 
 class Server:
     """Waits for all sockets at once, and owns everything that there is only one of."""
@@ -822,9 +1177,7 @@ class Server:
         self._rebooted = int(wallclock())
         self._selector = selectors.DefaultSelector()
         self._doomed: deque[Connection] = deque()
-        # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
-        self._handshaking = Timeouts(limits.handshake_seconds)
-        self._holding = Timeouts(HOLD_POLL_SECONDS)
+        self._time = TimeLimits(limits)
         self._current_at = clock()
         self._signals: deque[int] = deque()
         self._wakeup, self._waker = socket.socketpair()
@@ -837,11 +1190,11 @@ class Server:
         self._accept_at = float("inf")
         self._accept_complaints = Throttle()
         self._start_accepting()
-        # A stop has two phases, each with its last moment: bytes, then records. What a session
-        # has received in all, once it has what had reached us when the stop began.
+        # A stop has two phases, each with its last moment: bytes, then records. How much we have
+        # read from a connection, once we have all that had reached us when the stop began.
         self._flush_until: float | None = None
         self._record_until: float | None = None
-        self._owing: dict[Session, int] = {}
+        self._owing: dict[Connection, int] = {}
 
     # The loop.
 
@@ -893,10 +1246,15 @@ class Server:
             self._wakeup.recv(4096)
 
     def _run_timers(self, now: float) -> None:
-        for conn in self._handshaking.take_expired(now):
-            if conn.session.state is WAIT_HANDSHAKE:
+        for conn in self._time.handshaking.take_expired(now):
+            if conn.session.handshake is None:
                 conn.session.end_received()
-        for conn in self._holding.take_expired(now):
+        for conn in self._time.unheard.take_expired(now):
+            if conn.session.state is WAIT_PARTNER:
+                conn.session.end_received()
+        for conn in self._time.quiet.take_expired(now):
+            conn.framing.keep_alive()
+        for conn in self._time.holding.take_expired(now):
             self.hold(conn)
         if now >= self._accept_at:
             self._start_accepting()
@@ -909,12 +1267,7 @@ class Server:
 
     def _patience(self) -> float:
         """How long the select may wait, in seconds."""
-        due = min(
-            self._handshaking.next_due(),
-            self._holding.next_due(),
-            self._accept_at,
-            self._current_at,
-        )
+        due = min(self._time.next_due(), self._accept_at, self._current_at)
         patience = max(0.0, due - self.clock())
         return patience if self._flush_until is None else min(patience, STOP_POLL_SECONDS)
 
@@ -939,7 +1292,14 @@ class Server:
         if conn.hold_is_over(now):
             self.doom(conn)
         else:
-            self._holding.start(conn, now)
+            self._time.holding.start(conn, now)
+
+    def stirred(self, conn: Connection, heard: bool) -> None:
+        """A WebSocket has sent something, or was sent it: its times of silence begin anew."""
+        now = self.clock()
+        self._time.quiet.start(conn, now)
+        if heard and conn.partner is None:
+            self._time.unheard.start(conn, now)
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn. Whoever is doomed hears nothing more."""
@@ -956,8 +1316,7 @@ class Server:
             self.watch(conn)
             conn.sock.close()
             self.connections.discard(conn)
-            self._handshaking.cancel(conn)
-            self._holding.cancel(conn)
+            self._time.forget(conn)
             conn.session.connection_lost()
         if self._listeners and not self._accepting:
             self._start_accepting()  # there is room again
@@ -969,12 +1328,12 @@ class Server:
 
     # Newcomers.
 
-    def admit(self, sock: socket.socket) -> Connection:
-        """Take in a newcomer's socket."""
+    def admit(self, sock: socket.socket, web: bool = False) -> Connection:
+        """Take in a newcomer's socket; `web`: from a listener for WebSocket clients."""
         sock.setblocking(False)
-        conn = Connection(sock, self)
+        conn = Connection(sock, self, web)
         self.connections.add(conn)
-        self._handshaking.start(conn, self.clock())
+        self._time.handshaking.start(conn, self.clock())
         self.watch(conn)
         return conn
 
@@ -991,7 +1350,7 @@ class Server:
                 if error.errno not in NEWCOMER_LOST:  # no descriptors, no memory: it will pass
                     self._pause_accepting(reason(error))
             else:
-                self.admit(sock)
+                self.admit(sock, listener.web)
 
     def _start_accepting(self) -> None:
         self._accept_at = float("inf")
@@ -1030,19 +1389,18 @@ class Server:
         for conn in tuple(self.connections):
             session = conn.session
             if session.state is RELAYING:
-                self._owing[session] = session.received_bytes + unread_bytes(conn.sock)
+                self._owing[conn] = conn.read_bytes + unread_bytes(conn.sock)
             else:
-                session.end_received()
+                session.end_received(STOPPING)
 
     def _end_pairs(self, late: bool) -> None:
         """End the pairs that owe each other nothing more, or all if it is too late for that."""
         # The side that still has to take something is the one that stayed.
         for conn in sorted(self.connections, key=lambda conn: conn.backlog is not None):
-            session, partner = conn.session, conn.session.partner
-            if session.state is RELAYING and partner is not None:
-                both = (session, partner)
-                if late or all(one.received_bytes >= self._owing[one] for one in both):
-                    session.end_received()
+            if conn.partner is not None:
+                both = (conn, conn.partner)
+                if late or all(one.read_bytes >= self._owing[one] for one in both):
+                    conn.session.end_received(STOPPING)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -1081,10 +1439,10 @@ class Server:
         assert registered == {conn.fd: conn.mask for conn in self.connections if conn.mask}
         for conn in self.connections:
             assert conn.mask == conn.interest(), conn
-            assert conn.backlog is None or 0 < len(conn.backlog) <= READ_BYTES + len(OK), conn
-            partner = conn.session.partner
-            if conn.session.state is RELAYING:
-                assert partner is not None and partner.partner is conn.session, conn
+            assert conn.backlog is None or 0 < len(conn.backlog) <= MAX_BACKLOG_BYTES, conn
+            assert (conn.partner is not None) == (conn.session.state is RELAYING), conn
+            assert conn.partner is None or conn.partner.session is conn.session.partner, conn
+        self._time.check_invariants(self.connections)
         waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
         states = [conn.session.state for conn in self.connections]
         assert waiting == states.count(WAIT_PARTNER)
@@ -1535,10 +1893,11 @@ FIRST_PASSED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 
 
 class Endpoint(NamedTuple):
-    """One `--port`, understood but not yet opened."""
+    """One `--port` or `--websocket`, understood but not yet opened."""
 
     text: str
     kind: str
+    web: bool = False
     port: int = 0
     interface: str = ""
     backlog: int = LISTEN_BACKLOG
@@ -1635,6 +1994,11 @@ def parse_endpoint(text: str) -> Endpoint:
     return endpoint._replace(fileno=number("fileno", 2**31 - 1))
 
 
+def parse_websocket_endpoint(text: str) -> Endpoint:
+    """Understand an endpoint behind `--websocket`. Raises UsageError."""
+    return parse_endpoint(text)._replace(web=True)
+
+
 def _split_fields(text: str) -> list[tuple[str, str]]:
     """Cut `text` at its colons: (name, value) of each field, the name empty if it has none."""
     fields = [["", ""]]
@@ -1670,8 +2034,15 @@ class Listener:
         self.sock = sock
         self.fd = sock.fileno()
         self.label = label
+        self.web = False  # whether who comes is taken for HTTP, unless he says otherwise
         self._path = path
         self._made = _identity(path) if path else None
+
+    @property
+    def port(self) -> int | None:
+        """The TCP port, if it has one."""
+        is_tcp = self.sock.family in (socket.AF_INET, socket.AF_INET6)
+        return int(self.sock.getsockname()[1]) if is_tcp else None
 
     def close(self) -> None:
         """Listen no more; remove the unix socket, if it is still the one that we made."""
@@ -1715,8 +2086,13 @@ def open_listener(endpoint: Endpoint, fd: int | None) -> Listener:
     """Open an endpoint, or take over `fd` if it is open already. Raises StartupError."""
     try:
         if fd is not None:
-            return Listener(_adopt(fd, endpoint), endpoint.text)
-        return _listen_unix(endpoint) if endpoint.kind == "unix" else _listen_tcp(endpoint)
+            listener = Listener(_adopt(fd, endpoint), endpoint.text)
+        elif endpoint.kind == "unix":
+            listener = _listen_unix(endpoint)
+        else:
+            listener = _listen_tcp(endpoint)
+        listener.web = endpoint.web
+        return listener
     except OSError as error:  # socket.gaierror, an unknown interface, is one too
         raise StartupError(f"{endpoint.text}: {reason(error)}") from None
     except UnicodeError:  # from its way of encoding names
@@ -2106,6 +2482,12 @@ exit codes:
 """
 
 
+# RFC 6455, 3: no user, no fragment.
+WEBSOCKET_URL = re.compile(
+    r"wss?://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
+)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
@@ -2143,6 +2525,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def websocket_url(text: str) -> str:
+    """An option's value that is a WebSocket address: RFC 6455, 3. Raises UsageError."""
+    if not WEBSOCKET_URL.fullmatch(text):
+        raise UsageError(f"{text!r} is not of the form ws://HOST[:PORT]/PATH or wss://...")
+    return text
+
+
 def nonempty(text: str) -> str:
     """An option's value that names something. Raises UsageError."""
     if not text:
@@ -2154,7 +2543,7 @@ def make_parser() -> Parser:
     """All options, in the groups in which one looks for them; each with default and unit."""
     parser = Parser(
         prog=PROGRAM,
-        usage="%(prog)s [--port ENDPOINT] [OPTIONS]",
+        usage="%(prog)s [--port ENDPOINT] [--websocket ENDPOINT] [OPTIONS]",
         description="The relay server of Magic Wormhole, where clients behind NAT meet.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -2167,7 +2556,24 @@ def make_parser() -> Parser:
         metavar="ENDPOINT",
         type=parse_endpoint,
         action="append",
-        help="take clients here; may be given several times (default: tcp:4001)",
+        help="take clients here, over TCP and WebSocket; may be given several times"
+        " (default: tcp:4001)",
+    )
+    listening.add_argument(
+        "--websocket",
+        metavar="ENDPOINT",
+        type=parse_websocket_endpoint,
+        action="append",
+        default=[],
+        help="take clients here too, and answer what is neither as HTTP does; may be given"
+        " several times (default: none; WebSocket clients are taken at --port)",
+    )
+    listening.add_argument(
+        "--websocket-url",
+        metavar="URL",
+        type=websocket_url,
+        help="the address that WebSocket clients are told, if a proxy or a router stands before"
+        " us (default: ws://localhost:PORT/ for each --websocket)",
     )
     records = parser.add_argument_group("what it records")
     records.add_argument(
@@ -2252,7 +2658,13 @@ def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: 
         log.info(limit)
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
-    log.info("Transit starting on %s", ", ".join(listener.label for listener in listeners))
+    urls = [f"ws://localhost:{one.port}/" for one in listeners if one.web and one.port]
+    if options.websocket_url:
+        urls = [options.websocket_url]
+    if urls:
+        log.info("WebSocket clients connect to %s", ", ".join(urls))
+    names = (one.label + (" (websocket)" if one.web else "") for one in listeners)
+    log.info("Transit starting on %s", ", ".join(names))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -2268,7 +2680,9 @@ def serve(options: argparse.Namespace) -> int:
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
-        listeners = open_listeners(options.port, passed)
+        if ws_frames is None and (options.websocket or options.websocket_url):
+            raise StartupError("--websocket needs ws_frames.py, which belongs beside this file")
+        listeners = open_listeners([*options.port, *options.websocket], passed)
         for listener in listeners:
             undo.callback(listener.close)
         if options.user:

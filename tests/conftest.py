@@ -23,8 +23,8 @@ def loop() -> Iterator[Loop]:
     clients: list[socket.socket] = []
     connect = loop.connect
 
-    def remember(tcp: bool = False) -> socket.socket:
-        clients.append(connect(tcp))
+    def remember(tcp: bool = False, web: bool = False) -> socket.socket:
+        clients.append(connect(tcp, web))
         return clients[-1]
 
     loop.connect = remember  # type: ignore[method-assign]

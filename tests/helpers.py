@@ -1,4 +1,4 @@
-"""What more than one test file needs: fakes, vectors, and a relay as a process.
+"""What more than one test file needs: fakes, vectors, clients, and a relay as a process.
 
 TIMEOUT is the only wall-clock number of the tests, and no test passes by waiting for it: it
 only says when to give up. Slow machines multiply it with RELAY_TEST_TIMEOUT_FACTOR.
@@ -6,17 +6,22 @@ only says when to give up. Slow machines multiply it with RELAY_TEST_TIMEOUT_FAC
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import fcntl
+import hashlib
 import os
 import random
 import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import transit_relay
@@ -24,6 +29,8 @@ from transit_relay import Connection, Limits, Pipe, Recorder, Server, UsageRecor
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
+WEB = ("--websocket", "tcp:0:interface=127.0.0.1")  # an option of a RelayProcess
+DIRECTIONS = [("tcp", "tcp"), ("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")]  # of a pair
 
 
 def handshake(token: str = "t", side: str | None = None) -> bytes:
@@ -77,9 +84,10 @@ class FakePipe:
         assert self.partner is None, "linked twice"
         self.partner = partner
 
-    def finish(self) -> None:
+    def finish(self, why: str) -> None:
         assert not self.finished, "finished twice"
         self.finished = True
+        self.why = why
 
 
 class ListRecorder(Recorder):
@@ -97,6 +105,263 @@ class ListRecorder(Recorder):
         return [record.mood for record in self.records]
 
 
+# Clients. They have a common face, so that one test can be run over TCP and over WebSocket.
+
+
+class Client:
+    """A client over plain TCP, or a unix socket: payload and bytes are the same there.
+
+    `wait(client, event)` is called before whatever may have to wait for the relay, which has to
+    work first if it is in our own thread. The event is POLLIN, POLLOUT, or 0: just work.
+    """
+
+    def __init__(
+        self, sock: socket.socket, wait: Callable[[Client, int], None] | None = None
+    ) -> None:
+        sock.settimeout(TIMEOUT)
+        self.sock = sock
+        self.conn: Connection | None = None  # the relay's end, if it is in our own thread
+        self.close_code: int | None = None  # None: no Close frame has come
+        self._wait = wait or (lambda client, events: None)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """For select."""
+        return self.sock.fileno()
+
+    def spell(self, *pieces: bytes) -> list[bytes]:
+        """How each piece of a message goes over the wire."""
+        return list(pieces)
+
+    def send(self, *pieces: bytes) -> None:
+        """Send a message, in pieces (fragments, over WebSocket)."""
+        self.send_wire(b"".join(self.spell(*pieces)))
+
+    def send_wire(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        rest = memoryview(data)
+        while rest:
+            self._wait(self, select.POLLOUT)
+            rest = rest[self.sock.send(rest) :]
+
+    def read(self, size: int) -> bytes:
+        """Some payload, at most so many bytes; none at the end."""
+        self._wait(self, select.POLLIN)
+        return self.sock.recv(size)
+
+    def receive(self, size: int) -> bytes:
+        """The next `size` bytes of payload. An end before that is an error."""
+        data = bytearray()
+        while len(data) < size:
+            part = self.read(size - len(data))
+            assert part, f"the end came after {len(data)} of {size} bytes"
+            data += part
+        return bytes(data)
+
+    def receive_now(self) -> bytes:
+        """All payload that is there, without waiting for more."""
+        self._wait(self, 0)
+        data = bytearray()
+        while select.select([self], [], [], 0)[0] and (part := self.read(1 << 16)):
+            data += part
+        return bytes(data)
+
+    def read_to_end(self, code: int | None = 1000) -> bytes:
+        """All payload until the orderly end. Over WebSocket that is a Close with `code`.
+
+        1005 stands for a Close without a code, None for an end without a Close (RFC 6455 7.1.5
+        calls that 1006). A reset is an error.
+        """
+        parts = []
+        while part := self.read(1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+
+    def half_close(self, code: int = 1000) -> None:
+        """Say that nothing more will come; over WebSocket with a Close frame."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Be gone, without a word."""
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Be gone with a reset (over a unix socket: just gone)."""
+        reset(self.sock)
+
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+LONGEST_MESSAGE = 32 * 1024  # from the relay: a Go client takes no longer ones
+
+
+def frame(
+    opcode: int, payload: bytes = b"", fin: bool = True, key: bytes | None = b"\x1b\xad\xf0\x0d"
+) -> bytes:
+    """A frame as a client spells it. Without a `key` it is not masked, as no client's is."""
+    size = len(payload)
+    first, masked = opcode | (0x80 if fin else 0), 0x80 if key else 0
+    if size < 126:
+        head = struct.pack("!BB", first, masked | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", first, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, size)
+    if not key:
+        return head + payload
+    mask = int.from_bytes((key * (size // 4 + 1))[:size], "big")
+    return head + key + (int.from_bytes(payload, "big") ^ mask).to_bytes(size, "big")
+
+
+def close_payload(code: int | None, reason: bytes = b"") -> bytes:
+    """What is in a Close frame."""
+    return b"" if code is None else struct.pack("!H", code) + reason
+
+
+class WebSocketClient(Client):
+    """The same over WebSocket. Knows nothing of ws_frames: a mistake of both would be hidden.
+
+    Pings are noted in `pings` and not answered; Pongs are noted in `pongs`.
+    """
+
+    _seeds = count()  # each client masks with other keys, and in each run with the same
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        wait: Callable[[Client, int], None] | None = None,
+        upgrade: bool = True,
+    ) -> None:
+        """Ask for the upgrade, unless the caller wants to send `request` himself."""
+        super().__init__(sock, wait)
+        self._chance = random.Random(next(self._seeds))
+        key = base64.b64encode(self._chance.randbytes(16))
+        self.request = (
+            b"GET /some/path?query HTTP/1.1\r\nHost: relay.example\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n\r\n"
+            % key
+        )
+        digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        self._accept = base64.b64encode(digest)
+        self._upgraded = False  # the answer to the request was read
+        self._bytes = bytearray()  # read, but not yet a whole frame
+        self._payload = bytearray()  # of binary messages, and not yet asked for
+        self.pings: list[bytes] = []
+        self.pongs: list[bytes] = []
+        if upgrade:
+            self.send_wire(self.request)
+
+    def spell(self, *pieces: bytes) -> list[bytes]:
+        opcodes = [BINARY] + [CONTINUATION] * (len(pieces) - 1)
+        return [
+            frame(opcode, piece, number == len(pieces), self._chance.randbytes(4))
+            for number, (opcode, piece) in enumerate(zip(opcodes, pieces), 1)
+        ]
+
+    def next_frame(self) -> tuple[int, bytes] | None:
+        """The relay's next frame: opcode and payload. None: its orderly end."""
+        if not self._upgraded:
+            self._read_answer()
+        if not self._fill(2):
+            assert not self._bytes, f"the end came in a frame: {bytes(self._bytes)!r}"
+            return None
+        first, size = self._bytes[:2]
+        opcode, offset = first & 0x0F, 2
+        assert first & 0xF0 == 0x80, f"reserved bits or a fragment: {first:#x}"
+        if size >= 126:
+            offset, code, shortest = {126: (4, "!H", 126), 127: (10, "!Q", 1 << 16)}[size]
+            assert self._fill(offset)
+            (size,) = struct.unpack(code, self._bytes[2:offset])
+            assert size >= shortest, "its length is not minimal"
+        assert size <= (LONGEST_MESSAGE if opcode == BINARY else 125), f"too long: {size}"
+        assert self._fill(offset + size), f"{opcode} with {size} bytes ends in the middle"
+        payload = bytes(self._bytes[offset : offset + size])
+        del self._bytes[: offset + size]
+        assert self.close_code is None, f"behind the Close: {opcode} {payload!r}"
+        if opcode == CLOSE:
+            self.close_code = struct.unpack("!H", payload)[0] if payload else 1005
+        else:
+            notes = {BINARY: None, PING: self.pings, PONG: self.pongs}[opcode]
+            assert payload or notes is not None, "an empty message"
+            if notes is not None:
+                notes.append(payload)
+        return opcode, payload
+
+    def receive_now(self) -> bytes:
+        self._wait(self, 0)
+        if not self._upgraded:
+            self._read_answer()
+        while self._bytes or select.select([self], [], [], 0)[0]:
+            if not self._read_frame():
+                break
+        return self._take(len(self._payload))
+
+    def read_to_end(self, code: int | None = 1000) -> bytes:
+        while self._read_frame():
+            pass
+        assert self.close_code == code
+        return self._take(len(self._payload))
+
+    def half_close(self, code: int = 1000) -> None:
+        self.send_wire(frame(CLOSE, close_payload(code)))
+
+    def read(self, size: int) -> bytes:
+        while not self._payload and self._read_frame():
+            pass
+        return self._take(size)
+
+    def _take(self, size: int) -> bytes:
+        part = bytes(self._payload[:size])
+        del self._payload[:size]
+        return part
+
+    def _read_frame(self) -> bool:
+        """Read a frame and keep its payload. False: there is none, only the end."""
+        found = self.next_frame()
+        if found is not None and found[0] == BINARY:
+            self._payload += found[1]
+        return found is not None
+
+    def _read_answer(self) -> None:
+        """What answers the request: the upgrade, or else it is an error."""
+        while b"\r\n\r\n" not in self._bytes:
+            assert self._fill(len(self._bytes) + 1), bytes(self._bytes)
+        head, _, rest = bytes(self._bytes).partition(b"\r\n\r\n")
+        status, headers = parse_head(head)
+        assert status == "101"
+        assert headers["upgrade"].lower() == "websocket"
+        assert headers["connection"].lower() == "upgrade"
+        assert headers["sec-websocket-accept"] == self._accept.decode()
+        assert not {"sec-websocket-extensions", "sec-websocket-protocol"} & set(headers)
+        self._bytes[:] = rest
+        self._upgraded = True
+
+    def _fill(self, size: int) -> bool:
+        """Read until so many bytes are there. False: the end came first."""
+        while len(self._bytes) < size:
+            self._wait(self, select.POLLIN)
+            part = self.sock.recv(1 << 18)
+            if not part:
+                return False
+            self._bytes += part
+        return True
+
+
+def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
+    """The status of an HTTP answer and its headers, each of which is there once."""
+    line, *lines = head.decode("ascii").split("\r\n")
+    version, status, _ = line.split(" ", 2)
+    assert version == "HTTP/1.1"
+    pairs = [one.split(": ", 1) for one in lines]
+    headers = {name.lower(): value for name, value in pairs}
+    assert len(headers) == len(lines), lines
+    return status, headers
+
+
 class Loop:
     """A Server without listeners, in this thread, with clocks that stand still."""
 
@@ -106,19 +371,48 @@ class Loop:
         self.recorder = ListRecorder()
         self.server = Server([], self.recorder, limits or Limits(), self.clock, self.wallclock)
 
-    def connect(self, tcp: bool = False) -> socket.socket:
-        """A new client; its other end is the server's. Over TCP there are resets."""
+    def connect(self, tcp: bool = False, web: bool = False) -> socket.socket:
+        """A new client; its other end is the server's. Over TCP there are resets.
+
+        `web`: it comes to a `--websocket` listener.
+        """
         ours, its = tcp_pair() if tcp else socket.socketpair()
         ours.settimeout(TIMEOUT)
-        self.server.admit(its)
+        self.server.admit(its, web)
         return ours
 
-    def connect_both(self, tcp: bool = False) -> tuple[socket.socket, Connection]:
+    def connect_both(
+        self, tcp: bool = False, web: bool = False
+    ) -> tuple[socket.socket, Connection]:
         """A new client, and the relay's end of it."""
         before = set(self.server.connections)
-        client = self.connect(tcp)
+        client = self.connect(tcp, web)
         (conn,) = self.server.connections - before
         return client, conn
+
+    def client(self, kind: str = "tcp", web: bool | None = None, upgrade: bool = True) -> Client:
+        """A new client of that kind: tcp, unix, ws (over TCP) or ws-unix.
+
+        `web`: whether it comes to a `--websocket` listener; by default to that of its kind.
+        `upgrade`: a WebSocket client asks for it at once.
+        """
+        spells = kind.startswith("ws")
+        sock, conn = self.connect_both(not kind.endswith("unix"), spells if web is None else web)
+        client = WebSocketClient(sock, self.wait, upgrade) if spells else Client(sock, self.wait)
+        client.conn = conn
+        return client
+
+    def wait(self, client: Client, event: int) -> None:
+        """Work, and until the client can read or write if that is the event."""
+        self.pump()
+        reading = [client] if event == select.POLLIN else []
+        writing = [client] if event == select.POLLOUT else []
+        while event:
+            ready = select.select([*reading, self.server._selector], writing, [], TIMEOUT)
+            assert any(ready), "nothing moves"
+            if client in ready[0] or client in ready[1]:
+                return
+            self.pump()
 
     def pump(self) -> None:
         """Take turns until nothing is ready any more. Checks the books after each."""
@@ -148,13 +442,23 @@ class Loop:
         assert one.recv(100) == other.recv(100) == b"ok\n"
         return one, other
 
+    def meet(self, first: str = "tcp", second: str = "tcp") -> tuple[Client, Client]:
+        """The same, as clients of these kinds."""
+        one, other = self.client(first), self.client(second)
+        one.send(handshake("pair", "one"))
+        other.send(handshake("pair", "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+        return one, other
+
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Both ends of a TCP connection over the loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
-        return one, other
+    for sock in (one, other):  # as a Listener's; and no test waits for a delayed acknowledgement
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return one, other
 
 
 def reset(sock: socket.socket) -> None:
@@ -265,6 +569,29 @@ class RelayProcess:
         assert receive(one, 3) == receive(other, 3) == b"ok\n"
         return one, other
 
+    @property
+    def web_port(self) -> int:
+        """The port of its (first) tcp endpoint for WebSocket."""
+        match = re.search(rb"tcp:(\d+)[^ ]* \(websocket\)", self.stderr)
+        assert match, self.stderr
+        return int(match[1])
+
+    def client(self, kind: str = "tcp") -> Client:
+        """A client of that kind, tcp or ws, at the endpoint that is meant for it."""
+        port = self.web_port if kind == "ws" else self.port
+        sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+        return WebSocketClient(sock) if kind == "ws" else Client(sock)
+
+    def meet(
+        self, first: str = "tcp", second: str = "tcp", token: str = "pair"
+    ) -> tuple[Client, Client]:
+        """Two clients of these kinds that have met and have read their `ok`."""
+        one, other = self.client(first), self.client(second)
+        one.send(handshake(token, "one"))
+        other.send(handshake(token, "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+        return one, other
+
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """Ask it to stop, and give its exit code. What it said is in `stderr` then."""
         self.process.send_signal(signal_number)
@@ -285,3 +612,18 @@ class RelayProcess:
     def descriptors(self) -> int:
         """How many files it has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def resident_bytes(self) -> int:
+        """What it has in memory."""
+        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def peak_bytes(self) -> int:
+        """The most that it ever had in memory, or had since `forget_peak`."""
+        (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        return int(line) * 1024
+
+    def forget_peak(self) -> None:
+        """Start anew, where the kernel allows it (proc(5), clear_refs)."""
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self.pid}/clear_refs").write_text("5")

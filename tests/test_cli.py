@@ -20,7 +20,10 @@ import pytest
 from helpers import (
     RELAY,
     TIMEOUT,
+    WEB,
+    Client,
     RelayProcess,
+    WebSocketClient,
     fill_pipe,
     handshake,
     read_to_end,
@@ -62,6 +65,8 @@ def test_defaults() -> None:
     options = parse_arguments([])
     assert vars(options) == {
         "port": [parse_endpoint("tcp:4001")],
+        "websocket": [],
+        "websocket_url": None,
         "usage_db": None,
         "log_fd": None,
         "blur_usage": 0,
@@ -101,6 +106,17 @@ WRONG = [
     ["--port=tcp:99999"],
     ["--port=tcp:\nx"],  # it is repeated in the message
     ["--port=tcp:4001:interface=::"],
+    ["--websocket="],
+    ["--websocket=tcp:99999"],
+    ["--websocket-url="],
+    ["--websocket-url=relay.example.org"],
+    ["--websocket-url=http://relay.example.org/"],
+    ["--websocket-url=ws:///"],
+    ["--websocket-url=ws://user@relay.example.org/"],
+    ["--websocket-url=ws://relay.example.org/#there"],
+    ["--websocket-url=ws://relay.example.org/a b"],
+    ["--websocket-url=ws://relay.example.org:port/"],
+    ["--websocket-url=ws://relay.example.org/\n"],
     ["--blur=60"],  # no abbreviations: they change their meaning with the next option
     ["--blur-usage=-1"],
     ["--blur-usage=1.5"],
@@ -169,7 +185,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     told = {" ".join(option.split()) for option in options}
-    assert len(told) == 11
+    assert len(told) == 13
     for option in told:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
@@ -270,6 +286,106 @@ def test_a_missing_descriptor_is_not_mistaken_for_a_socket_of_ours() -> None:
     """Our own listener would get the lowest free number, if it were opened first."""
     said = failed_start(*LOCAL, "--port", "fd:3")
     assert said == "transit-relay: fd:3: Bad file descriptor"
+
+
+# WebSocket. (What is said on the wire: test_websocket.py.)
+
+
+@pytest.mark.parametrize("url", ["ws://relay.example.org:4002/", "wss://relay.example.org"])
+def test_websocket_url_is_what_clients_are_told(relay: Start, url: str) -> None:
+    """Also without a listener of its own: the ports take WebSocket clients too."""
+    running = relay("--websocket-url", url)
+    assert f"\nWebSocket clients connect to {url}\nTransit starting".encode() in running.stderr
+
+
+def test_several_websocket_endpoints_are_all_told(relay: Start) -> None:
+    running = relay(*WEB, *WEB)
+    ports = re.findall(rb"tcp:(\d+)[^ ]* \(websocket\)", running.stderr)
+    urls = b", ".join(b"ws://localhost:%s/" % port for port in ports)
+    assert len(ports) == 2
+    assert b"\nWebSocket clients connect to " + urls + b"\nTransit starting" in running.stderr
+
+
+def test_without_websocket_nobody_is_told_of_it(relay: Start) -> None:
+    assert b"WebSocket" not in relay().stderr
+
+
+@pytest.mark.parametrize("first", ["tcp", "ws"])
+@pytest.mark.parametrize("second", ["tcp", "ws"])
+def test_one_port_serves_both(relay: Start, first: str, second: str) -> None:
+    running = relay()
+    clients = []
+    for kind in (first, second):
+        sock = running.connect()
+        clients.append(WebSocketClient(sock) if kind == "ws" else Client(sock))
+    one, other = clients
+    with one, other:
+        one.send(handshake("t", "one"))
+        other.send(handshake("t", "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+        one.send(b"some data")
+        one.half_close()
+        assert other.read_to_end() == b"some data"
+
+
+@pytest.mark.parametrize("url", [None, "wss://relay.example.org/"])
+def test_websocket_unix_endpoint(tmp_path: Path, url: str | None) -> None:
+    """Nothing tells its address but the option."""
+    options = [] if url is None else ["--websocket-url", url]
+    with ReachedRelay(*LOCAL, "--websocket", "unix:x.sock", *options, cwd=tmp_path) as relay:
+        relay.wait_for(r", unix:x\.sock \(websocket\)$")
+        assert (b"WebSocket clients connect to" in relay.stderr) == (url is not None)
+        relay.address = str(tmp_path / "x.sock")
+        assert_upgrades(relay)
+        relay.stop_cleanly()
+
+
+@pytest.mark.parametrize("endpoint", ["systemd:name=websocket", "systemd:index=1", "fd:4"])
+def test_websocket_endpoint_that_is_open_already(endpoint: str) -> None:
+    with contextlib.ExitStack() as opened:
+        passed = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        options = ("--port", "systemd:index=0", "--websocket", endpoint)
+        names = {"LISTEN_FDNAMES": "transit:websocket"}
+        fds = [sock.fileno() for sock in passed]
+        relay = opened.enter_context(
+            ReachedRelay(*options, env=names, pass_fds=fds, program=activated(*passed))
+        )
+        relay.address = passed[1].getsockname()
+        told, started = relay.started().stderr.decode().splitlines()[-2:]
+        assert told == f"WebSocket clients connect to ws://localhost:{relay.address[1]}/"
+        assert started == f"Transit starting on systemd:index=0, {endpoint} (websocket)"
+        assert_upgrades(relay)
+        relay.stop_cleanly()
+
+
+def assert_upgrades(relay: RelayProcess) -> None:
+    """A WebSocket client meets another one."""
+    one, other = (WebSocketClient(relay.connect()) for _ in range(2))
+    with one, other:
+        one.send(handshake("web", "one"))
+        other.send(handshake("web", "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+
+
+@pytest.fixture
+def lonely_copy(tmp_path: Path) -> list[str]:
+    """A program: the relay, copied without ws_frames.py."""
+    (tmp_path / "copied").mkdir()
+    return [sys.executable, str(shutil.copy(RELAY, tmp_path / "copied"))]
+
+
+@pytest.mark.parametrize("option", [WEB, ("--websocket-url", "ws://localhost/")])
+def test_websocket_without_ws_frames_is_refused(
+    lonely_copy: list[str], option: tuple[str, str]
+) -> None:
+    said = failed_start(*LOCAL, *option, program=lonely_copy)
+    assert said == "transit-relay: --websocket needs ws_frames.py, which belongs beside this file"
+
+
+def test_without_ws_frames_all_is_plain(relay: Start, lonely_copy: list[str]) -> None:
+    running = relay(program=lonely_copy)
+    refused(running, b"GET / HTTP/1.1\r\n", b"bad handshake\n")
+    transfer(running)
 
 
 def test_busy_port_is_code_1_and_one_line(tmp_path: Path) -> None:

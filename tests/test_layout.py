@@ -145,17 +145,40 @@ def test_a_banner_says_what_its_section_is() -> None:
         assert all(line.startswith("#") for line in banner), section.name
 
 
-def test_imports_are_of_the_standard_library() -> None:
-    """They work in a Python without site-packages, wherever in the program they stand."""
+def modules_imported(tree: ast.Module) -> set[str]:
+    """The modules that a program imports, wherever in it that stands."""
     modules = set()
-    for node in ast.walk(TREE):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level
             modules.add(node.module)
+    return modules
+
+
+FRAMER = ast.parse(RELAY.with_name("ws_frames.py").read_text(encoding="utf-8"))
+
+
+def test_imports_are_of_the_standard_library() -> None:
+    """They work in a Python without site-packages. The one that is ours may be missing."""
+    modules = modules_imported(TREE) - {"ws_frames"} | modules_imported(FRAMER)
     program = f"import {', '.join(sorted(modules))}"
     subprocess.run([sys.executable, "-ISc", program], cwd="/", timeout=TIMEOUT, check=True)
+
+
+def test_the_framer_is_pure() -> None:
+    """It cannot wait, look at a clock or say anything: it has nothing to do that with."""
+    assert modules_imported(FRAMER) == {
+        *("__future__", "binascii", "collections.abc", "hashlib", "re", "typing")
+    }
+
+
+def test_the_framer_is_looked_for_once() -> None:
+    """At the start: later there might be another version's file."""
+    imports = [node for node in ast.walk(TREE) if isinstance(node, ast.Import)]
+    (ours,) = (node for node in imports if node.names[0].name == "ws_frames")
+    assert any(isinstance(node, ast.Try) and ours in node.body for node in TREE.body)
 
 
 def test_the_version_is_that_of_the_news() -> None:

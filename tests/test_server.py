@@ -17,8 +17,7 @@ from helpers import TIMEOUT, Loop, handshake, read_to_end
 
 import transit_relay
 from transit_relay import (
-    OK,
-    READ_BYTES,
+    MAX_BACKLOG_BYTES,
     WAIT_HANDSHAKE,
     Current,
     Limits,
@@ -541,7 +540,7 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
         w.server.connections - {w.newcomer},
     ),
     "empty backlog": lambda w: (w.queueing, "backlog", bytearray()),
-    "backlog too long": lambda w: (w.queueing, "backlog", bytearray(READ_BYTES + len(OK) + 1)),
+    "backlog too long": lambda w: (w.queueing, "backlog", bytearray(MAX_BACKLOG_BYTES + 1)),
     "partner not mutual": lambda w: (w.paired, "partner", w.waiter.session),
     "no partner": lambda w: (w.paired, "partner", None),
     "pair forgotten": lambda w: (w.rendezvous, "paired", {w.paired}),
@@ -555,6 +554,7 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
     "waiter under another token": lambda w: (w.rendezvous, "waiting", {b"0" * 64: w.crowd}),
     "token nobody waits under": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd, b"": []}),
     "waits in another state": lambda w: (w.waiter.session, "state", WAIT_HANDSHAKE),
+    "time limit for nobody": lambda w: (w.server._time.quiet, "_due", {"nobody": 0.0}),
     "waits without handshake": lambda w: (w.waiter.session, "handshake", None),
 }
 

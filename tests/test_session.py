@@ -11,15 +11,18 @@ from helpers import FakeClock, FakePipe, handshake
 
 from transit_relay import (
     DONE,
+    OVER,
     RELAYING,
+    STOPPING,
     WAIT_HANDSHAKE,
     WAIT_PARTNER,
+    WAIT_UPGRADE,
     Rendezvous,
     Session,
     UsageRecord,
 )
 
-STATES = (WAIT_HANDSHAKE, WAIT_PARTNER, RELAYING, DONE)
+STATES = (WAIT_UPGRADE, WAIT_HANDSHAKE, WAIT_PARTNER, RELAYING, DONE)
 LINE = handshake("token", "side")[:-1]
 PARTNERS_LINE = handshake("token", "other")[:-1]
 
@@ -33,9 +36,9 @@ class World:
         self.rendezvous = Rendezvous(self.records.append, self.clock)
         self.sessions: list[Session] = []
 
-    def accept(self) -> Session:
+    def accept(self, web: bool = False) -> Session:
         """A client is accepted. The time of day began 1,000,000 s before the clock."""
-        session = Session(FakePipe(), self.rendezvous, 1_000_000 + self.clock.now)
+        session = Session(FakePipe(), self.rendezvous, 1_000_000 + self.clock.now, web)
         self.sessions.append(session)
         return session
 
@@ -76,13 +79,15 @@ def sent(session: Session) -> bytes:
 
 # The inputs, by the names that the table gives them ...
 INPUTS: dict[str, Callable[[World, Session], object]] = {
+    "http": lambda world, session: session.http_begun(),
+    "opened": lambda world, session: session.opened(),
     "handshake": lambda world, session: session.line_received(LINE),
     "junk": lambda world, session: session.line_received(b"GET / HTTP/1.1\r"),
     "bytes": lambda world, session: session.bytes_received(b"some bytes"),
     "matched": lambda world, session: session.matched(world.sessions[0]),
     "displaced": lambda world, session: session.displaced(),
     "end": lambda world, session: session.end_received(),
-    "left": lambda world, session: session.partner_left(),
+    "left": lambda world, session: session.partner_left(OVER),
 }
 # ... and what a partner does.
 STEPS = INPUTS | {
@@ -93,11 +98,16 @@ STEPS = INPUTS | {
 # Every way into every state, as steps from the accept on.
 WAYS: dict[str, tuple[str, list[str]]] = {
     "accepted": (WAIT_HANDSHAKE, []),
+    "accepted, web": (WAIT_UPGRADE, []),
+    "came by HTTP": (WAIT_UPGRADE, ["http"]),
+    "came by HTTP, upgraded": (WAIT_HANDSHAKE, ["http", "opened"]),
+    "opened": (WAIT_HANDSHAKE, ["opened"]),
     "waiting": (WAIT_PARTNER, ["handshake"]),
     "came first": (RELAYING, ["handshake", "partner"]),
     "came second": (RELAYING, ["partner", "handshake"]),
     "errory": (DONE, ["junk"]),
     "empty": (DONE, ["end"]),
+    "visited": (DONE, ["http", "end"]),
     "impatient": (DONE, ["handshake", "bytes"]),
     "redundant": (DONE, ["handshake", "displaced"]),
     "lonely": (DONE, ["handshake", "end"]),
@@ -109,7 +119,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
 def bring(world: World, way: str) -> Session:
     """A session that has come into its state in this way."""
     world.accept()  # somebody whom `matched` can name
-    session = world.accept()
+    session = world.accept(web=way in ("accepted, web", "opened"))
     for step in WAYS[way][1]:
         STEPS[step](world, session)
     assert session.state == WAYS[way][0]
@@ -136,10 +146,10 @@ LISTED = {(row[0], row[1]) for row in TABLE}
 
 
 def test_the_table_is_read_whole() -> None:
-    assert len(TABLE) == len(LISTED) == 10
+    assert len(TABLE) == len(LISTED) == 13
     assert {row[0] for row in TABLE} == set(STATES) - {DONE}
     assert {row[1] for row in TABLE} == set(INPUTS)
-    assert {row[2] for row in TABLE} == set(STATES) - {WAIT_HANDSHAKE}
+    assert {row[2] for row in TABLE} == set(STATES)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +200,12 @@ def test_not_listed(world: World, way: str, name: str) -> None:
 # Records: how many, and when.
 
 
-@pytest.mark.parametrize(
-    "way", [way for way in WAYS if way not in ("came first", "came second", "left", "stayed")]
-)
+# Of these the record is a pair's, or there is none.
+OTHERWISE = ("came first", "came second", "left", "stayed")
+UNRECORDED = ("accepted, web", "came by HTTP", "visited")
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in OTHERWISE])
 @pytest.mark.parametrize(
     "order",
     list(itertools.permutations(["end_received", "end_sent", "connection_lost"])),
@@ -204,8 +217,9 @@ def test_a_life_without_a_partner_is_recorded_once(
     session = bring(world, way)
     for event in order * 2:
         getattr(session, event)()
-    assert len(world.records) == 1
-    assert world.records[0].waiting_time is None and world.records[0].total_bytes == 0
+    assert len(world.records) == (way not in UNRECORDED)
+    for record in world.records:
+        assert record.waiting_time is None and record.total_bytes == 0
 
 
 def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
@@ -304,6 +318,16 @@ def test_bytes_of_a_pair_are_those_of_both_behind_the_handshakes(world: World) -
 
 
 # What a client is sent.
+
+
+@pytest.mark.parametrize("why", [OVER, STOPPING])
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][0] != DONE])
+def test_whoever_goes_is_told_why(world: World, way: str, why: str) -> None:
+    session = bring(world, way)
+    partner = session.partner
+    session.end_received(why)
+    for one in (session, partner):
+        assert one is None or (isinstance(one.pipe, FakePipe) and one.pipe.why == why)
 
 
 def test_bytes_go_to_the_partner_alone_and_in_order(world: World) -> None:
