@@ -120,7 +120,9 @@ NEWCOMER_LOST = {
 
 # What we chose.
 READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
-FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket: it may be 10,000 frames to parse
+FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket ...
+FRAMES_PER_MOVE = 1_000  # ... and about as many frames, which take 3 ms to parse
+LEAST_READ_BYTES = 4 * 1024  # ... but no less than this
 MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
 # What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
@@ -723,10 +725,9 @@ def answer_visitor(request: ws_frames.Request) -> bytes:
 class WebSocketFraming(Framing):
     """A stream of bytes in binary messages, and what a WebSocket says besides."""
 
-    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire")
+    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "read_bytes")
 
     is_plain = False
-    read_bytes = FRAMED_READ_BYTES
 
     def __init__(self, session: Session, wire: Wire) -> None:
         self._session = session
@@ -735,34 +736,43 @@ class WebSocketFraming(Framing):
         self._parser = ws_frames.FrameParser(must_be_masked=True)
         self._pong = b""  # the newest, if it has to wait until there is room
         self._goodbye = b""  # the Close that answers what this client did, if it ended things
+        self.read_bytes = FRAMED_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
         """Take the payload out of the frames in `data`, and answer what is not payload.
 
-        All payload of one call is handed on at once, however small the frames are; the Pongs
-        that are due go out together, before it.
+        For a pair all payload of one call is handed on at once, however small the frames are,
+        and the Pongs that are due go out together. Before that each piece may change what is to
+        be made of the next.
         """
         self._wire.stirred(heard=True)
         payload: list[Bytes] = []
         pongs: list[bytes] = []
+        goodbye = b""
+        frames = 1  # not 0: it divides
         try:
             for event in self._parser.receive(data):
+                frames += 1
                 if event.opcode == ws_frames.BINARY:
                     payload.append(event.payload)
-                    if event.is_last and not self._stream.past_line:
+                    if self._session.state is not RELAYING:
                         self._hand_on(payload, pongs)
-                        self._stream.message_ended()
+                        if event.is_last:
+                            self._stream.message_ended()
                         if self._session.state is DONE:
                             return
                 elif event.opcode == ws_frames.PING:
                     pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
                 elif event.opcode == ws_frames.CLOSE:  # echo its code: 5.5.1
-                    self._goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
+                    goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
                     break
         except ws_frames.ProtocolError as error:
-            self._goodbye = ws_frames.build_close(error.code)
+            goodbye = ws_frames.build_close(error.code)
         self._hand_on(payload, pongs)
-        if self._goodbye:
+        fair = len(data) * FRAMES_PER_MOVE // frames
+        self.read_bytes = min(max(fair, LEAST_READ_BYTES), FRAMED_READ_BYTES)
+        if goodbye:
+            self._goodbye = goodbye
             self._session.end_received()
 
     def _hand_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
@@ -772,8 +782,9 @@ class WebSocketFraming(Framing):
         elif pongs:
             self._pong = b""
             self._wire.write(b"".join(pongs))
-        if payload:
-            self._stream.receive(payload[0] if len(payload) == 1 else b"".join(payload))
+        data = payload[0] if len(payload) == 1 else b"".join(payload)
+        if data:
+            self._stream.receive(data)
         payload.clear()
         pongs.clear()
 

@@ -336,7 +336,8 @@ class AnswerReader(HeadReader):
 class Event(NamedTuple):
     """What a FrameParser has found.
 
-    BINARY   a piece of a binary message, perhaps empty; `is_last`: the message ends behind it
+    BINARY   a piece of a binary message, empty only if its frame is; `is_last`: the message
+             ends behind it
     PING     a whole Ping, to be answered with a Pong of the same payload: 5.5.2
     PONG     a whole Pong: 5.5.3
     CLOSE    a whole Close, checked: its payload is empty, or two bytes of code and a reason
@@ -403,7 +404,7 @@ class FrameParser(Reader):
                 is_last = is_whole and self._is_final
                 if is_last:
                     self._in_message = False
-                if piece or is_last:
+                if piece or is_whole:
                     yield Event(BINARY, self._unmask(piece), is_last)
             if not is_whole:
                 return
