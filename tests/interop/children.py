@@ -153,10 +153,13 @@ class Record(NamedTuple):
 
 
 class Relay(Child):
-    """A running relay, ours or the reference: its port, and its records as they are written."""
+    """A running relay, ours or the reference: its ports, and its records as they are written."""
 
-    def __init__(self, argv: Sequence[str], announcement: str) -> None:
-        """The announcement is a pattern: what the relay says when it listens; group 1, its port."""
+    def __init__(self, argv: Sequence[str], *announcements: str) -> None:
+        """The announcements are patterns, for what the relay says when it listens, in its order.
+
+        Their groups are the ports.
+        """
         ours, its = os.pipe()
         try:
             super().__init__([*argv, f"--log-fd={its}"], pass_fds=[its])
@@ -164,10 +167,12 @@ class Relay(Child):
             os.close(its)
         self._records = Lines(open(ours, encoding="ascii"))
         try:
-            self.port = int(self.lines.until(announcement)[1])
+            found = [port for text in announcements for port in self.lines.until(text).groups()]
         except AssertionError:
             self.__exit__()
             raise
+        self.ports = [int(port) for port in found]
+        self.port = self.ports[0]
 
     def record(self) -> Record:
         """The next record."""
