@@ -6,6 +6,8 @@ RELAY_INTEROP_REQUIRED=1, as in CI, it fails them instead, and so does any other
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import shutil
 import subprocess
@@ -74,6 +76,87 @@ def go_client() -> Path:
         (package,) = folder.glob("*.deb")
         _run(["dpkg-deb", "-x", package, folder])
     return client
+
+
+def _program(name: str, package: str) -> Path:
+    """A program of Debian's; its servers are where not every PATH leads."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin")
+    if not found:
+        _missing(f"no {name}: apt-get install --no-install-recommends {package}")
+    return Path(found)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    return _program("chromium", "chromium")
+
+
+@pytest.fixture(scope="session")
+def nginx() -> Path:
+    return _program("nginx", "nginx-light")
+
+
+@pytest.fixture(scope="session")
+def haproxy() -> Path:
+    return _program("haproxy", "haproxy")
+
+
+@pytest.fixture(scope="session")
+def caddy() -> Path:
+    return _program("caddy", "caddy")
+
+
+@pytest.fixture(scope="session")
+def stunnel() -> Path:
+    return _program("stunnel4", "stunnel4")
+
+
+@pytest.fixture(scope="session")
+def curl() -> Path:
+    return _program("curl", "curl")
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate for relay.example.org that vouches for itself, and its key.
+
+    fullchain.pem, privkey.pem, both.pem, and in spki the digest that Chromium knows the key by.
+    """
+    openssl = _program("openssl", "openssl")
+    folder = tmp_path_factory.mktemp("certificate")
+    name = "relay.example.org"
+    _run(
+        [
+            *[openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
+            *["-nodes", "-days", "2", "-subj", f"/CN={name}"],
+            *["-addext", f"subjectAltName=DNS:{name}", "-keyout", "privkey.pem"],
+            *["-out", "fullchain.pem"],
+        ],
+        folder,
+    )
+    _run([openssl, "pkey", "-in", "privkey.pem", "-pubout", "-outform", "DER", "-out", "p"], folder)
+    digest = hashlib.sha256((folder / "p").read_bytes()).digest()
+    (folder / "spki").write_text(base64.b64encode(digest).decode())
+    both = [(folder / file).read_text() for file in ("fullchain.pem", "privkey.pem")]
+    (folder / "both.pem").write_text("".join(both))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def npm_ws() -> Path:
+    """A node_modules folder with the package ws, for node's NODE_PATH."""
+    for tool in "node", "npm":
+        if not shutil.which(tool):
+            _missing(f"no {tool}")
+    folder = BUILD / "npm-ws"
+    wanted = "ws"  # the newest; a change makes the folder anew
+    made_from = folder / "made-from"
+    if not made_from.exists() or made_from.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _run(["npm", "install", "--loglevel=error", "--prefix", folder, wanted])
+        made_from.write_text(wanted)
+    return folder / "node_modules"
 
 
 @pytest.fixture(scope="session")
