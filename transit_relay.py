@@ -554,15 +554,15 @@ class Rendezvous:
 #
 # How a client spells what a Session understands: one line, then bytes. Over TCP they stand
 # there as they are, over WebSocket they are the payload of messages whose borders mean nothing.
-# A connection begins as Undecided, and its Framing gives way to the next one as soon as it is
-# clear who comes (only if it is HTTP is there a third):
+# A connection begins as Undecided. A Framing gives way to the next one as soon as it is clear
+# who comes, and the last one to SILENT, when the Session lets the client go:
 #
-#     Undecided ----> RawFraming                              a line, then bytes
-#              \---> HttpFraming ----> WebSocketFraming       a RawFraming in messages
+#     Undecided --+--> RawFraming                          a line, then bytes
+#                 +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
-# and at the end to SILENT, which hears nothing. A Framing keeps where it is in the stream in
-# named fields, so that a half-read handshake or frame can be carried elsewhere. What it has to
-# say by itself (an answer, a Pong, a Close) it writes to its Wire, already spelled.
+# A Framing keeps where it is in the stream in named fields, so that a half-read handshake or
+# frame can be carried elsewhere. What it has to say by itself (an answer, a Pong, a Close) it
+# writes to its Wire, already spelled.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -736,7 +736,7 @@ class WebSocketFraming(Framing):
         self._parser = ws_frames.FrameParser(must_be_masked=True)
         self._pong = b""  # the newest, if it has to wait until there is room
         self._goodbye = b""  # the Close that answers what this client did, if it ended things
-        self.read_bytes = FRAMED_READ_BYTES
+        self.read_bytes = FRAMED_READ_BYTES  # or less, while its frames are tiny
 
     def receive(self, data: memoryview) -> None:
         """Take the payload out of the frames in `data`, and answer what is not payload.
@@ -769,7 +769,7 @@ class WebSocketFraming(Framing):
         except ws_frames.ProtocolError as error:
             goodbye = ws_frames.build_close(error.code)
         self._hand_on(payload, pongs)
-        fair = len(data) * FRAMES_PER_MOVE // frames
+        fair = len(data) * FRAMES_PER_MOVE // frames  # the next move is to have no more frames
         self.read_bytes = min(max(fair, LEAST_READ_BYTES), FRAMED_READ_BYTES)
         if goodbye:
             self._goodbye = goodbye
