@@ -120,9 +120,9 @@ NEWCOMER_LOST = {
 
 # What we chose.
 READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
-FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket ...
+FRAMED_READ_BYTES = 64 * 1024  # the most of a WebSocket at once: it has to be unmasked ...
 FRAMES_PER_MOVE = 1_000  # ... and about as many frames, which take 3 ms to parse
-LEAST_READ_BYTES = 4 * 1024  # ... but no less than this
+FIRST_READ_BYTES = 4 * 1024  # ... so as long as nobody knows them, no more than this
 MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
 # What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
@@ -656,6 +656,8 @@ class Undecided(Framing):
 
     __slots__ = ("_session", "_start", "_web", "_wire")
 
+    read_bytes = FIRST_READ_BYTES
+
     def __init__(self, session: Session, wire: Wire, web: bool) -> None:
         """`web`: whether a client counts as HTTP unless its first bytes say otherwise."""
         self._session = session
@@ -688,7 +690,7 @@ class HttpFraming(Framing):
 
     __slots__ = ("_reader", "_session", "_wire")
 
-    read_bytes = FRAMED_READ_BYTES  # there may be frames behind the head
+    read_bytes = FIRST_READ_BYTES  # there may be frames behind the head
 
     def __init__(self, session: Session, wire: Wire) -> None:
         self._session = session
@@ -736,7 +738,7 @@ class WebSocketFraming(Framing):
         self._parser = ws_frames.FrameParser(must_be_masked=True)
         self._pong = b""  # the newest, if it has to wait until there is room
         self._goodbye = b""  # the Close that answers what this client did, if it ended things
-        self.read_bytes = FRAMED_READ_BYTES  # or less, while its frames are tiny
+        self.read_bytes = FIRST_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
         """Take the payload out of the frames in `data`, and answer what is not payload.
@@ -769,8 +771,9 @@ class WebSocketFraming(Framing):
         except ws_frames.ProtocolError as error:
             goodbye = ws_frames.build_close(error.code)
         self._hand_on(payload, pongs)
-        fair = len(data) * FRAMES_PER_MOVE // frames  # the next move is to have no more frames
-        self.read_bytes = min(max(fair, LEAST_READ_BYTES), FRAMED_READ_BYTES)
+        # Up to four times as much the next time, if that is no more than FRAMES_PER_MOVE.
+        growth = min(4, FRAMES_PER_MOVE // frames)
+        self.read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
         if goodbye:
             self._goodbye = goodbye
             self._session.end_received()

@@ -5,64 +5,83 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import socket
 import struct
 import termios
 import threading
 from collections.abc import Callable
 
 import pytest
-from helpers import TIMEOUT, Loop, RelayProcess, handshake, read_to_end, reset
+from helpers import DIRECTIONS, TIMEOUT, WEB, Client, Loop, RelayProcess, handshake
 
 TIMES = int(os.environ.get("RELAY_ENDINGS", "200"))
+TIMES_WEB = max(1, TIMES // 10)  # the same, but for what these clients cost
 PAYLOAD = os.urandom(8 * 1024 * 1024)
 DIGEST = hashlib.sha256(PAYLOAD).digest()
+BETWEEN = pytest.mark.parametrize(("first", "second"), DIRECTIONS)
 
 
-class EndlessSender(threading.Thread):
-    """Sends on `sock` until it is told to stop. Nobody may stop it in any other way."""
+class Helper(threading.Thread):
+    """A thread that begins at once, and whose trouble is ours when we join it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, work: Callable[..., object], *arguments: object) -> None:
         super().__init__()
-        self.sock = sock
-        self.stopping = False
-        self.trouble: OSError | None = None
+        self.work, self.arguments = work, arguments
+        self.trouble: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            while not self.stopping:
-                self.sock.sendall(b"x" * 4096)
-        except OSError as error:
+            self.work(*self.arguments)
+        except Exception as error:
             self.trouble = error
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        if self.trouble is not None:
+            raise self.trouble
+
+
+class EndlessSender(Helper):
+    """Sends until it is told to stop. Nobody may stop it in any other way."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.stopping = False
+        super().__init__(self.send)
+
+    def send(self) -> None:
+        while not self.stopping:
+            self.client.send(b"x" * 4096)
 
     def stop(self) -> None:
         """End it: it must have been taken all it sent, and so must what is sent now."""
         self.stopping = True
         self.join()
-        if self.trouble is not None:
-            raise self.trouble
-        self.sock.sendall(b"x" * 1_000_000)
+        self.client.send(b"x" * 1_000_000)
 
 
-def test_all_of_it_arrives_while_the_receiver_sends(relay: Callable[..., RelayProcess]) -> None:
+@BETWEEN
+def test_all_of_it_arrives_while_the_receiver_sends(
+    relay: Callable[..., RelayProcess], first: str, second: str
+) -> None:
     """A sends 8 MiB and ends; B sends without end: B gets all, then an end and no reset."""
-    running = relay()
-    for _ in range(TIMES):
-        one, other = running.pair()
-        one.settimeout(4 * TIMEOUT)
+    running = relay(*WEB)
+    with running.client(first) as speller:  # once: it takes longer than to send it
+        (wire,) = speller.spell(PAYLOAD)
+    for _ in range(TIMES if first == second == "tcp" else TIMES_WEB):
+        one, other = running.meet(first, second)
+        for client in (one, other):
+            client.sock.settimeout(4 * TIMEOUT)
         endless = EndlessSender(other)
-        drain = threading.Thread(target=read_until_closed, args=(one,))
-        drain.start()
-        sender = threading.Thread(target=send_then_end, args=(one, PAYLOAD))
-        sender.start()
+        drain = Helper(one.read_to_end)
+        sender = Helper(send_then_end, one, wire)
         received = hashlib.sha256()
         total = 0
-        other.settimeout(4 * TIMEOUT)
-        while block := other.recv(1 << 18):  # a reset would raise
+        while block := other.read(1 << 18):  # a reset would raise
             received.update(block)
             total += len(block)
         assert (total, received.digest()) == (len(PAYLOAD), DIGEST)
+        assert other.close_code == (1000 if second == "ws" else None)
         endless.stop()
         other.close()
         sender.join()
@@ -70,63 +89,53 @@ def test_all_of_it_arrives_while_the_receiver_sends(relay: Callable[..., RelayPr
         one.close()
 
 
-def read_until_closed(sock: socket.socket) -> None:
-    """Take what comes until there is an end of any kind."""
-    try:
-        while sock.recv(1 << 18):
-            pass
-    except OSError:
-        pass
-
-
-def send_then_end(sock: socket.socket, data: bytes) -> None:
+def send_then_end(client: Client, wire: bytes) -> None:
     """Send all of it, then this direction's end."""
-    sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
+    client.send_wire(wire)
+    client.half_close()
 
 
+@pytest.mark.parametrize("kind", ["tcp", "ws"])
 @pytest.mark.parametrize(
     ("first", "answer"),
     [(b"nonsense\n", b"bad handshake\n"), (handshake("alone"), b"impatient\n")],
     ids=["bad handshake", "impatient"],
 )
 def test_a_client_that_goes_on_sending_hears_why(
-    relay: Callable[..., RelayProcess], first: bytes, answer: bytes
+    relay: Callable[..., RelayProcess], first: bytes, answer: bytes, kind: str
 ) -> None:
     """It gets the whole answer and an orderly end, not a reset that destroys both."""
-    running = relay()
-    for _ in range(TIMES):
-        client = running.connect()
-        client.sendall(first)
+    running = relay(*WEB)
+    for _ in range(TIMES if kind == "tcp" else TIMES_WEB):
+        client = running.client(kind)
+        client.send(first)
         endless = EndlessSender(client)
-        assert read_to_end(client) == answer
+        assert client.read_to_end() == answer
         endless.stop()
         client.close()
 
 
+@BETWEEN
 @pytest.mark.parametrize("size", [1, 100_000, 1_000_000])
-def test_a_reset_does_not_take_back_what_was_received(loop: Loop, size: int) -> None:
-    """What the relay's kernel holds of A's bytes is delivered to B, then an orderly end."""
-    one, other = loop.pair(tcp=True)
-    (its,) = (c for c in loop.server.connections if c.sock.getpeername() == one.getsockname())
+def test_a_reset_does_not_take_back_what_was_received(
+    loop: Loop, size: int, first: str, second: str
+) -> None:
+    """What the relay's kernel holds of A's bytes is delivered to B, then an orderly end.
+
+    Over WebSocket that is a frame which never comes to its end.
+    """
+    one, other = loop.meet(first, second)
+    assert one.conn is not None
     data = os.urandom(size)
-    one.setblocking(False)
-    one.send(data)
-    held = struct.unpack("i", fcntl.ioctl(its.fd, termios.FIONREAD, b"\0\0\0\0"))[0]
+    (wire,) = one.spell(data)
+    one.sock.setblocking(False)
+    one.sock.send(wire)
+    held = struct.unpack("i", fcntl.ioctl(one.conn.fd, termios.FIONREAD, b"\0\0\0\0"))[0]
+    held -= len(wire) - len(data)  # the head of the frame
     assert held >= min(size, 1000)
-    reset(one)  # what this side had not handed over is gone with it
-    received = b""
-    other.setblocking(False)
-    while True:
-        loop.pump()
-        try:
-            block = other.recv(1 << 20)
-        except BlockingIOError:
-            continue
-        if not block:
-            break
-        received += block
-    assert received == data[:held]
+    one.reset()  # what this side had not handed over is gone with it
+    received = other.read_to_end()
+    assert hashlib.sha256(received).digest() == hashlib.sha256(data[:held]).digest()
     other.close()
     loop.pump()
     (record,) = loop.recorder.records

@@ -6,14 +6,14 @@ import contextlib
 import enum
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
 import pytest
-from helpers import TIMEOUT, Loop, handshake, read_to_end, reset
+from helpers import TIMEOUT, Client, Loop, handshake
 
-from transit_relay import UsageRecord, unacknowledged_bytes
+from transit_relay import DONE, UsageRecord, unacknowledged_bytes
 
 STEP_SECONDS = 0.25
 
@@ -23,7 +23,11 @@ RIGHT = handshake("t", "right")
 
 
 class Leave(enum.Enum):
-    """How a client goes: it ends its direction, closes, or resets (a plain close if unix)."""
+    """How a client goes.
+
+    It ends its direction (over WebSocket with a Close), closes, or resets (a plain close if
+    unix). Over WebSocket the latter two are ends without a Close.
+    """
 
     HALF = "half-close"
     CLOSE = "close"
@@ -40,7 +44,8 @@ class Scenario(NamedTuple):
     has all that was sent. Who is still there at the end leaves (HALF) in the order of arrival.
     """
 
-    steps: list[tuple[str, bytes | list[bytes] | Leave]]  # a list: pieces, one by one
+    # Bytes are a message, where there are messages. A list: its pieces, one by one.
+    steps: list[tuple[str, bytes | list[bytes] | Leave]]
     sees: dict[str, bytes]  # every byte that each client gets, before an orderly end
     records: list[tuple[str, int, int | None]]  # mood, total_bytes, waiting_time in steps
 
@@ -49,7 +54,8 @@ class Scenario(NamedTuple):
 
 ALONE = {
     "nothing": (b"", b"", "empty"),
-    "half a line": (PLAIN[:-1], b"", "empty"),
+    "half a line": (PLAIN[:-2], b"", "empty"),
+    "half a line, in two": ([PLAIN[:-2], b""], b"", "empty"),
     "1,023 bytes without newline": (b"x" * 1023, b"", "empty"),
     "1,024 bytes without newline": (b"x" * 1024, b"bad handshake\n", "errory"),
     "1,024 bytes without newline, in two": (
@@ -66,7 +72,6 @@ ALONE = {
     "junk, then a handshake": ([b"junk\n", PLAIN], b"bad handshake\n", "errory"),
     "carriage return": (PLAIN[:-1] + b"\r\n", b"bad handshake\n", "errory"),
     "a short token": (b"please relay 0123\n", b"bad handshake\n", "errory"),
-    "HTTP": (b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n", b"bad handshake\n", "errory"),
     "a handshake": (PLAIN, b"", "lonely"),
     "a handshake with side": (LEFT, b"", "lonely"),
     "a handshake, byte by byte": ([bytes([byte]) for byte in LEFT], b"", "lonely"),
@@ -77,9 +82,24 @@ ALONE = {
     "two handshakes": (PLAIN + PLAIN, b"impatient\n", "impatient"),
 }
 
+# What means something else where there are messages, or cannot be told there.
 
-def alone() -> Iterator[tuple[str, Scenario]]:
-    for name, (sent, reply, mood) in ALONE.items():
+ALONE_RAW = {
+    "all but the newline": (PLAIN[:-1], b"", "empty"),
+    "all but the newline, then junk": ([PLAIN[:-1], b"\0\n"], b"bad handshake\n", "errory"),
+}
+ALONE_WEB = {
+    "all but the newline": (PLAIN[:-1], b"", "lonely"),
+    "all but the newline, in two": ([LEFT[:-1], b""], b"", "lonely"),
+    "all but the newline, then junk": ([PLAIN[:-1], b"\0\n"], b"bad handshake\n", "errory"),
+    "HTTP": (b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n", b"bad handshake\n", "errory"),
+}
+
+
+def alone(
+    lives: dict[str, tuple[bytes | list[bytes], bytes, str]],
+) -> Iterator[tuple[str, Scenario]]:
+    for name, (sent, reply, mood) in lives.items():
         for leave in Leave:
             steps = [("a", sent), ("a", leave)]
             yield f"{name}, {leave.value}", Scenario(steps, {"a": reply}, [(mood, 0, None)])
@@ -249,58 +269,88 @@ MORE = {
     ),
 }
 
-SCENARIOS = {**dict(alone()), **dict(meetings()), **dict(ends()), **MORE}
-KINDS = {"unix": [False], "tcp": [True], "mixed": [True, False]}  # over TCP? in turn
+SCENARIOS = {**dict(alone(ALONE)), **dict(meetings()), **dict(ends()), **MORE}
+RAW_SCENARIOS = dict(alone(ALONE_RAW))
+WEB_SCENARIOS = dict(alone(ALONE_WEB))
+
+# What the clients are, in turn.
+KINDS = {
+    "unix": ["unix"],
+    "tcp×tcp": ["tcp"],
+    "tcp×unix": ["tcp", "unix"],
+    "tcp×ws": ["tcp", "ws"],
+    "ws×tcp": ["ws", "tcp"],
+    "ws×ws": ["ws"],
+    "unix×ws": ["unix", "ws-unix", "ws"],
+}
+OF_ONE_KIND = ["unix", "tcp×tcp", "ws×ws"]
 
 
-def settle(loop: Loop, client: socket.socket) -> None:
+def cases() -> Iterator[object]:
+    for kind in KINDS:
+        for name, scenario in SCENARIOS.items():
+            if kind in OF_ONE_KIND or len(scenario.sees) > 1:
+                yield pytest.param(scenario, kind, id=f"{name}-{kind}")
+    for name, scenario in RAW_SCENARIOS.items():
+        yield pytest.param(scenario, "tcp×tcp", id=f"{name}-tcp")
+    for name, scenario in WEB_SCENARIOS.items():
+        yield pytest.param(scenario, "ws×ws", id=f"{name}-ws")
+
+
+def settle(loop: Loop, client: Client) -> None:
     """Take turns until the relay has taken all that `client` has sent."""
+    assert client.conn is not None
     deadline = time.monotonic() + TIMEOUT
-    while unacknowledged_bytes(client):
+    while unacknowledged_bytes(client.sock):
         loop.pump()
+        with contextlib.suppress(OSError):  # not TCP, or closed
+            client.conn.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # not in 40 ms
         assert time.monotonic() < deadline
     loop.pump()
 
 
-def leave(loop: Loop, client: socket.socket, how: Leave, expected: bytes) -> bytes:
+def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
     """Go, as `how` says, and wait until the relay knows it. Gives all that the client got."""
-    seen = b""
-    if how is not HALF:  # nothing can be read afterwards, and closing must not reset
-        while len(seen) < len(expected) and (part := client.recv(1 << 16)):
-            seen += part
-        client.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            seen += client.recv(1 << 16)
-    before = len(loop.server.connections)
+    conn = client.conn
+    assert conn is not None
+    if how is HALF:
+        # Whoever has heard our Close answers with none; else it is answered with its code.
+        code = 1000 if conn.session.state is DONE else 4321
+        client.half_close(code)
+        until(loop, lambda: conn.session.state is DONE)  # by this alone
+        seen = client.read_to_end(code)
+        client.close()
+    else:  # nothing can be read afterwards, and closing must not reset
+        seen = client.receive(len(expected)) + client.receive_now()
+        {CLOSE: client.close, RESET: client.reset}[how]()
+    until(loop, lambda: conn not in loop.server.connections)
+    return seen
+
+
+def until(loop: Loop, condition: Callable[[], bool]) -> None:
+    """Take turns until it is so, and nothing is ready any more."""
     deadline = time.monotonic() + TIMEOUT
-    {HALF: half_close, CLOSE: socket.socket.close, RESET: reset}[how](client)
-    while len(loop.server.connections) == before:
+    while not condition():
         loop.server.run_once(TIMEOUT)
         assert time.monotonic() < deadline
     loop.pump()
-    return read_to_end(client) if how is HALF else seen
 
 
-def half_close(client: socket.socket) -> None:
-    client.shutdown(socket.SHUT_WR)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_scenario(loop: Loop, name: str, kind: str) -> None:
-    scenario = SCENARIOS[name]
-    kinds = cycle(KINDS[kind])
-    clients: dict[str, socket.socket] = {}
+def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False) -> None:
+    """Go through it with clients of these kinds, in turn, and see that all comes as it says."""
+    turns = cycle(kinds)
+    clients: dict[str, Client] = {}
     seen: dict[str, bytes] = {}
     for who, what in scenario.steps:
         loop.advance(STEP_SECONDS)
         if who not in clients:
-            clients[who] = loop.connect(next(kinds))
+            kind = next(turns)
+            clients[who] = loop.client(kind, web=kind.startswith("ws") != swapped)
         if isinstance(what, Leave):
             seen[who] = leave(loop, clients[who], what, scenario.sees[who])
         else:
-            for piece in [what] if isinstance(what, bytes) else what:
-                clients[who].sendall(piece)
+            for wire in clients[who].spell(*([what] if isinstance(what, bytes) else what)):
+                clients[who].send_wire(wire)
                 settle(loop, clients[who])
     for who, client in clients.items():
         if who not in seen:
@@ -311,6 +361,16 @@ def test_scenario(loop: Loop, name: str, kind: str) -> None:
         for life in loop.recorder.records
     ] == scenario.records
     assert loop.server.connections == set()
+
+
+@pytest.mark.parametrize(("scenario", "kind"), cases())
+def test_scenario(loop: Loop, scenario: Scenario, kind: str) -> None:
+    play(loop, scenario, KINDS[kind])
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_scenario_where_each_comes_to_the_others_listener(loop: Loop, name: str) -> None:
+    play(loop, MORE[name], ["tcp", "ws"], swapped=True)
 
 
 def test_the_times_of_a_pair(loop: Loop) -> None:

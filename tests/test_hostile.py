@@ -1,0 +1,379 @@
+"""WebSocket clients that break the rules or strain them: what they get, and what it costs.
+
+Each of the strong ones meets a relay process of its own, where the memory is measured, and a
+pair beside it that must not notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    TIMEOUT,
+    WEB,
+    Client,
+    Loop,
+    RelayProcess,
+    WebSocketClient,
+    close_payload,
+    frame,
+    handshake,
+    parse_head,
+)
+
+from transit_relay import READ_BYTES
+
+BOUND_BYTES = 2 * 1024 * 1024  # what one client, or a pair, may make the relay hold
+FOUR_GIB = 1 << 32
+KEY = b"\1\2\3\4"
+PINGS = 10_000
+
+# Frames that no client may send. Some are only the head, which is enough.
+
+BAD_FRAMES: dict[str, tuple[bytes, int]] = {
+    "text": (frame(TEXT, b"hello"), 1003),
+    "empty text": (frame(TEXT), 1003),
+    "the head of a long text": (frame(TEXT, bytes(70_000))[:14], 1003),
+    "a fragment of a text": (frame(TEXT, b"hello", fin=False), 1003),
+    "not masked": (frame(BINARY, b"hello", key=None), 1002),
+    "a Ping that is not masked": (frame(PING, b"hello", key=None), 1002),
+    **{f"reserved bit {bit:#x}": (frame(BINARY | bit, b"x"), 1002) for bit in (0x40, 0x20, 0x10)},
+    "a Ping with a reserved bit": (frame(PING | 0x40), 1002),
+    **{f"opcode {opcode}": (frame(opcode), 1002) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    "a stray continuation": (frame(CONTINUATION, b"x"), 1002),
+    "a stray continuation that is not the last": (frame(CONTINUATION, b"x", fin=False), 1002),
+    "a message in another": (frame(BINARY, fin=False) + frame(BINARY, b"x"), 1002),
+    "a text in another": (frame(BINARY, fin=False) + frame(TEXT, b"x"), 1002),
+    "a Ping in fragments": (frame(PING, fin=False), 1002),
+    "a Close in fragments": (frame(CLOSE, fin=False), 1002),
+    "a Ping with 126 bytes": (frame(PING, bytes(126)), 1002),
+    "a Pong with 126 bytes": (frame(PONG, bytes(126)), 1002),
+    "a Close with 126 bytes": (frame(CLOSE, close_payload(1000, b"x" * 124)), 1002),
+    "a Close with half a code": (frame(CLOSE, b"\3"), 1002),
+    "two bytes for a length below 126": (b"\x82\xfe\0\x7d" + KEY + bytes(125), 1002),
+    "eight bytes for a length below 65,536": (struct.pack("!BBQ", 0x82, 0xFF, 65_535), 1002),
+    "a length of 2^63": (struct.pack("!BBQ", 0x82, 0xFF, 1 << 63), 1002),
+    "a length of 2^64 - 1": (struct.pack("!BBQ", 0x82, 0xFF, (1 << 64) - 1), 1002),
+    "a reason that is not UTF-8": (frame(CLOSE, close_payload(1000, b"\xff")), 1007),
+    "a reason that ends in a character": (frame(CLOSE, close_payload(1000, b"\xc3")), 1007),
+    **{
+        f"a Close with code {code}": (frame(CLOSE, close_payload(code)), 1002)
+        for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65_535)
+    },
+}
+BAD = pytest.mark.parametrize(("wire", "code"), BAD_FRAMES.values(), ids=BAD_FRAMES)
+
+
+@BAD
+@pytest.mark.parametrize("second", ["tcp", "ws"])
+def test_a_bad_frame_in_a_pair(loop: Loop, wire: bytes, code: int, second: str) -> None:
+    """What came before it, in the same segment, is delivered; and the pair ends in order."""
+    one, other = loop.meet("ws", second)
+    one.send_wire(frame(BINARY, b"be") + frame(BINARY, b"fore") + wire + frame(BINARY, b"after"))
+    assert other.read_to_end(1000) == b"before"
+    assert one.read_to_end(code) == b""
+    (record,) = loop.recorder.records
+    assert (record.mood, record.total_bytes) == ("happy", 6)
+
+
+@BAD
+def test_a_bad_frame_byte_by_byte(loop: Loop, wire: bytes, code: int) -> None:
+    """It is judged where it goes wrong; what comes behind that is not read as anything."""
+    one, other = loop.meet("ws", "tcp")
+    for byte in frame(BINARY, b"before") + wire + frame(PING) + frame(CLOSE):
+        one.send_wire(bytes([byte]))
+        loop.pump()
+    assert other.read_to_end() == b"before"
+    assert one.read_to_end(code) == b""
+
+
+@BAD
+@pytest.mark.parametrize(
+    ("before", "mood"),
+    [(b"", "empty"), (frame(BINARY, handshake()), "lonely")],
+    ids=["", "waiting"],
+)
+def test_a_bad_frame_of_one_alone(
+    loop: Loop, wire: bytes, code: int, before: bytes, mood: str
+) -> None:
+    client = loop.client("ws")
+    client.send_wire(before + wire)
+    assert client.read_to_end(code) == b""
+    assert loop.recorder.moods() == [mood]
+
+
+def test_a_close_in_the_middle_of_a_message(loop: Loop) -> None:
+    """Which is allowed: control frames may stand between fragments."""
+    one, other = loop.meet("ws", "ws")
+    one.send_wire(frame(BINARY, b"half", fin=False) + frame(CLOSE, close_payload(1001)))
+    one.send_wire(frame(CONTINUATION, b"the rest"))
+    assert other.read_to_end(1000) == b"half"
+    assert one.read_to_end(1001) == b""
+
+
+# The strong ones.
+
+
+class Neighbours(threading.Thread):
+    """A pair beside the attack: random blocks both ways, each byte checked, until we leave."""
+
+    def __init__(self, relay: RelayProcess) -> None:
+        super().__init__()
+        self.relay = relay
+        self.chance = random.Random(1)
+        self.rounds = 0
+        self.progress = threading.Condition()
+        self.stopping = False
+        self.trouble: BaseException | None = None
+        self.pair = relay.meet("tcp", "ws", "neighbours")
+        self.exchange()  # what a first pair costs is no part of the question
+        relay.forget_peak()
+        self.before = relay.peak_bytes()
+
+    def __enter__(self) -> Neighbours:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping = True
+        self.join()
+        for client in self.pair:
+            client.close()
+        if self.trouble is not None:
+            raise self.trouble
+
+    def exchange(self) -> None:
+        """A block each way."""
+        for sender, receiver in (self.pair, self.pair[::-1]):
+            block = self.chance.randbytes(50_000)
+            sender.send(block)
+            is_same = receiver.receive(len(block)) == block
+            assert is_same
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                self.exchange()
+                with self.progress:
+                    self.rounds += 1
+                    self.progress.notify()
+        except BaseException as error:
+            self.trouble = error
+
+    def check(self) -> None:
+        """See that they get through a whole round that begins now, and the relay is no fatter."""
+        with self.progress:
+            goal = self.rounds + 2  # one has begun already
+            assert self.progress.wait_for(lambda: self.rounds >= goal, TIMEOUT), self.trouble
+        grown = self.relay.peak_bytes() - self.before
+        print(f"the relay grew by {grown} bytes")
+        assert grown < BOUND_BYTES
+
+
+@pytest.fixture
+def running(relay: Callable[..., RelayProcess]) -> RelayProcess:
+    """A relay that takes WebSocket clients."""
+    return relay(*WEB)
+
+
+@pytest.fixture
+def neighbours(running: RelayProcess) -> Iterator[Neighbours]:
+    """A healthy pair of its, at work. At the end all is well, or the test fails."""
+    with Neighbours(running) as pair:
+        yield pair
+        pair.check()
+
+
+def inside(data: bytes, offset: int) -> bytes:
+    """Payload of a long frame, from that place on, as it is on the wire."""
+    return frame(BINARY, data, key=KEY[offset % 4 :] + KEY[: offset % 4])[-len(data) :]
+
+
+@pytest.mark.parametrize("second", ["tcp", "ws"])
+def test_a_frame_of_four_gib_that_trickles(
+    running: RelayProcess, neighbours: Neighbours, second: str
+) -> None:
+    """The handshake and all that follows is in the one frame. Nothing waits for its end."""
+    one, other = running.client("ws"), running.client(second)
+    with one, other:
+        line = handshake("long", "one")
+        one.send_wire(struct.pack("!BBQ", 0x82, 0xFF, FOUR_GIB) + KEY + inside(line, 0))
+        other.send(handshake("long", "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+        sent = len(line)
+        for number in range(2_000):
+            byte = bytes([number % 251])
+            one.send_wire(inside(byte, sent))
+            sent += 1
+            assert other.receive(1) == byte
+        neighbours.check()
+        block = random.Random(2).randbytes(1 << 20)
+        for _ in range(16):
+            sender = threading.Thread(target=one.send_wire, args=(inside(block, sent),))
+            sender.start()
+            is_same = other.receive(len(block)) == block
+            sender.join()
+            sent += len(block)
+            assert is_same
+        neighbours.check()
+        one.reset()
+        assert other.read_to_end() == b""
+
+
+@pytest.mark.parametrize("second", ["tcp", "ws"])
+def test_frames_of_one_byte_as_fast_as_can_be(
+    running: RelayProcess, neighbours: Neighbours, second: str
+) -> None:
+    one, other = running.meet("ws", second, "bytes")
+    with one, other:
+        part = bytes(range(256)) * 100
+        wire = b"".join(frame(BINARY, part[n : n + 1]) for n in range(len(part)))
+        sender = threading.Thread(target=one.send_wire, args=(wire * 10,))
+        sender.start()
+        neighbours.check()
+        is_same = other.receive(10 * len(part)) == 10 * part
+        sender.join()
+        assert is_same
+        one.half_close()
+        assert other.read_to_end() == one.read_to_end() == b""
+
+
+@pytest.mark.parametrize("second", ["unix", "ws-unix"])
+def test_frames_of_one_byte_to_one_who_does_not_read(loop: Loop, second: str) -> None:
+    """They are no more to hold than the same bytes in one frame."""
+    one, other = loop.meet("ws-unix", second)
+    assert other.conn is not None
+    size = len(frame(BINARY, b"x"))
+    wire = b"".join(frame(BINARY, bytes([n % 251])) for n in range(251 * 40))
+    one.sock.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += one.sock.send(wire[sent % len(wire) :])
+            loop.pump()
+    assert other.conn.backlog is not None
+    assert len(other.conn.backlog) <= READ_BYTES
+    is_same = other.receive(sent // size) == (bytes(range(251)) * (sent // 251))[: sent // size]
+    assert is_same
+
+
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+@pytest.mark.parametrize("opcode", [BINARY, PING], ids=["bytes", "Pings"])
+def test_as_many_small_frames_behind_the_head_as_a_kernel_holds(
+    relay: Callable[..., RelayProcess], tmp_path: Path, opcode: int, family: str
+) -> None:
+    """All of it is there at once when the relay comes to read the head."""
+    running = relay(*WEB, "--websocket", f"unix:{tmp_path}/s")
+    with Neighbours(running) as neighbours, running.client("ws") as other:
+        other.send(handshake("first", "other"))
+        neighbours.check()  # it waits by now
+        address = ("127.0.0.1", running.web_port) if family == "tcp" else f"{tmp_path}/s"
+        sock = socket.socket(socket.AF_INET if family == "tcp" else socket.AF_UNIX)
+        with WebSocketClient(sock, upgrade=False) as one:
+            wire = one.request + frame(BINARY, handshake("first", "one"))
+            wire += frame(opcode, b"x") * 100_000
+            with stopped(running), contextlib.suppress(BlockingIOError):
+                sock.connect(address)
+                sock.setblocking(False)
+                sent = 0
+                while sent < len(wire):
+                    sent += sock.send(wire[sent:])
+            assert other.receive(3) == b"ok\n"
+            if opcode == BINARY:
+                assert other.receive(10_000) == b"x" * 10_000
+            neighbours.check()
+
+
+@contextlib.contextmanager
+def stopped(running: RelayProcess) -> Iterator[None]:
+    """The relay does nothing, until it is told to go on."""
+    os.kill(running.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
+
+
+def test_who_never_reads_its_pongs(running: RelayProcess, neighbours: Neighbours) -> None:
+    """Some are left out, but not the newest; and it is still served when it comes to its senses."""
+    with running.client("ws") as one:
+        assert isinstance(one, WebSocketClient)
+        one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        one.send(handshake("pongs", "one"))
+        pings = [struct.pack("!I121x", n) for n in range(100_000)]
+        one.send_wire(b"".join(frame(PING, ping) for ping in pings))
+        neighbours.check()
+        one.sock.settimeout(TIMEOUT)
+        while one.pongs[-1:] != pings[-1:]:
+            assert one.next_frame() is not None
+        assert len(one.pongs) < len(pings)
+        assert one.pongs == sorted(set(one.pongs))  # each once, in their order
+        assert set(one.pongs) <= set(pings)
+        with running.client("tcp") as other:
+            other.send(handshake("pongs", "other"))
+            assert one.receive(3) == other.receive(3) == b"ok\n"
+
+
+def test_ten_thousand_pings_in_one_segment(running: RelayProcess, neighbours: Neighbours) -> None:
+    """Their Pongs are less than who does not read may leave: so each is answered."""
+    with running.client("ws") as one:
+        assert isinstance(one, WebSocketClient)
+        one.send_wire(b"".join(frame(PING, bytes([n % 256])) for n in range(PINGS)))
+        neighbours.check()
+        while len(one.pongs) < PINGS:
+            assert one.next_frame() is not None
+        assert b"".join(one.pongs) == bytes(n % 256 for n in range(PINGS))
+
+
+@pytest.mark.parametrize("kind", ["tcp", "ws"])
+@pytest.mark.parametrize("end_of_line", [b"", b"\r\n"], ids=["one line", "many lines"])
+def test_a_head_that_never_ends(
+    running: RelayProcess, neighbours: Neighbours, kind: str, end_of_line: bytes
+) -> None:
+    """It is told, and then nobody listens: but what it sends is taken, so that it hears it."""
+    port = running.web_port if kind == "ws" else running.port
+    with Client(socket.create_connection(("127.0.0.1", port))) as one:
+        one.send(b"GET / HTTP/1.1\r\n")
+        for _ in range(300):
+            one.send((b"X-Padding: " + b"x" * 989 + end_of_line) * 50)
+        neighbours.check()
+        answer = one.read_to_end()
+        assert parse_head(answer.partition(b"\r\n\r\n")[0])[0] == "431"
+        one.send(bytes(1_000_000))
+
+
+@pytest.mark.parametrize("second", ["tcp", "ws"])
+def test_a_close_in_the_middle_of_a_message_of_many_fragments(
+    running: RelayProcess, neighbours: Neighbours, second: str
+) -> None:
+    """No fragment waits for the last one."""
+    one, other = running.meet("ws", second, "fragments")
+    with one, other:
+        block = random.Random(3).randbytes(1_000)
+        one.send_wire(frame(BINARY, block, fin=False))
+        wire = frame(CONTINUATION, block, fin=False) * 1_000
+        for _ in range(10):
+            sender = threading.Thread(target=one.send_wire, args=(wire,))
+            sender.start()
+            is_same = other.receive(1_000_000) == block * 1_000
+            sender.join()
+            assert is_same
+        neighbours.check()
+        one.send_wire(frame(CLOSE, close_payload(1001, b"leaving")) + wire)
+        assert other.read_to_end(1000) == block
+        assert one.read_to_end(1001) == b""

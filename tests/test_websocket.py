@@ -1,0 +1,1004 @@
+"""WebSocket end to end: the first bytes, what HTTP is told, a handshake in messages, Pings and
+Pongs, and the codes of a Close. (Frames by themselves: test_ws_frames.py. Bad frames, and too
+many: test_hostile.py.)
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+from collections.abc import Callable
+from hashlib import sha256
+
+import pytest
+from helpers import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    WEB,
+    Client,
+    Loop,
+    RelayProcess,
+    WebSocketClient,
+    close_payload,
+    frame,
+    handshake,
+    parse_head,
+)
+
+LISTENERS = pytest.mark.parametrize("web", [False, True], ids=["port", "websocket"])
+PARTNERS = pytest.mark.parametrize("second", ["tcp", "ws"])
+CUTS = pytest.mark.parametrize("at_once", [True, False], ids=["at once", "byte by byte"])
+
+PLAIN = handshake("t")
+LEFT = handshake("t", "left")
+RIGHT = handshake("t", "right")
+TLS_HELLO = bytes.fromhex("160301050001000501fc0303") + bytes(range(11, 256)) * 5  # no newline
+
+
+def websocket(loop: Loop, *pieces: bytes, kind: str = "ws") -> WebSocketClient:
+    """A WebSocket client whose upgrade is done; it has sent a message, if there are pieces."""
+    client = loop.client(kind)
+    assert isinstance(client, WebSocketClient)
+    if pieces:
+        client.send(*pieces)
+    loop.pump()
+    return client
+
+
+def meet(loop: Loop, second: str = "tcp", first: str = "ws") -> tuple[WebSocketClient, Client]:
+    """A WebSocket client and its partner."""
+    one, other = loop.meet(first, second)
+    assert isinstance(one, WebSocketClient)
+    return one, other
+
+
+def send(loop: Loop, client: Client, wire: bytes, at_once: bool) -> None:
+    """Send it, and let the relay see it, whole or byte by byte."""
+    for part in [wire] if at_once else [wire[n : n + 1] for n in range(len(wire))]:
+        client.send_wire(part)
+        loop.pump()
+
+
+def stuff(loop: Loop, sender: Client, wire: bytes) -> int:
+    """Send as much of it as is taken while nobody reads: so many bytes."""
+    sender.sock.setblocking(False)
+    sent = 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            sent += sender.sock.send(wire[sent : sent + 10_000])
+            loop.pump()
+    return sent
+
+
+def equal(one: bytes, other: bytes) -> bool:
+    """To compare much: pytest would take minutes to show how it differs."""
+    return sha256(one).digest() == sha256(other).digest()
+
+
+def is_held(loop: Loop, client: Client) -> bool:
+    """Whether the relay waits for the end of a client that has read the relay's.
+
+    Whatever it sends is taken and not answered. Only the client's end lets it go.
+    """
+    client.send_wire(PLAIN + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + frame(PING) + frame(CLOSE))
+    loop.pump()
+    held = client.conn in loop.server.connections
+    assert client.sock.recv(1) == b""
+    client.close()
+    loop.pump()
+    return held and client.conn not in loop.server.connections
+
+
+# The first bytes tell how a client spells.
+
+
+@LISTENERS
+@CUTS
+@pytest.mark.parametrize("newline", [b"\n", b""], ids=["newline", "message"])
+def test_websocket_at_any_listener(loop: Loop, web: bool, at_once: bool, newline: bytes) -> None:
+    """Bytes behind the head, in the same segment, are frames."""
+    one = loop.client("ws", web, upgrade=False)
+    assert isinstance(one, WebSocketClient)
+    other = loop.client("tcp")
+    other.send(LEFT)
+    wire = one.request + frame(BINARY, RIGHT[:-1] + newline) + frame(BINARY, b"early")
+    send(loop, one, wire, at_once)
+    assert other.receive(8) == b"ok\nearly"
+    assert one.next_frame() == (BINARY, b"ok\n")
+
+
+@LISTENERS
+@CUTS
+def test_plain_bytes_at_any_listener(loop: Loop, web: bool, at_once: bool) -> None:
+    one, other = loop.client("tcp", web), loop.client("ws", not web)
+    other.send(LEFT)
+    send(loop, one, RIGHT[:-1], at_once)
+    one.send(b"\nearly")
+    assert one.receive(3) == b"ok\n"
+    assert other.receive(8) == b"ok\nearly"
+
+
+NO_HTTP = [
+    b"",
+    b"G",
+    b"GE",
+    b"get / HTTP/1.1",
+    b"DELETE / HTTP/1.1",
+    b"POS",
+    b"OPTIONs ",
+    b" GET /",
+]
+
+
+@pytest.mark.parametrize(
+    "junk", [TLS_HELLO, b"\0", *NO_HTTP], ids=["TLS", "NUL", *map(repr, NO_HTTP)]
+)
+@CUTS
+def test_what_is_not_http_on_a_port_is_plain(loop: Loop, junk: bytes, at_once: bool) -> None:
+    client = loop.client("tcp", web=False)
+    send(loop, client, junk + b"\n", at_once)
+    assert client.read_to_end() == b"bad handshake\n"
+    assert loop.recorder.moods() == ["errory"]
+
+
+NOT_PLAIN = [b"\0\n", b"junk\r\n\r\n", b"please\n\n", b"please relay\n\n", b"please relax \n\n"]
+
+
+@pytest.mark.parametrize("junk", [TLS_HELLO, *NOT_PLAIN], ids=["TLS", *map(repr, NOT_PLAIN)])
+@CUTS
+def test_what_is_not_plain_at_a_websocket_listener_is_bad_http(
+    loop: Loop, junk: bytes, at_once: bool
+) -> None:
+    client = loop.client("tcp", web=True)
+    send(loop, client, junk, at_once)
+    status, _, _ = read_answer(client)
+    assert status == "400"
+    assert is_held(loop, client)
+    assert loop.recorder.moods() == []
+
+
+HALF_A_HEAD = b"GET / HTTP/1.1\r\nHost: relay.example\r\nConnection: Upg"
+FIRST_BYTES = {
+    "nothing at a websocket listener": (True, b"", []),
+    "undecided at a websocket listener": (True, b"please rel", []),
+    "half a line at a websocket listener": (True, b"please relay ", ["empty"]),
+    "half a head at a websocket listener": (True, HALF_A_HEAD, []),
+    "nothing at a port": (False, b"", ["empty"]),
+    "undecided at a port": (False, b"GET", ["empty"]),
+    "half a line at a port": (False, b"please relay ", ["empty"]),
+    "a decided method at a port": (False, b"GET ", []),
+    "half a head at a port": (False, HALF_A_HEAD, []),
+}
+UNFINISHED = pytest.mark.parametrize(
+    ("web", "sent", "moods"), FIRST_BYTES.values(), ids=FIRST_BYTES
+)
+
+
+@UNFINISHED
+@CUTS
+def test_who_leaves_before_the_upgrade_is_not_recorded(
+    loop: Loop, web: bool, sent: bytes, moods: list[str], at_once: bool
+) -> None:
+    client = loop.client("tcp", web)
+    send(loop, client, sent, at_once)
+    client.half_close()
+    assert client.read_to_end() == b""
+    client.close()
+    loop.pump()
+    assert loop.recorder.moods() == moods
+    assert loop.server.connections == set()
+
+
+@UNFINISHED
+def test_who_takes_too_long_before_the_upgrade_is_not_recorded(
+    loop: Loop, web: bool, sent: bytes, moods: list[str]
+) -> None:
+    """The limit of a handshake is one for the upgrade too, and its end is a plain one."""
+    client = loop.client("tcp", web)
+    loop.advance(30)
+    client.send(sent)
+    loop.advance(29.75)
+    assert client.conn is not None and client.conn.session.state != "done"
+    loop.advance(0.25)
+    assert client.read_to_end() == b""
+    assert loop.recorder.moods() == moods
+
+
+@UNFINISHED
+def test_who_has_not_come_to_the_upgrade_at_a_stop_is_not_recorded(
+    loop: Loop, web: bool, sent: bytes, moods: list[str]
+) -> None:
+    client = loop.client("tcp", web)
+    client.send(sent)
+    loop.pump()
+    loop.server.stop()
+    loop.pump()
+    assert client.read_to_end() == b""
+    assert loop.recorder.moods() == moods
+
+
+# HTTP.
+
+
+def upgrade(
+    *others: str, method: str = "GET", version: str = "1.1", without: str | None = None
+) -> bytes:
+    """A request for an upgrade that is right but for what is named here."""
+    lines = [
+        "Host: relay.example",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    ]
+    lines = [line for line in lines if line.split(":")[0] != without]
+    return "\r\n".join([f"{method} / HTTP/{version}", *lines, *others, "", ""]).encode()
+
+
+ALLOW = {"allow": "GET, HEAD, OPTIONS"}
+VERSION = {"upgrade": "websocket", "sec-websocket-version": "13"}
+ANSWERS: dict[str, tuple[bytes, str, dict[str, str]]] = {
+    "GET": (b"GET / HTTP/1.1\r\nHost: relay.example\r\n\r\n", "200", {}),
+    "GET without Host": (b"GET /health HTTP/1.1\r\n\r\n", "200", {}),
+    "GET in HTTP/1.0": (b"GET / HTTP/1.0\r\n\r\n", "200", {}),
+    "GET in HTTP/1.0 with Host": (b"GET / HTTP/1.0\r\nHost: relay.example\r\n\r\n", "200", {}),
+    "GET in HTTP/2": (b"GET / HTTP/2.0\r\nHost: relay.example\r\n\r\n", "400", {}),
+    "GET by itself": (b"GET /\r\n\r\n", "400", {}),
+    "GET that wants another upgrade": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        "200",
+        {},
+    ),
+    "HEAD": (b"HEAD / HTTP/1.1\r\nHost: relay.example\r\n\r\n", "200", {}),
+    "HEAD in HTTP/1.0": (b"HEAD / HTTP/1.0\r\n\r\n", "200", {}),
+    "what HAProxy asks": (b"OPTIONS / HTTP/1.0\r\n\r\n", "200", {}),
+    "OPTIONS": (b"OPTIONS * HTTP/1.1\r\nHost: relay.example\r\n\r\n", "200", {}),
+    "POST": (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "405", ALLOW),
+    "PUT": (b"PUT /file HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "405", ALLOW),
+    "HTTP in name only": (b"GET / HTTP/1.1\r\nthis is no header\r\n\r\n", "400", {}),
+    "an upgrade of version 8": (
+        upgrade("Sec-WebSocket-Version: 8", without="Sec-WebSocket-Version"),
+        "426",
+        VERSION,
+    ),
+    "an upgrade by HEAD": (upgrade(method="HEAD"), "405", ALLOW),
+    "an upgrade by POST": (upgrade(method="POST"), "405", ALLOW),
+    "an upgrade in HTTP/1.0": (upgrade(version="1.0"), "400", {}),
+    "an upgrade without Host": (upgrade(without="Host"), "400", {}),
+    "an upgrade with two Hosts": (upgrade("Host: other.example"), "400", {}),
+    "an upgrade without key": (upgrade(without="Sec-WebSocket-Key"), "400", {}),
+    "an upgrade with two keys": (
+        upgrade("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="),
+        "400",
+        {},
+    ),
+    "an upgrade with a key of 15 bytes": (
+        upgrade("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j", without="Sec-WebSocket-Key"),
+        "400",
+        {},
+    ),
+    "an upgrade without version": (upgrade(without="Sec-WebSocket-Version"), "400", {}),
+    "an upgrade without Connection": (upgrade(without="Connection"), "400", {}),
+    "a long head": (b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 9_000), "431", {}),
+    "a long line": (b"GET /" + b"x" * 9_000, "431", {}),
+}
+
+
+def read_answer(client: Client) -> tuple[str, dict[str, str], bytes]:
+    """Status, headers and body, as all answers are."""
+    head, _, body = client.read_to_end().partition(b"\r\n\r\n")
+    status, headers = parse_head(head)
+    assert headers["connection"].lower() in ("close", "close, upgrade", "upgrade, close")
+    assert headers["content-length"].isdigit()
+    return status, headers, body
+
+
+@LISTENERS
+@pytest.mark.parametrize(("request_", "status", "fields"), ANSWERS.values(), ids=ANSWERS)
+def test_http_is_answered_and_held(
+    loop: Loop, web: bool, request_: bytes, status: str, fields: dict[str, str]
+) -> None:
+    client = loop.client("tcp", web)
+    client.send(request_)
+    found, headers, body = read_answer(client)
+    assert found == status
+    assert fields.items() <= headers.items()
+    assert ("allow" in headers) == (status == "405")
+    if request_.startswith(b"HEAD"):
+        assert body == b""
+    else:
+        assert int(headers["content-length"]) == len(body) > 0
+    assert is_held(loop, client)
+    assert loop.recorder.moods() == []
+    assert loop.server.connections == set()
+
+
+def test_head_tells_of_the_body_that_get_has(loop: Loop) -> None:
+    lengths = []
+    for method in (b"GET", b"HEAD"):
+        client = loop.client("tcp", web=True)
+        client.send(method + b" / HTTP/1.1\r\nHost: relay.example\r\n\r\n")
+        lengths.append(read_answer(client)[1]["content-length"])
+    assert lengths[0] == lengths[1]
+
+
+def test_an_answer_is_held_for_its_time_only(loop: Loop) -> None:
+    client = loop.client("unix", web=True)
+    client.send(b"GET / HTTP/1.1\r\n\r\n")
+    read_answer(client)
+    for _ in range(4):
+        loop.advance(1)
+    assert client.conn in loop.server.connections
+    for _ in range(3):
+        loop.advance(1)
+    assert loop.server.connections == set()
+
+
+@LISTENERS
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["connection: keep-alive, UPGRADE", "UPGRADE: WebSocket"],
+        ["Connection: keep-alive", "Connection: upgrade", "Upgrade: h2c", "Upgrade: websocket"],
+        ["Connection: Upgrade", "Upgrade: h2c,websocket"],
+        ["Connection: Upgrade", "Upgrade: websocket", "Origin: https://elsewhere.example"],
+        [
+            "Connection: Upgrade",
+            "Upgrade: websocket",
+            "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
+            "Sec-WebSocket-Protocol: chat, superchat",
+        ],
+        ["Connection: Upgrade", "Upgrade: websocket", f"Cookie: {'x' * 7_000}"],
+    ],
+)
+def test_an_upgrade_in_other_words(loop: Loop, web: bool, lines: list[str]) -> None:
+    """Names and tokens have no case; two of the fields are lists; what is extra is declined."""
+    client = loop.client("ws", web, upgrade=False)
+    assert isinstance(client, WebSocketClient)
+    rest = client.request.replace(b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b"")[:-2]
+    client.send_wire(rest + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n")
+    client.send(LEFT)
+    assert client.receive_now() == b""  # having looked at the answer
+    assert loop.server.current().waiting == 1
+
+
+# The handshake in messages.
+
+
+def message(*pieces: bytes) -> bytes:
+    """On the wire; each piece is a fragment."""
+    last = len(pieces) - 1
+    return b"".join(
+        frame(CONTINUATION if n else BINARY, piece, n == last) for n, piece in enumerate(pieces)
+    )
+
+
+EMPTY = message(b"")
+# What a client sends that finds nobody: what it is told, and its mood.
+HANDSHAKES: dict[str, tuple[bytes, bytes, str]] = {
+    "a message": (message(LEFT), b"", "lonely"),
+    "a message without newline": (message(LEFT[:-1]), b"", "lonely"),
+    "a message without newline or side": (message(PLAIN[:-1]), b"", "lonely"),
+    "messages": (message(LEFT[:1]) + message(LEFT[1:40]) + message(LEFT[40:]), b"", "lonely"),
+    "messages without newline": (message(LEFT[:40]) + message(LEFT[40:-1]), b"", "lonely"),
+    "fragments": (message(*[LEFT[n : n + 1] for n in range(len(LEFT))]), b"", "lonely"),
+    "fragments without newline": (message(LEFT[:-1], b"", b""), b"", "lonely"),
+    "a fragment that is whole is no message": (message(PLAIN[:-1], LEFT[77:]), b"", "lonely"),
+    "newline in a fragment of its own": (message(LEFT[:-1], b"\n"), b"", "lonely"),
+    "newline and no end of the message": (message(LEFT, b"")[:-6], b"", "lonely"),
+    "fragments between Pings": (
+        frame(PING)
+        + frame(BINARY, LEFT[:9], fin=False)
+        + frame(PING)
+        + frame(PONG)
+        + frame(CONTINUATION, LEFT[9:])
+        + frame(PING),
+        b"",
+        "lonely",
+    ),
+    "empty messages around": (EMPTY * 2 + message(LEFT) + EMPTY * 2, b"", "lonely"),
+    "empty messages within": (message(LEFT[:9]) + EMPTY + message(LEFT[9:]) + EMPTY, b"", "lonely"),
+    "empty messages within, no newline": (
+        message(LEFT[:9]) + EMPTY + message(LEFT[9:-1]) + EMPTY,
+        b"",
+        "lonely",
+    ),
+    "an empty message": (EMPTY, b"", "empty"),
+    "no end, no newline": (frame(BINARY, LEFT[:-1], fin=False), b"", "empty"),
+    "half a frame": (frame(BINARY, LEFT)[:-1], b"", "empty"),
+    "half a handshake": (message(LEFT[:40]), b"", "empty"),
+    "1,023 bytes": (message(b"x" * 1_023), b"", "empty"),
+    "1,024 bytes": (message(b"x" * 1_024), b"bad handshake\n", "errory"),
+    "1,024 bytes in messages": (message(b"x" * 128) * 8, b"bad handshake\n", "errory"),
+    "1,024 bytes in fragments": (message(*[b"x" * 128] * 8), b"bad handshake\n", "errory"),
+    "1,024 bytes of a frame": (
+        frame(BINARY, b"x" * 2_000)[: -2_000 + 1_024],
+        b"bad handshake\n",
+        "errory",
+    ),
+    "junk": (message(b"junk\n"), b"bad handshake\n", "errory"),
+    "junk in messages": (message(b"j") + message(b"unk\n"), b"bad handshake\n", "errory"),
+    "a carriage return": (message(LEFT[:-1] + b"\r\n"), b"bad handshake\n", "errory"),
+    "HTTP again": (message(upgrade()), b"bad handshake\n", "errory"),
+    "a newline behind the newline": (message(LEFT + b"\n"), b"impatient\n", "impatient"),
+    "a newline behind the end": (message(LEFT[:-1]) + message(b"\n"), b"impatient\n", "impatient"),
+    "a byte behind the end": (message(LEFT) + message(b"x"), b"impatient\n", "impatient"),
+    "a message ends behind the token": (
+        message(PLAIN[:-1]) + message(LEFT[77:]),
+        b"impatient\n",
+        "impatient",
+    ),
+}
+
+
+@CUTS
+@pytest.mark.parametrize(("wire", "reply", "mood"), HANDSHAKES.values(), ids=HANDSHAKES)
+def test_a_handshake_in_messages(
+    loop: Loop, wire: bytes, reply: bytes, mood: str, at_once: bool
+) -> None:
+    client = loop.client("ws")
+    send(loop, client, wire, at_once)
+    assert len(loop.recorder.records) == (mood in ("errory", "impatient"))
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.read_to_end() == reply
+    assert loop.recorder.moods() == [mood]
+
+
+EARLY: dict[str, tuple[bytes, bytes]] = {
+    "in the message": (message(RIGHT + b"early"), b"early"),
+    "in a message of its own": (message(RIGHT) + message(b"early"), b"early"),
+    "behind no newline": (message(RIGHT[:-1]) + message(b"early"), b"early"),
+    "a newline behind the newline": (message(RIGHT + b"\n"), b"\n"),
+    "a newline behind the end": (message(RIGHT[:-1]) + message(b"\n"), b"\n"),
+    "in fragments": (message(RIGHT[:50], RIGHT[50:] + b"ea", b"", b"rly"), b"early"),
+    "between empty messages": (message(RIGHT) + EMPTY + message(b"early") + EMPTY, b"early"),
+    "another handshake": (message(RIGHT) + message(RIGHT[:-1]), RIGHT[:-1]),
+}
+
+
+@PARTNERS
+@pytest.mark.parametrize(("wire", "early"), EARLY.values(), ids=EARLY)
+def test_what_comes_behind_a_handshake_that_is_matched(
+    loop: Loop, wire: bytes, early: bytes, second: str
+) -> None:
+    """It is for the partner, behind its `ok`."""
+    other, one = loop.client(second), loop.client("ws")
+    other.send(LEFT)
+    one.send_wire(wire)
+    one.half_close()
+    assert other.read_to_end() == b"ok\n" + early
+    assert one.read_to_end() == b"ok\n"
+    assert [record[3:] for record in loop.recorder.records] == [(len(early), "happy")]
+
+
+def test_empty_messages_are_nothing(loop: Loop) -> None:
+    """While one waits, and in a pair."""
+    one = websocket(loop, LEFT)
+    one.send_wire(EMPTY * 3 + message(b"", b"", b""))
+    loop.pump()
+    assert loop.server.current().waiting == 1
+    other = websocket(loop, RIGHT)
+    assert one.receive(3) == other.receive(3) == b"ok\n"
+    one.send_wire(EMPTY * 3 + message(b"", b"", b""))
+    one.send(b"x")
+    assert other.next_frame() == (BINARY, b"x")
+    assert loop.server.current().incomplete_bytes == 1
+
+
+# Messages to a client.
+
+
+def test_ok_is_a_message_of_its_own(loop: Loop) -> None:
+    one, other = websocket(loop, LEFT), loop.client("ws")
+    other.send(RIGHT + b"early")
+    assert one.next_frame() == other.next_frame() == (BINARY, b"ok\n")
+    assert one.next_frame() == (BINARY, b"early")
+
+
+@PARTNERS
+@pytest.mark.parametrize("size", [32_767, 32_768, 32_769, 65_536, 1_000_000])
+def test_no_message_is_longer_than_32_kib(loop: Loop, second: str, size: int) -> None:
+    """Nor is it empty, or much shorter than it could be. (The client checks each.)"""
+    one, other = meet(loop, second)
+    data = random.Random(size).randbytes(size)
+    sizes = []
+    for start in range(0, size, 1 << 16):  # as much as surely is in one piece
+        other.send(data[start : start + (1 << 16)])
+        got = b""
+        while len(got) < len(data[start : start + (1 << 16)]):
+            found = one.next_frame()
+            assert found is not None and found[0] == BINARY
+            got += found[1]
+            sizes.append(len(found[1]))
+        assert equal(got, data[start : start + (1 << 16)])
+    assert len(sizes) <= 4 + size // 10_000
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("sent", "reply"),
+    [
+        (message(b"junk\n"), b"bad handshake\n"),
+        (message(PLAIN + b"x"), b"impatient\n"),
+        (message(PLAIN) + message(b"x"), b"impatient\n"),
+    ],
+    ids=["bad handshake", "impatient", "impatient in a message of its own"],
+)
+def test_a_refusal_is_a_message_and_a_close(
+    loop: Loop, sent: bytes, reply: bytes, at_once: bool
+) -> None:
+    """After which nothing is answered: no Ping, no Close, no mistake."""
+    client = loop.client("ws")
+    more = frame(PING, b"?") + frame(TEXT) + frame(CLOSE, close_payload(4000))
+    client.send_wire(sent + more * at_once)
+    loop.pump()
+    client.send_wire(more)
+    assert client.next_frame() == (BINARY, reply)
+    assert client.next_frame() == (CLOSE, close_payload(1000))
+    assert client.next_frame() is None
+    assert is_held(loop, client)
+
+
+def test_a_redundant_one_is_told_by_a_close_alone(loop: Loop) -> None:
+    older, newer = websocket(loop, LEFT), websocket(loop, LEFT)
+    websocket(loop, RIGHT)
+    assert older.next_frame() == (CLOSE, close_payload(1000))
+    assert older.next_frame() is None
+    assert newer.next_frame() == (BINARY, b"ok\n")
+    assert loop.recorder.moods() == ["redundant"]
+
+
+# Pings of ours.
+
+
+@PARTNERS
+def test_a_silent_pair_is_pinged_each_25_seconds(loop: Loop, second: str) -> None:
+    """And goes on, though no Pong ever comes."""
+    one, other = meet(loop, second)
+    for number in range(40):
+        loop.advance(24.75)
+        assert (one.receive_now(), len(one.pings)) == (b"", number)
+        loop.advance(0.25)
+        assert (one.receive_now(), len(one.pings)) == (b"", number + 1)
+        if isinstance(other, WebSocketClient):
+            assert (other.receive_now(), len(other.pings)) == (b"", number + 1)
+    other.send(b"still here")
+    assert one.receive(10) == b"still here"
+
+
+def test_one_who_waits_is_pinged_each_25_seconds(loop: Loop) -> None:
+    """And waits on, as it answers."""
+    one = websocket(loop, LEFT)
+    for number in range(20):
+        loop.advance(24.75)
+        assert (one.receive_now(), len(one.pings)) == (b"", number)
+        loop.advance(0.25)
+        assert (one.receive_now(), len(one.pings)) == (b"", number + 1)
+        one.send_wire(frame(PONG, one.pings[-1]))
+        loop.pump()
+    assert loop.server.current().waiting == 1
+
+
+def test_nobody_else_is_pinged(loop: Loop) -> None:
+    """Not over TCP, not before the upgrade, and not when the end was said."""
+    plain = loop.client("tcp")
+    plain.send(LEFT)
+    early = loop.client("tcp", web=True)
+    early.send(HALF_A_HEAD)
+    visitor = loop.client("tcp", web=True)
+    visitor.send(b"GET / HTTP/1.1\r\n\r\n")
+    answer = visitor.receive_now()
+    refused = websocket(loop, b"junk\n")
+    for _ in range(20):
+        loop.advance(1)  # by then none of the others is held any more
+    loop.advance(20)
+    assert plain.receive_now() == early.receive_now() == b""
+    assert answer and visitor.receive_now() == b""
+    assert refused.read_to_end() == b"bad handshake\n" and refused.pings == []
+
+
+@pytest.mark.parametrize(
+    "stir",
+    [
+        lambda one, other: one.send(b"x"),
+        lambda one, other: one.send_wire(frame(PONG)),
+        lambda one, other: one.send_wire(frame(PING)),
+        lambda one, other: one.send_wire(frame(BINARY)),
+        lambda one, other: one.send_wire(b"\x82"),
+        lambda one, other: other.send(b"x"),
+    ],
+    ids=["data", "Pong", "Ping", "empty message", "half a frame", "data for it"],
+)
+def test_no_ping_25_seconds_from_the_last_that_moved(
+    loop: Loop, stir: Callable[[Client, Client], None]
+) -> None:
+    one, other = meet(loop)
+    loop.advance(20)
+    stir(one, other)
+    loop.pump()
+    loop.advance(24.75)
+    one.receive_now()
+    assert one.pings == []
+    loop.advance(0.25)
+    one.receive_now()
+    assert len(one.pings) == 1
+
+
+def test_no_ping_on_top_of_what_is_queued(loop: Loop) -> None:
+    """A Ping could not be in time. When all is with the kernel, silence counts anew."""
+    one, other = meet(loop, "unix", "ws-unix")
+    assert one.conn is not None
+    sent = 0
+    while not one.conn.queued_bytes():
+        other.send(bytes(10_000))
+        loop.pump()
+        sent += 10_000
+    for _ in range(10):
+        loop.advance(25)
+    loop.advance(10)
+    assert one.receive(sent) == bytes(sent)
+    loop.advance(24.75)
+    assert (one.receive_now(), one.pings) == (b"", [])
+    loop.advance(0.25)
+    assert (one.receive_now(), len(one.pings)) == (b"", 1)
+
+
+@pytest.mark.parametrize("second", ["unix", "ws-unix"])
+def test_a_sender_who_has_to_wait_is_pinged_and_not_ended(loop: Loop, second: str) -> None:
+    """Its Pongs cannot be heard, as its partner does not read: that is nobody's death."""
+    one, other = meet(loop, second, "ws-unix")
+    data = random.Random(1).randbytes(1 << 22)
+    (wire,) = one.spell(data)
+    sent = stuff(loop, one, wire) - (len(wire) - len(data))
+    for _ in range(10):
+        loop.advance(25)
+    assert (one.receive_now(), len(one.pings)) == (b"", 10)
+    assert equal(other.receive(sent), data[:sent])
+    assert loop.recorder.moods() == []
+
+
+# Silence of theirs.
+
+
+def test_one_who_waits_in_silence_is_ended_after_75_seconds(loop: Loop) -> None:
+    one = websocket(loop, LEFT)
+    loop.advance(74.75)
+    assert (one.receive_now(), one.close_code) == (b"", None)
+    loop.advance(0.25)
+    assert one.read_to_end(1000) == b""
+    assert [(life.mood, life.total_time) for life in loop.recorder.records] == [("lonely", 75)]
+    assert loop.server.current().waiting == 0
+
+
+def test_pings_do_not_count_as_a_sign_of_life(loop: Loop) -> None:
+    one = websocket(loop, LEFT)
+    for _ in range(3):
+        loop.advance(25)
+    assert one.read_to_end(1000) == b""
+    assert len(one.pings) >= 2
+    assert loop.recorder.moods() == ["lonely"]
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [frame(PONG), frame(PING), EMPTY, b"\x82", frame(BINARY, b"")[:-1]],
+    ids=["Pong", "Ping", "empty message", "a byte", "half a frame"],
+)
+def test_any_byte_is_a_sign_of_life(loop: Loop, wire: bytes) -> None:
+    one = websocket(loop, LEFT)
+    loop.advance(60)
+    one.send_wire(wire)
+    loop.pump()
+    loop.advance(74.75)
+    assert loop.recorder.moods() == []
+    loop.advance(0.25)
+    assert one.read_to_end(1000) == b""
+    assert loop.recorder.moods() == ["lonely"]
+
+
+def test_over_tcp_one_may_wait_in_silence(loop: Loop) -> None:
+    one = loop.client("tcp", web=True)
+    one.send(LEFT)
+    loop.pump()
+    loop.advance(10_000)
+    assert one.receive_now() == b""
+    assert loop.server.current().waiting == 1
+
+
+def test_one_whose_partner_came_may_be_silent(loop: Loop) -> None:
+    one = websocket(loop, LEFT)
+    loop.advance(74)
+    other = websocket(loop, RIGHT)
+    for _ in range(10):
+        loop.advance(25)
+    one.send(b"x")
+    assert other.receive(4) == b"ok\nx"
+    assert loop.recorder.moods() == []
+
+
+# The limit of a handshake.
+
+
+@pytest.mark.parametrize("sent", [b"", EMPTY, message(LEFT[:40]), frame(BINARY, LEFT)[:-1]])
+def test_the_limit_of_a_handshake_is_one_from_the_accept(loop: Loop, sent: bytes) -> None:
+    """Not from the upgrade. The end is a Close, and there is a record."""
+    client = loop.client("ws", upgrade=False)
+    assert isinstance(client, WebSocketClient)
+    loop.advance(50)
+    client.send_wire(client.request + sent)
+    loop.advance(9.75)
+    assert (client.receive_now(), client.close_code) == (b"", None)
+    loop.advance(0.25)
+    assert client.read_to_end(1000) == b""
+    assert [(life.mood, life.total_time) for life in loop.recorder.records] == [("empty", 60)]
+
+
+def test_a_handshake_in_time(loop: Loop) -> None:
+    client = loop.client("ws", upgrade=False)
+    assert isinstance(client, WebSocketClient)
+    loop.advance(59.75)
+    client.send_wire(client.request + message(LEFT))
+    loop.advance(0.25)
+    loop.advance(10)
+    assert client.receive_now() == b""
+    assert loop.server.current().waiting == 1
+
+
+def test_a_head_that_trickles_does_not_extend_it(loop: Loop) -> None:
+    client = loop.client("ws", upgrade=False)
+    assert isinstance(client, WebSocketClient)
+    for n in range(59):
+        client.send_wire(client.request[n : n + 1])
+        loop.advance(1)
+    assert client.conn in loop.server.connections
+    loop.advance(1)
+    assert client.sock.recv(100) == b""
+    assert loop.recorder.moods() == []
+
+
+# Pongs.
+
+
+@pytest.mark.parametrize("state", ["new", "waiting", "paired"])
+def test_a_pong_has_the_payload_of_its_ping(loop: Loop, state: str) -> None:
+    one = meet(loop)[0] if state == "paired" else websocket(loop, *[LEFT] * (state == "waiting"))
+    payloads = [b"", b"x", bytes(range(125)), b"\xff\xfe", b""]
+    one.send_wire(b"".join(frame(PING, payload) for payload in payloads))
+    assert one.receive_now() == b""
+    assert one.pongs == payloads
+
+
+def test_a_ping_in_the_middle_of_a_message(loop: Loop) -> None:
+    one, other = meet(loop)
+    one.send_wire(frame(BINARY, b"1", fin=False) + frame(PING, b"?") + frame(CONTINUATION, b"2"))
+    assert other.receive(2) == b"12"
+    assert (one.receive_now(), one.pongs) == (b"", [b"?"])
+
+
+@PARTNERS
+def test_pongs_are_for_nobody(loop: Loop, second: str) -> None:
+    one, other = meet(loop, second)
+    one.send_wire(frame(PONG, b"unasked") + frame(PING))
+    one.send(b"x")
+    assert other.receive(1) == b"x"
+    assert other.receive_now() == b""
+    assert loop.server.current().incomplete_bytes == 1
+
+
+def flood(loop: Loop, client: WebSocketClient) -> list[bytes]:
+    """Ping without reading, far beyond what may be left unread. Gives the payloads: sorted."""
+    assert client.conn is not None
+    pings = [struct.pack("!I100x", n) for n in range(20_000)]
+    longest = 0
+    for start in range(0, len(pings), 100):
+        client.send_wire(b"".join(frame(PING, ping) for ping in pings[start : start + 100]))
+        loop.pump()
+        longest = max(longest, client.conn.queued_bytes())
+    assert 64 * 1024 < longest < 128 * 1024 + 1024
+    return pings
+
+
+def read_pongs(client: WebSocketClient, last: bytes) -> None:
+    """Read until that one has come."""
+    while client.pongs[-1:] != [last]:
+        assert client.next_frame() is not None
+    assert client.receive_now() == b""
+    assert client.pongs == sorted(set(client.pongs))  # each once, in their order
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["waiting", "paired"])
+def test_who_leaves_much_unread_gets_the_newest_pong(loop: Loop, paired: bool) -> None:
+    """Later, when there is room; and what it leaves is bounded."""
+    if paired:
+        one, other = meet(loop, "unix", "ws-unix")
+    else:
+        one = websocket(loop, LEFT, kind="ws-unix")
+    pings = flood(loop, one)
+    read_pongs(one, pings[-1])
+    assert set(one.pongs) <= set(pings)
+    assert len(one.pongs) < len(pings) // 2
+    one.send_wire(frame(PING, b"again"))
+    assert (one.receive_now(), one.pongs[-1]) == (b"", b"again")
+    if paired:
+        other.send(b"x")
+        assert one.receive(1) == b"x"
+
+
+def test_an_old_pong_does_not_come_behind_a_newer_one(loop: Loop) -> None:
+    """Not even if the newer one finds room while the old one still waits."""
+    client = websocket(loop, LEFT, kind="ws-unix")
+    assert client.conn is not None
+    client.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # small steps
+    flood(loop, client)
+    while client.conn.queued_bytes() > 50_000:
+        assert client.next_frame() is not None
+    assert client.conn.queued_bytes()
+    client.send_wire(frame(PING, b"\xff newest"))
+    read_pongs(client, b"\xff newest")
+
+
+def test_as_long_as_little_is_unread_each_ping_is_answered(loop: Loop) -> None:
+    one = websocket(loop, LEFT, kind="ws-unix")
+    assert one.conn is not None
+    pings: list[bytes] = []
+    while one.conn.queued_bytes() <= 50_000:
+        pings.append(struct.pack("!I100x", len(pings)))
+        one.send_wire(frame(PING, pings[-1]))
+        loop.pump()
+    while len(one.pongs) < len(pings):
+        assert one.next_frame() is not None
+    assert one.pongs == pings
+
+
+# Close.
+
+CODES = pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 4999, None])
+
+
+@CODES
+@pytest.mark.parametrize(
+    ("sent", "mood"), [([], "empty"), ([LEFT], "lonely")], ids=["new", "waiting"]
+)
+def test_a_close_is_answered_with_its_code(
+    loop: Loop, code: int | None, sent: list[bytes], mood: str
+) -> None:
+    """And no reason."""
+    client = websocket(loop, *sent)
+    client.send_wire(frame(CLOSE, close_payload(code, b"because" if code else b"")))
+    assert client.next_frame() == (CLOSE, close_payload(code))
+    assert client.next_frame() is None
+    assert loop.recorder.moods() == [mood]
+    assert is_held(loop, client)
+
+
+@CODES
+@PARTNERS
+def test_a_close_in_a_pair(loop: Loop, code: int | None, second: str) -> None:
+    """Its partner's Close says 1000: its code is its own."""
+    one, other = meet(loop, second)
+    one.send_wire(message(b"last words") + frame(CLOSE, close_payload(code)) + message(b"no more"))
+    assert other.read_to_end(1000) == b"last words"
+    assert one.next_frame() == (CLOSE, close_payload(code))
+    assert one.next_frame() is None
+    assert is_held(loop, one) and is_held(loop, other)
+    assert [record[3:] for record in loop.recorder.records] == [(10, "happy")]
+
+
+def test_the_answer_to_a_close_is_behind_what_is_queued(loop: Loop) -> None:
+    one, other = meet(loop, "unix", "ws-unix")
+    data = random.Random(1).randbytes(1 << 22)
+    stuff(loop, other, data)
+    assert other.conn is not None
+    taken = other.conn.session.received_bytes
+    one.half_close(4001)
+    loop.pump()
+    one.send_wire(frame(PING) + frame(CLOSE) + frame(TEXT))
+    assert equal(one.read_to_end(4001), data[:taken])
+    assert one.pongs == []
+    assert other.read_to_end() == b""
+
+
+def test_a_refusal_is_behind_what_is_queued(loop: Loop) -> None:
+    """And nothing is behind it, though it is not yet sent."""
+    client = websocket(loop, LEFT, kind="ws-unix")
+    flood(loop, client)
+    client.send(b"x")
+    loop.pump()
+    pongs = client.conn.queued_bytes() if client.conn else 0
+    assert pongs > 0
+    client.send_wire(frame(PING, b"late") + frame(TEXT))
+    assert client.read_to_end(1000) == b"impatient\n"
+    assert client.pongs[-1] != b"late"
+
+
+@PARTNERS
+def test_an_end_without_a_close_is_answered_with_one(loop: Loop, second: str) -> None:
+    one, other = meet(loop, second)
+    one.send_wire(message(b"last") + frame(BINARY, b"words")[:-1])
+    one.sock.shutdown(socket.SHUT_WR)
+    assert other.read_to_end(1000) == b"lastword"
+    assert one.read_to_end(1000) == b""
+    assert [record[3:] for record in loop.recorder.records] == [(8, "happy")]
+
+
+@PARTNERS
+def test_the_end_of_a_partner_is_a_close_and_then_nothing(loop: Loop, second: str) -> None:
+    one, other = meet(loop, second)
+    other.send(b"last words")
+    other.half_close()
+    loop.pump()
+    one.send_wire(frame(PING) + message(b"hello?") + frame(CLOSE, close_payload(4000)))
+    assert one.next_frame() == (BINARY, b"last words")
+    assert one.next_frame() == (CLOSE, close_payload(1000))
+    assert one.next_frame() is None
+    assert is_held(loop, one)
+
+
+# A stop.
+
+
+def test_a_stop_says_so(loop: Loop) -> None:
+    refused = websocket(loop, b"junk\n", kind="ws-unix")
+    new = websocket(loop, kind="ws-unix")
+    waiting = websocket(loop, handshake("other"), kind="ws-unix")
+    half, other = meet(loop, "ws-unix", "ws-unix")
+    half.send_wire(frame(BINARY, b"half")[:-1])
+    one, plain = meet(loop, "unix", "ws-unix")
+    loop.pump()
+    loop.recorder.records.clear()
+    loop.server.stop()
+    loop.pump()
+    assert other.read_to_end(1001) == b"hal"
+    for client in (new, waiting, half, one):
+        assert client.read_to_end(1001) == b""
+    assert plain.read_to_end() == b""
+    assert refused.read_to_end(1000) == b"bad handshake\n"
+    loop.pump()
+    assert loop.server.over
+    assert sorted(loop.recorder.moods()) == ["empty", "happy", "happy", "lonely"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("unix", "ws-unix"), ("ws-unix", "unix"), ("ws-unix", "ws-unix")]
+)
+@pytest.mark.parametrize("size", [10, 3_000, 1 << 23], ids=["short", "long", "endless"])
+def test_what_had_reached_us_at_a_stop_is_delivered(
+    loop: Loop, first: str, second: str, size: int
+) -> None:
+    """Frames too, though they are more bytes than their payload; and the beginning of one."""
+    one, other = loop.meet(first, second)
+    data = random.Random(1).randbytes(size)
+    (wire,) = one.spell(data)
+    overhead = len(wire) - size
+    sent = stuff(loop, one, wire * (1 + (1 << 23) // size))
+    whole, rest = divmod(sent, len(wire))
+    loop.server.stop()
+    loop.pump()
+    assert not loop.server.over
+    assert equal(other.read_to_end(1001), data * whole + data[: max(0, rest - overhead)])
+    assert one.read_to_end(1001) == b""
+    loop.pump()
+    assert loop.server.over
+
+
+def test_sigterm(relay: Callable[..., RelayProcess]) -> None:
+    """A real one: within its seconds, with what had been sent before it, and no complaint."""
+    running = relay(*WEB)
+    new, waiting = running.client("ws"), running.client("ws")
+    waiting.send(handshake("other"))
+    one, other = running.meet("ws", "ws")
+    data = random.Random(1).randbytes(50_000)
+    one.send(data)
+    running.process.terminate()
+    assert equal(other.read_to_end(1001), data)
+    for client in (new, waiting, one):
+        assert client.read_to_end(1001) == b""
+    for client in (new, waiting, one, other):
+        client.close()
+    assert running.wait() == 0
+    assert b"warning:" not in running.stderr and b"Traceback" not in running.stderr
