@@ -34,8 +34,9 @@ endef
 test: ## run the tests; PYTHON=python3.9 make test for another Python
 	@$(find_pytest); "$$python" -m pytest -q tests
 
-fuzz: ## run the garbage tests for longer; RELAY_FUZZ_CASES (200000) says for how long
-	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} "$$python" -m pytest -q -s tests/test_fuzz.py
+fuzz: ## run the garbage tests for minutes (RELAY_FUZZ_CASES=200000, RELAY_FUZZ_FIRST=0 for others)
+	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \
+		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop

@@ -158,7 +158,8 @@ class RequestReader(HeadReader):
     def receive(self, data: Bytes) -> tuple[Request, Bytes] | None:
         """Give the request and what came behind its head; None as long as it is not whole.
 
-        Raises UpgradeRejected: 400 as soon as this cannot become HTTP, 431 if it does not end.
+        Raises UpgradeRejected: 400 if this is not HTTP (which the first bytes may show, and the
+        end of the request line does), 431 if the head does not end.
         """
         taken = self._collect(data)
         if taken is not None:
@@ -167,7 +168,8 @@ class RequestReader(HeadReader):
         if not (REQUEST_LINE if newline else REQUEST_LINE_BEGUN).fullmatch(line + newline):
             raise UpgradeRejected(400, "this is not HTTP/1.1")
         if self._is_full():
-            raise UpgradeRejected(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
+            method = line.partition(b" ")[0].decode("ascii")
+            raise UpgradeRejected(431, f"a head of over {MAX_HEAD_BYTES} bytes", method=method)
         return None
 
 
@@ -232,10 +234,13 @@ class Request(NamedTuple):
 def parse_request(head: bytes) -> Request:
     """Read a whole head. Raises UpgradeRejected."""
     line = REQUEST_LINE.match(head)
-    fields = parse_fields(head, line.end()) if line else None
-    if line is None or fields is None:
+    if line is None:
         raise UpgradeRejected(400, "this is not HTTP/1.1")
-    return Request(line[1].decode("ascii"), line[2].decode("latin-1"), line[3] == b"0", fields)
+    method = line[1].decode("ascii")
+    fields = parse_fields(head, line.end())
+    if fields is None:
+        raise UpgradeRejected(400, "a field of the head is malformed", method=method)
+    return Request(method, line[2].decode("latin-1"), line[3] == b"0", fields)
 
 
 def parse_fields(head: bytes, at: int) -> Fields | None:
@@ -344,7 +349,7 @@ class Event(NamedTuple):
     """
 
     opcode: int
-    payload: Bytes  # of BINARY: the caller's own buffer, if it was not masked
+    payload: Bytes  # of BINARY, if it was not masked: good until the caller's buffer changes
     is_last: bool = True
 
 
