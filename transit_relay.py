@@ -71,7 +71,9 @@ from typing import NamedTuple, NoReturn, Protocol, TextIO, Union
 
 try:
     import ws_frames
-except ModuleNotFoundError:  # copied without it: all is TCP
+except ModuleNotFoundError as error:  # copied without it: all is TCP
+    if error.name != "ws_frames":
+        raise
     ws_frames = None  # type: ignore[assignment]
 
 __version__ = "0.1"
@@ -806,7 +808,7 @@ class WebSocketFraming(Framing):
     def farewell(self, why: str) -> bytes:
         """A Close: the one that is due to what the client did, or one that says why we end it."""
         code = ws_frames.GOING_AWAY if why is STOPPING else ws_frames.NORMAL
-        return self._goodbye or ws_frames.build_close(code)
+        return self._pong + (self._goodbye or ws_frames.build_close(code))
 
     def drained(self) -> None:
         """There is room for the Pong that had to wait."""
@@ -817,7 +819,7 @@ class WebSocketFraming(Framing):
 
     def keep_alive(self) -> None:
         """Ping, so that proxies do not take the silence for death; not on top of a backlog."""
-        if not self._wire.queued_bytes():
+        if self._session.handshake is not None and not self._wire.queued_bytes():
             self._wire.write(ws_frames.build_frame(ws_frames.PING))
         self._wire.stirred(heard=False)
 
@@ -1055,6 +1057,21 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
             self.session.end_sent()
             self._server.hold(self)
+
+
+def prepare(sock: socket.socket) -> None:
+    """Make an accepted socket what we want of it.
+
+    It could inherit most of this from the listening one; but who was queued there before we
+    got it, as in a start by systemd, would not.
+    """
+    sock.setblocking(False)
+    # Keepalive: as the reference. Oobinline: urgent bytes are bytes too, and stay in their place.
+    # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses it.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
@@ -1344,7 +1361,7 @@ class Server:
 
     def admit(self, sock: socket.socket, web: bool = False) -> Connection:
         """Take in a newcomer's socket; `web`: from a listener for WebSocket clients."""
-        sock.setblocking(False)
+        prepare(sock)
         conn = Connection(sock, self, web)
         self.connections.add(conn)
         self._time.handshaking.start(conn, self.clock())
@@ -2038,13 +2055,6 @@ class Listener:
     def __init__(self, sock: socket.socket, label: str, path: str = "") -> None:
         """`path`: the unix socket that we made, and remove when we close."""
         sock.setblocking(False)
-        # Accepted sockets inherit these from the listening one. Keepalive: as the reference.
-        # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses
-        # it, so it is the last. Oobinline: urgent bytes are bytes too, and stay in their place.
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.fd = sock.fileno()
         self.label = label
@@ -2498,7 +2508,7 @@ exit codes:
 
 # RFC 6455, 3: no user, no fragment.
 WEBSOCKET_URL = re.compile(
-    r"wss?://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
+    r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
 )
 
 
@@ -2672,6 +2682,8 @@ def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: 
         log.info(limit)
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
+    if ws_frames is None:
+        log.info("TCP clients only: for WebSocket, ws_frames.py belongs beside transit_relay.py")
     urls = [f"ws://localhost:{one.port}/" for one in listeners if one.web and one.port]
     if options.websocket_url:
         urls = [options.websocket_url]
@@ -2695,7 +2707,7 @@ def serve(options: argparse.Namespace) -> int:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         if ws_frames is None and (options.websocket or options.websocket_url):
-            raise StartupError("--websocket needs ws_frames.py, which belongs beside this file")
+            raise StartupError("--websocket needs ws_frames.py beside transit_relay.py")
         listeners = open_listeners([*options.port, *options.websocket], passed)
         for listener in listeners:
             undo.callback(listener.close)

@@ -379,11 +379,19 @@ def test_websocket_without_ws_frames_is_refused(
     lonely_copy: list[str], option: tuple[str, str]
 ) -> None:
     said = failed_start(*LOCAL, *option, program=lonely_copy)
-    assert said == "transit-relay: --websocket needs ws_frames.py, which belongs beside this file"
+    assert said == "transit-relay: --websocket needs ws_frames.py beside transit_relay.py"
+
+
+def test_a_broken_ws_frames_is_not_taken_for_none(lonely_copy: list[str]) -> None:
+    Path(lonely_copy[1]).with_name("ws_frames.py").write_text("import no_such_module\n")
+    with RelayProcess(*LOCAL, program=lonely_copy) as running:
+        assert running.wait() == 1
+    assert b"No module named 'no_such_module'" in running.stderr
 
 
 def test_without_ws_frames_all_is_plain(relay: Start, lonely_copy: list[str]) -> None:
     running = relay(program=lonely_copy)
+    assert b"TCP clients only" in running.stderr
     refused(running, b"GET / HTTP/1.1\r\n", b"bad handshake\n")
     transfer(running)
 

@@ -250,18 +250,6 @@ def test_backlog_of_the_kernel(listen: Listen, text: str, backlog: int) -> None:
     assert struct.unpack_from("I", info, 28) == (min(backlog, somaxconn()),)
 
 
-@pytest.mark.parametrize("text", ["tcp:0", "tcp:0:interface=127.0.0.1", "fd"])
-def test_options_of_accepted_sockets(listen: Listen, text: str) -> None:
-    if text == "fd":
-        listener = listen(f"fd:{socket.create_server(('127.0.0.1', 0)).detach()}")
-    else:
-        listener = listen(text)
-    with meet(listener, socket.AF_INET, ("127.0.0.1", port_of(listener))) as accepted:
-        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
 @pytest.mark.parametrize("interface", ["", "127.0.0.1"])
 def test_busy_port(listen: Listen, interface: str) -> None:
     port = port_of(listen("tcp:0:interface=127.0.0.1"))

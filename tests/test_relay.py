@@ -363,7 +363,7 @@ def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False
     assert loop.server.connections == set()
 
 
-@pytest.mark.parametrize(("scenario", "kind"), cases())
+@pytest.mark.parametrize(("scenario", "kind"), list(cases()))
 def test_scenario(loop: Loop, scenario: Scenario, kind: str) -> None:
     play(loop, scenario, KINDS[kind])
 

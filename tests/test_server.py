@@ -176,6 +176,21 @@ def test_who_hung_up_before_we_came_is_skipped(
     assert warnings(caplog) == []
 
 
+def test_options_of_accepted_sockets(loop: Loop) -> None:
+    """Of all: this one is there before the relay, as whoever makes systemd start it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listening.getsockname()):
+        loop.server.close()
+        listener = Listener(listening, "tcp")
+        loop.server = Server([listener], loop.recorder, Limits(), loop.clock, loop.wallclock)
+        loop.pump()
+        (conn,) = loop.server.connections
+        assert not conn.sock.getblocking()
+        assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+        assert conn.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # Deferred closing.
 
 

@@ -585,7 +585,7 @@ def test_one_who_waits_is_pinged_each_25_seconds(loop: Loop) -> None:
 
 
 def test_nobody_else_is_pinged(loop: Loop) -> None:
-    """Not over TCP, not before the upgrade, and not when the end was said."""
+    """Not over TCP, not before the upgrade or the handshake, and not when the end was said."""
     plain = loop.client("tcp")
     plain.send(LEFT)
     early = loop.client("tcp", web=True)
@@ -593,11 +593,13 @@ def test_nobody_else_is_pinged(loop: Loop) -> None:
     visitor = loop.client("tcp", web=True)
     visitor.send(b"GET / HTTP/1.1\r\n\r\n")
     answer = visitor.receive_now()
+    silent = websocket(loop)
     refused = websocket(loop, b"junk\n")
     for _ in range(20):
         loop.advance(1)  # by then none of the others is held any more
     loop.advance(20)
     assert plain.receive_now() == early.receive_now() == b""
+    assert silent.receive_now() == b"" and silent.pings == []
     assert answer and visitor.receive_now() == b""
     assert refused.read_to_end() == b"bad handshake\n" and refused.pings == []
 
