@@ -34,7 +34,7 @@ endef
 test: ## run the tests; PYTHON=python3.9 make test for another Python
 	@$(find_pytest); "$$python" -m pytest -q tests
 
-fuzz: ## run the garbage tests for minutes (RELAY_FUZZ_CASES=200000, RELAY_FUZZ_FIRST=0 for others)
+fuzz: ## run the garbage tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other garbage
 	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \
 		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py
 

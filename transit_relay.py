@@ -96,8 +96,8 @@ BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
 MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
 
-# How the first bytes of a client tell its spelling (PROTOCOL.md, section 1), and what we answer to
-# whoever comes by HTTP and does not want a WebSocket: most likely a health check.
+# What the first bytes of a client tell of its spelling, and what we answer to whoever comes by
+# HTTP and does not want a WebSocket: most likely a health check.
 RAW_BEGINNING = b"please relay "
 HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
 HTTP_TEXT = """\
@@ -122,9 +122,9 @@ NEWCOMER_LOST = {
 
 # What we chose.
 READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
-FRAMED_READ_BYTES = 64 * 1024  # the most of a WebSocket at once: it has to be unmasked ...
-FRAMES_PER_MOVE = 1_000  # ... and about as many frames, which take 3 ms to parse
-FIRST_READ_BYTES = 4 * 1024  # ... so as long as nobody knows them, no more than this
+FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket; 30 ms if it is all empty frames, so:
+FRAMES_PER_MOVE = 1_000  # the size of the next read aims at no more than this: 3 ms
+FIRST_READ_BYTES = 4 * 1024  # until a read has shown how long a client's frames are
 MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
 # What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
@@ -343,7 +343,7 @@ class Session:
     ) -> None:
         """A client was accepted just now; `started` is the time of day (s since the epoch).
 
-        `web`: where clients come by HTTP, unless they say otherwise.
+        `web`: at a listener where clients are expected to come by HTTP (see Endpoint).
         """
         self.pipe = pipe
         self.rendezvous = rendezvous
@@ -413,7 +413,8 @@ class Session:
         self._end("redundant")
 
     def end_received(self, why: str = OVER) -> None:
-        """Nothing more comes from this client: it left, its time is over, or we stop.
+        """This client is over: it left, broke a rule of its spelling, or was answered by HTTP;
+        its time is up, or we stop.
 
         Half-close is not supported, as in the reference: the end of one direction is the end
         of the client.
@@ -556,12 +557,13 @@ class Rendezvous:
 #
 # How a client spells what a Session understands: one line, then bytes. Over TCP they stand
 # there as they are, over WebSocket they are the payload of messages whose borders mean nothing.
-# A connection begins as Undecided. A Framing gives way to the next one as soon as it is clear
-# who comes, and the last one to SILENT, when the Session lets the client go:
+# A connection begins as Undecided, and a Framing gives way to the next one as soon as it is clear
+# who comes; without ws_frames.py, that is at once:
 #
 #     Undecided --+--> RawFraming                          a line, then bytes
 #                 +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
+# Whichever it is gives way to SILENT when the Session lets the client go.
 # A Framing keeps where it is in the stream in named fields, so that a half-read handshake or
 # frame can be carried elsewhere. What it has to say by itself (an answer, a Pong, a Close) it
 # writes to its Wire, already spelled.
@@ -571,7 +573,7 @@ class Rendezvous:
 class Wire(Protocol):
     """What a Framing may ask of the connection it spells for."""
 
-    framing: Framing  # may be replaced, by the Framing itself
+    framing: Framing  # the Framing puts the next one here
 
     def write(self, data: Bytes, *more: Bytes) -> None:
         """Send what is spelled already, now or when there is room."""
@@ -580,7 +582,7 @@ class Wire(Protocol):
         """How much the client has left with us."""
 
     def stirred(self, heard: bool) -> None:
-        """A WebSocket sent us something (or we it): it is not silent now."""
+        """Something of a WebSocket moved, so its silence begins anew. `heard`: it came to us."""
 
 
 class Framing:
@@ -588,14 +590,14 @@ class Framing:
 
     __slots__ = ()
 
-    is_plain = True  # nothing looks different on the wire: `spell` need not be asked
-    read_bytes = READ_BYTES  # to be received at once
+    is_plain = True  # `spell` changes nothing, and is not asked: that counts on short messages
+    most_bytes = READ_BYTES  # to be received in one move
 
     def receive(self, data: memoryview) -> None:
         """Tell the Session what `data`, the next bytes of the stream, means."""
 
     def spell(self, data: Bytes) -> Sequence[Bytes]:
-        """Give what `data` looks like on the wire."""
+        """Give what `data`, which is sent now, looks like on the wire."""
         return (data,)
 
     def farewell(self, why: str) -> bytes:
@@ -606,7 +608,7 @@ class Framing:
         """All that was queued is with the kernel."""
 
     def keep_alive(self) -> None:
-        """Nothing has moved for PING_SECONDS."""
+        """Nothing has moved for PING_SECONDS: do something about it."""
 
 
 SILENT = Framing()
@@ -615,12 +617,12 @@ SILENT = Framing()
 class RawFraming(Framing):
     """Plain bytes: finds the handshake line, then is transparent."""
 
-    __slots__ = ("_line", "_session", "past_line")
+    __slots__ = ("_line", "_past_line", "_session")
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._line = b""  # what came of the first line so far
-        self.past_line = False
+        self._past_line = False
 
     def receive(self, data: Bytes) -> None:
         """Find the line in `data`, or hand it on.
@@ -628,7 +630,7 @@ class RawFraming(Framing):
         The line counts as whole at its newline, and as hopeless at MAX_LINE_BYTES without
         one, however the bytes were split. Bytes behind it, in the same segment, are data.
         """
-        if self.past_line:
+        if self._past_line:
             self._session.bytes_received(data)
             return
         start = len(self._line)
@@ -644,46 +646,42 @@ class RawFraming(Framing):
 
     def message_ended(self) -> None:
         """A message ends here: that will do in place of a newline behind a whole handshake."""
-        if not self.past_line and parse_handshake(self._line):
+        if not self._past_line and parse_handshake(self._line):
             self._end_line(self._line)
 
     def _end_line(self, line: bytes) -> None:
         self._line = b""
-        self.past_line = True
+        self._past_line = True
         self._session.line_received(line)
 
 
 class Undecided(Framing):
     """The first bytes: they tell whether a client spells plainly or comes by HTTP."""
 
-    __slots__ = ("_session", "_start", "_web", "_wire")
+    __slots__ = ("_session", "_start", "_wire")
 
-    read_bytes = FIRST_READ_BYTES
+    most_bytes = FIRST_READ_BYTES
 
-    def __init__(self, session: Session, wire: Wire, web: bool) -> None:
-        """`web`: whether a client counts as HTTP unless its first bytes say otherwise."""
+    def __init__(self, session: Session, wire: Wire) -> None:
         self._session = session
         self._wire = wire
-        self._web = web
         self._start = b""  # what came, as long as it tells nothing
 
     def receive(self, data: memoryview) -> None:
         """Make way for the right Framing, if `data` decides which one that is."""
-        others = (RAW_BEGINNING,) if self._web else HTTP_BEGINNINGS
+        session, wire = self._session, self._wire
+        expects_http = session.state is WAIT_UPGRADE
+        unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS
         start = self._start + data[: len(RAW_BEGINNING)]
-        is_other = start.startswith(others)
-        if not is_other and any(other.startswith(start) for other in others):
+        if start.startswith(unexpected):
+            (session.opened if expects_http else session.http_begun)()
+        elif any(beginning.startswith(start) for beginning in unexpected):
             self._start = start
             return
-        is_http = self._web != is_other
-        if is_other and is_http:
-            self._session.http_begun()
-        elif is_other:
-            self._session.opened()
-        wire, start = self._wire, self._start
-        wire.framing = HttpFraming(self._session, wire) if is_http else RawFraming(self._session)
-        if start:
-            wire.framing.receive(memoryview(start))
+        is_http = session.state is WAIT_UPGRADE
+        wire.framing = HttpFraming(session, wire) if is_http else RawFraming(session)
+        if self._start:
+            wire.framing.receive(memoryview(self._start))
         wire.framing.receive(data)
 
 
@@ -692,7 +690,7 @@ class HttpFraming(Framing):
 
     __slots__ = ("_reader", "_session", "_wire")
 
-    read_bytes = FIRST_READ_BYTES  # there may be frames behind the head
+    most_bytes = FIRST_READ_BYTES  # there may be frames behind the head
 
     def __init__(self, session: Session, wire: Wire) -> None:
         self._session = session
@@ -714,14 +712,14 @@ class HttpFraming(Framing):
         if is_upgrade:
             self._session.opened()
             self._wire.framing = WebSocketFraming(self._session, self._wire)
-            self._wire.framing.receive(memoryview(rest))
+            self._wire.framing.receive(memoryview(rest))  # or nothing: its silence begins
         else:
             self._session.end_received()
 
 
 def answer_visitor(request: ws_frames.Request) -> bytes:
-    """What who wants no WebSocket is told. Raises UpgradeRejected."""
-    if request.method not in ws_frames.METHODS.split(", "):
+    """Give the answer to a request that wants no WebSocket. Raises UpgradeRejected."""
+    if request.method not in ws_frames.METHODS:
         raise ws_frames.not_allowed(request.method)
     return ws_frames.http_answer(200, HTTP_TEXT, method=request.method)
 
@@ -729,7 +727,7 @@ def answer_visitor(request: ws_frames.Request) -> bytes:
 class WebSocketFraming(Framing):
     """A stream of bytes in binary messages, and what a WebSocket says besides."""
 
-    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "read_bytes")
+    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "most_bytes")
 
     is_plain = False
 
@@ -740,7 +738,7 @@ class WebSocketFraming(Framing):
         self._parser = ws_frames.FrameParser(must_be_masked=True)
         self._pong = b""  # the newest, if it has to wait until there is room
         self._goodbye = b""  # the Close that answers what this client did, if it ended things
-        self.read_bytes = FIRST_READ_BYTES
+        self.most_bytes = FIRST_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
         """Take the payload out of the frames in `data`, and answer what is not payload.
@@ -752,8 +750,7 @@ class WebSocketFraming(Framing):
         self._wire.stirred(heard=True)
         payload: list[Bytes] = []
         pongs: list[bytes] = []
-        goodbye = b""
-        frames = 1  # not 0: it divides
+        frames = 1  # or one more than there are
         try:
             for event in self._parser.receive(data):
                 frames += 1
@@ -768,16 +765,15 @@ class WebSocketFraming(Framing):
                 elif event.opcode == ws_frames.PING:
                     pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
                 elif event.opcode == ws_frames.CLOSE:  # echo its code: 5.5.1
-                    goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
+                    self._goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
                     break
         except ws_frames.ProtocolError as error:
-            goodbye = ws_frames.build_close(error.code)
+            self._goodbye = ws_frames.build_close(error.code)
         self._hand_on(payload, pongs)
         # Up to four times as much the next time, if that is no more than FRAMES_PER_MOVE.
         growth = min(4, FRAMES_PER_MOVE // frames)
-        self.read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
-        if goodbye:
-            self._goodbye = goodbye
+        self.most_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
+        if self._goodbye:
             self._session.end_received()
 
     def _hand_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
@@ -818,15 +814,18 @@ class WebSocketFraming(Framing):
         self._wire.stirred(heard=False)
 
     def keep_alive(self) -> None:
-        """Ping, so that proxies do not take the silence for death; not on top of a backlog."""
+        """Ping, so that proxies do not take silence for death.
+
+        Not before the handshake, which has its own limit, and not on top of a backlog.
+        """
         if self._session.handshake is not None and not self._wire.queued_bytes():
             self._wire.write(ws_frames.build_frame(ws_frames.PING))
         self._wire.stirred(heard=False)
 
 
-def first_framing(session: Session, wire: Wire, web: bool) -> Framing:
+def first_framing(session: Session, wire: Wire) -> Framing:
     """Who comes is Undecided, if there is more than one way to come."""
-    return RawFraming(session) if ws_frames is None else Undecided(session, wire, web)
+    return RawFraming(session) if ws_frames is None else Undecided(session, wire)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -837,7 +836,7 @@ def first_framing(session: Session, wire: Wire, web: bool) -> Framing:
 # toggles it. So backpressure is one line: a connection is not read while its partner has a
 # backlog, and a backlog is never more than what one read gave (and, of a WebSocket, some Pongs).
 #
-# Of the Server it uses the shared buffer, the clock and the Rendezvous, and asks it for four
+# Of the Server it uses the shared buffer, the time of day and the Rendezvous, and asks it for four
 # things: `watch` (the interest may have changed), `hold` (the end is sent, now wait for the
 # other side's), `doom` (close this at the end of the turn) and `stirred` (it is not silent).
 #
@@ -874,7 +873,7 @@ class Connection:
         self.fd = sock.fileno()
         self._server = server
         self.session = Session(self, server.rendezvous, server.wallclock(), web)
-        self.framing = first_framing(self.session, self, web)
+        self.framing = first_framing(self.session, self)
         self.read_bytes = 0  # all that was ever read, as it was spelled
         self.partner: Connection | None = None  # while relaying: where our bytes go
         self.backlog: bytearray | None = None  # None: all is with the kernel
@@ -970,7 +969,8 @@ class Connection:
         if self._broken:
             return
         if self.backlog is not None:
-            self.backlog += b"".join((data, *more))
+            for part in (data, *more):
+                self.backlog += part
             return
         try:
             sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
@@ -979,7 +979,7 @@ class Connection:
         except OSError:
             self._broken = True
             return
-        if more or sent < len(data):
+        if more or sent < len(data):  # of several it is not worth asking for the sum
             left = unsent((data, *more), sent)
             if left:
                 self._set_backlog(left)
@@ -989,7 +989,7 @@ class Connection:
         return 0 if self.backlog is None else len(self.backlog)
 
     def stirred(self, heard: bool) -> None:
-        """A WebSocket sent us something (or we it): it is not silent now."""
+        """Something of a WebSocket moved, so its silence begins anew."""
         self._server.stirred(self, heard)
 
     # How bytes move.
@@ -998,7 +998,7 @@ class Connection:
         """Read once, into the buffer that everybody shares, and hand it to the Framing."""
         buffer = self._server.buffer
         try:
-            count = self.sock.recv_into(buffer, self.framing.read_bytes)
+            count = self.sock.recv_into(buffer, self.framing.most_bytes)
         except BlockingIOError:
             return
         except OSError:  # a reset: all that came before it was read by now
@@ -1326,7 +1326,7 @@ class Server:
             self._time.holding.start(conn, now)
 
     def stirred(self, conn: Connection, heard: bool) -> None:
-        """A WebSocket has sent something, or was sent it: its times of silence begin anew."""
+        """Something of a WebSocket moved: its times of silence begin anew."""
         now = self.clock()
         self._time.quiet.start(conn, now)
         if heard and conn.partner is None:
@@ -1360,7 +1360,7 @@ class Server:
     # Newcomers.
 
     def admit(self, sock: socket.socket, web: bool = False) -> Connection:
-        """Take in a newcomer's socket; `web`: from a listener for WebSocket clients."""
+        """Take in a newcomer's socket; `web`: from a `--websocket` listener."""
         prepare(sock)
         conn = Connection(sock, self, web)
         self.connections.add(conn)
@@ -1928,7 +1928,7 @@ class Endpoint(NamedTuple):
 
     text: str
     kind: str
-    web: bool = False
+    web: bool = False  # `--websocket`: who comes is taken for HTTP, unless his first bytes differ
     port: int = 0
     interface: str = ""
     backlog: int = LISTEN_BACKLOG
@@ -2058,7 +2058,7 @@ class Listener:
         self.sock = sock
         self.fd = sock.fileno()
         self.label = label
-        self.web = False  # whether who comes is taken for HTTP, unless he says otherwise
+        self.web = False  # as its Endpoint
         self._path = path
         self._made = _identity(path) if path else None
 
@@ -2499,6 +2499,7 @@ endpoints:
 signals:
   SIGTERM, SIGINT                   stop: queued bytes get 2 s, unwritten records 10 s;
                                     a second one ends at once
+  SIGHUP                            ignored
 
 exit codes:
   0 stopped, all records written    1 the system refused, or records were lost
@@ -2589,15 +2590,15 @@ def make_parser() -> Parser:
         type=parse_websocket_endpoint,
         action="append",
         default=[],
-        help="take clients here too, and answer what is neither as HTTP does; may be given"
-        " several times (default: none; WebSocket clients are taken at --port)",
+        help="take clients here too, and answer junk by HTTP instead of `bad handshake`: for the"
+        " side of a proxy; may be given several times (default: none, as --port takes both)",
     )
     listening.add_argument(
         "--websocket-url",
         metavar="URL",
         type=websocket_url,
-        help="the address that WebSocket clients are told, if a proxy or a router stands before"
-        " us (default: ws://localhost:PORT/ for each --websocket)",
+        help="the address of WebSocket clients that the start message names, if a proxy or a"
+        " router stands before us (default: ws://localhost:PORT/ for each --websocket)",
     )
     records = parser.add_argument_group("what it records")
     records.add_argument(
@@ -2707,7 +2708,7 @@ def serve(options: argparse.Namespace) -> int:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         if ws_frames is None and (options.websocket or options.websocket_url):
-            raise StartupError("--websocket needs ws_frames.py beside transit_relay.py")
+            raise StartupError("WebSocket needs ws_frames.py beside transit_relay.py")
         listeners = open_listeners([*options.port, *options.websocket], passed)
         for listener in listeners:
             undo.callback(listener.close)

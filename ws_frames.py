@@ -3,7 +3,8 @@
 
 There is no socket here, no clock, no randomness and no log; nothing waits and nothing is kept
 but the place in the stream. Whoever has a socket feeds what came to a reader, in pieces of any
-size, and sends what the builders give. All numbers at the checks are sections of RFC 6455.
+size, and sends what the builders give. The numbers at the checks are sections of RFC 6455,
+unless they say otherwise.
 
     The opening handshake    RequestReader, Request       a server's side
                              upgrade_request, AnswerReader  a client's side
@@ -16,8 +17,9 @@ frame of 4 GiB costs no more memory than one of 4 KiB. Only what must be judged 
 and each is small: a head (8 KiB), a frame's header (14 bytes), a control frame's payload (125).
 
 Every reader keeps its place in named fields: `place` takes them out, `resume` puts them into
-another reader, between any two bytes. However a stream is cut, it gives the same events, and
-the same error behind them.
+another reader, between any two bytes. (The relay needs neither this nor a client's side to
+serve; they are for handing connections over, and for probes and benchmarks.) However a stream
+is cut, it gives the same events, and the same error behind them.
 
 Errors are typed by blame:
 
@@ -44,6 +46,7 @@ CONTINUATION, TEXT, BINARY = 0x0, 0x1, 0x2
 CLOSE, PING, PONG = 0x8, 0x9, 0xA
 OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 CONTROL = 0x8  # 5.5: the bit that control frames have
+MAX_HEADER_BYTES = 14  # 2, a length in 8, a key of 4
 
 # The bits of a frame's first two bytes, and what the length in the second may stand for. 5.2.
 FINAL = 0x80
@@ -65,6 +68,7 @@ INVALID_DATA = 1007
 MAX_HEAD_BYTES = 8 * 1024  # as nginx and the websockets library
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # 3.2.6
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/1\.([01])\r?\n")  # 3.1.1
+# What may still become one, or at least shows no sign of being something else.
 REQUEST_LINE_BEGUN = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~\x80-\xff]*(?: [!-~]*\r?)?)?)?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [ -~\t\x80-\xff]*)?\r?\n")  # 3.1.2
 FIELD = re.compile(rb"(" + TOKEN + rb"):([ -~\t\x80-\xff]*)\r?\n")  # 3.2; no obsolete folding
@@ -73,7 +77,7 @@ END_OF_HEAD = re.compile(rb"\n\r?\n")  # 3.5: a lone line feed will do
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 4.1: 16 bytes in base64
 VERSION = "13"  # 4.1
-METHODS = "GET, HEAD, OPTIONS"  # what is answered with something else than 405
+METHODS = ("GET", "HEAD", "OPTIONS")  # of requests that want no upgrade; all else gets a 405
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -137,7 +141,7 @@ class HeadReader(Reader):
         self._head = b""
 
     def _collect(self, data: Bytes) -> int | None:
-        """Add `data` to the head. Give how much of it belongs there if that is all, else None."""
+        """Add `data` to the head. If that makes it whole, give how much of `data` is its."""
         seen = len(self._head)
         self._head += data[: MAX_HEAD_BYTES - seen]
         end = END_OF_HEAD.search(self._head, max(0, seen - 2))
@@ -259,9 +263,14 @@ def parse_fields(head: bytes, at: int) -> Fields | None:
 
 
 def accept_key(key: str) -> str:
-    """What answers a Sec-WebSocket-Key: 4.2.2, 5.4."""
+    """What answers a Sec-WebSocket-Key: 4.2.2, item 4 of point 5."""
     digest = hashlib.sha1(key.encode("ascii") + ACCEPT_GUID, usedforsecurity=False).digest()
-    return binascii.b2a_base64(digest, newline=False).decode("ascii")
+    return base64_text(digest)
+
+
+def base64_text(data: bytes) -> str:
+    """Spell bytes for a head."""
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> bytes:
@@ -279,18 +288,18 @@ def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> by
 
 def not_allowed(method: str) -> UpgradeRejected:
     """The refusal of a method. RFC 7231, 6.5.5."""
-    return UpgradeRejected(405, "this takes " + METHODS, f"Allow: {METHODS}", method=method)
+    allowed = ", ".join(METHODS)
+    return UpgradeRejected(405, f"this takes {allowed}", f"Allow: {allowed}", method=method)
 
 
 def upgrade_request(host: str, target: str, nonce: bytes) -> bytes:
     """Build a client's request: 4.1. `nonce`: 16 bytes that nobody could guess."""
-    key = binascii.b2a_base64(nonce, newline=False).decode("ascii")
     return (
         f"GET {target} HTTP/1.1\r\n"
         f"Host: {host}\r\n"
         "Upgrade: websocket\r\n"
         "Connection: Upgrade\r\n"
-        f"Sec-WebSocket-Key: {key}\r\n"
+        f"Sec-WebSocket-Key: {base64_text(nonce)}\r\n"
         f"Sec-WebSocket-Version: {VERSION}\r\n\r\n"
     ).encode("ascii")
 
@@ -326,8 +335,7 @@ class AnswerReader(HeadReader):
         is_upgrade = "upgrade" in fields.tokens("connection")
         if not is_upgrade or fields.tokens("upgrade") != {"websocket"}:
             raise UpgradeFailed("the answer upgrades to something else")
-        key = binascii.b2a_base64(self._nonce, newline=False).decode("ascii")
-        if fields.only("sec-websocket-accept") != accept_key(key):
+        if fields.only("sec-websocket-accept") != accept_key(base64_text(self._nonce)):
             raise UpgradeFailed("the answer is not to our request")
         if "sec-websocket-extensions" in fields or "sec-websocket-protocol" in fields:
             raise UpgradeFailed("the answer takes up what we did not offer")
@@ -371,7 +379,7 @@ class FrameParser(Reader):
     )
 
     def __init__(self, must_be_masked: bool) -> None:
-        """A server's frames must be masked when they reach it, a client's must not."""
+        """What a server reads must be masked, what a client reads must not."""
         self._must_be_masked = must_be_masked
         self._header = b""  # of a frame whose header is not whole yet
         self._opcode = -1  # of the frame whose payload is being read; -1: none is
@@ -382,7 +390,8 @@ class FrameParser(Reader):
         self._in_message = False  # a data frame that was not final came, and its rest has not
 
     def receive(self, data: memoryview) -> Iterator[Event]:
-        """Give what `data`, the next bytes of the stream, holds. Raises ProtocolError behind it.
+        """Give what `data`, the next bytes of the stream, holds. Raises ProtocolError behind
+        all that came before the error.
 
         To be used up before `data` is changed, or the next is received.
         """
@@ -392,7 +401,7 @@ class FrameParser(Reader):
         at = 0
         while True:
             if self._opcode < 0:
-                size = self._begin_frame(data[at : at + 14])
+                size = self._begin_frame(data[at : at + MAX_HEADER_BYTES])
                 if not size:
                     self._header = bytes(data[at:])
                     return
@@ -483,12 +492,12 @@ def unmask(data: Bytes, key: bytes) -> bytes:
     As one number: there is no faster way in the standard library.
     """
     size = len(data)
-    pad = (key * (size + 3 >> 2))[:size]
+    pad = (key * ((size + 3) // 4))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
 
 def check_close(payload: bytes) -> None:
-    """Whether a Close's payload is what 5.5.1 says. Raises ProtocolError."""
+    """Check that a Close's payload is what 5.5.1 says. Raises ProtocolError."""
     if not payload:
         return
     code = int.from_bytes(payload[:2], "big")

@@ -379,7 +379,7 @@ def test_websocket_without_ws_frames_is_refused(
     lonely_copy: list[str], option: tuple[str, str]
 ) -> None:
     said = failed_start(*LOCAL, *option, program=lonely_copy)
-    assert said == "transit-relay: --websocket needs ws_frames.py beside transit_relay.py"
+    assert said == "transit-relay: WebSocket needs ws_frames.py beside transit_relay.py"
 
 
 def test_a_broken_ws_frames_is_not_taken_for_none(lonely_copy: list[str]) -> None:

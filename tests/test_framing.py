@@ -186,7 +186,7 @@ class FakeWire(FakePipe):
         """`web`: it comes to a `--websocket` listener. `journal`: where several note writes."""
         super().__init__()
         self.session = Session(self, rendezvous, 0.0, web)
-        self.framing = first_framing(self.session, self, web)
+        self.framing = first_framing(self.session, self)
         self.journal = [] if journal is None else journal
         self.queued = 0  # what the client leaves unread, as the test says
         self.stirs: list[bool] = []
@@ -670,18 +670,18 @@ def test_a_pong_that_waits_goes_before_the_close(room: Room) -> None:
 
 def test_reads_grow_while_frames_are_few(room: Room) -> None:
     """From a size that cannot hold many, step by step."""
-    assert room.client().framing.read_bytes == FIRST_READ_BYTES
+    assert room.client().framing.most_bytes == FIRST_READ_BYTES
     wire = room.client(web=True)
     wire.feed(UPGRADE[:-1])
-    assert wire.framing.read_bytes == room.socket().framing.read_bytes == FIRST_READ_BYTES
+    assert wire.framing.most_bytes == room.socket().framing.most_bytes == FIRST_READ_BYTES
     stream = frame(BINARY, b"x" * (1 << 20))
     sizes = [FIRST_READ_BYTES]
     wire, _ = room.pair()
     while sizes[-1] < FRAMED_READ_BYTES:
-        assert wire.framing.read_bytes == sizes[-1]
+        assert wire.framing.most_bytes == sizes[-1]
         wire.feed(stream[: sizes[-1]])
         stream = stream[sizes[-1] :]
-        sizes.append(wire.framing.read_bytes)
+        sizes.append(wire.framing.most_bytes)
         assert sizes[-2] < sizes[-1] <= min(4 * sizes[-2], FRAMED_READ_BYTES)
 
 
@@ -694,14 +694,14 @@ def test_a_read_never_holds_much_more_frames_than_a_move_should(room: Room, smal
     """Nor does it, when it could be large before."""
     wire, _ = room.pair()
     wire.feed(frame(BINARY, b"x" * 60_000, False))
-    assert wire.framing.read_bytes == FRAMED_READ_BYTES
+    assert wire.framing.most_bytes == FRAMED_READ_BYTES
     if small[0] & 0x0F == BINARY:
         wire.feed(frame(CONTINUATION))
         wire.feed(frame(BINARY, b"x" * 60_000))
     for _ in range(6):
-        frames = wire.framing.read_bytes // len(small)
+        frames = wire.framing.most_bytes // len(small)
         wire.feed(small * frames)
-        size = wire.framing.read_bytes
+        size = wire.framing.most_bytes
         assert FIRST_READ_BYTES <= size <= max(FIRST_READ_BYTES, FRAMES_PER_MOVE * len(small))
 
 
@@ -897,7 +897,7 @@ def carry(wire: FakeWire) -> None:
     if isinstance(old, RawFraming):
         new = RawFraming(session)
     elif isinstance(old, Undecided):
-        new = Undecided(session, wire, web=False)
+        new = Undecided(session, wire)
     elif isinstance(old, HttpFraming):
         new = HttpFraming(session, wire)
     else:

@@ -338,7 +338,7 @@ def test_a_head_has_the_length_of_its_body() -> None:
     assert http_answer(200, "é\n").endswith(
         b"Content-Length: 3\r\nConnection: close\r\n\r\n\xc3\xa9\n"
     )
-    assert METHODS == "GET, HEAD, OPTIONS"
+    assert METHODS == ("GET", "HEAD", "OPTIONS")
 
 
 # As soon as it can be told. A row: what comes, of which nothing but the last byte is wrong.
