@@ -46,7 +46,6 @@ CONTINUATION, TEXT, BINARY = 0x0, 0x1, 0x2
 CLOSE, PING, PONG = 0x8, 0x9, 0xA
 OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 CONTROL = 0x8  # 5.5: the bit that control frames have
-MAX_HEADER_BYTES = 14  # 2, a length in 8, a key of 4
 
 # The bits of a frame's first two bytes, and what the length in the second may stand for. 5.2.
 FINAL = 0x80
@@ -55,6 +54,7 @@ OPCODE = 0x0F
 MASKED = 0x80
 LENGTH = 0x7F
 LENGTH_IN_16_BITS, LENGTH_IN_64_BITS = 126, 127
+MAX_HEADER_BYTES = 14  # these two, a length in 8, a key in 4
 MAX_CONTROL_BYTES = 125  # 5.5
 
 # Close codes, 7.4.1.
@@ -343,6 +343,10 @@ class AnswerReader(HeadReader):
 
 # ---------------------------------------------------------------------------------------------
 # Frames, received: section 5
+#
+# A frame is a header and a payload. The header is judged as soon as it is whole, from front to
+# back; the payload of a data frame is given as it comes, that of a control frame when all of it
+# is there. Fragments of a message and the frames in between need no more than one bit.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -390,10 +394,10 @@ class FrameParser(Reader):
         self._in_message = False  # a data frame that was not final came, and its rest has not
 
     def receive(self, data: memoryview) -> Iterator[Event]:
-        """Give what `data`, the next bytes of the stream, holds. Raises ProtocolError behind
-        all that came before the error.
+        """Give what is in `data`, the next bytes of the stream.
 
-        To be used up before `data` is changed, or the next is received.
+        To be used up before `data` is changed, or the next is received. Raises ProtocolError,
+        behind all that came before the error.
         """
         if self._header:
             data = memoryview(self._header + data)
@@ -517,6 +521,8 @@ def may_be_sent(code: int) -> bool:
 
 # ---------------------------------------------------------------------------------------------
 # Frames, to be sent: section 5.2
+#
+# A header alone for what is to be sent from where it lies, or a whole frame for what is short.
 # ---------------------------------------------------------------------------------------------
 
 
