@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,19 +19,9 @@ def loop() -> Iterator[Loop]:
     """A Server in this thread; at the end its books balance and nothing is left open."""
     before = open_descriptors()
     loop = Loop()
-    clients: list[socket.socket] = []
-    connect = loop.connect
-
-    def remember(tcp: bool = False, web: bool = False) -> socket.socket:
-        clients.append(connect(tcp, web))
-        return clients[-1]
-
-    loop.connect = remember  # type: ignore[method-assign]
     yield loop
     loop.pump()
-    for client in clients:
-        client.close()
-    loop.server.close()
+    loop.close()
     assert open_descriptors() == before
 
 

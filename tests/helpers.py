@@ -1,7 +1,7 @@
 """What more than one test file needs: fakes, vectors, clients, and a relay as a process.
 
-TIMEOUT is the only wall-clock number of the tests, and no test passes by waiting for it: it
-only says when to give up. Slow machines multiply it with RELAY_TEST_TIMEOUT_FACTOR.
+TIMEOUT is when a test gives up; slow machines multiply it with RELAY_TEST_TIMEOUT_FACTOR. What
+passes by letting time pass says so where it does (test_backpressure.py, test_kill.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import transit_relay
 from transit_relay import Connection, Limits, Pipe, Recorder, Server, UsageRecord
@@ -31,6 +32,7 @@ TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
 WEB = ("--websocket", "tcp:0:interface=127.0.0.1")  # an option of a RelayProcess
 DIRECTIONS = [("tcp", "tcp"), ("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")]  # of a pair
+BOUND_BYTES = 2 * 1024 * 1024  # what one client, or a pair, may make the relay hold
 
 
 def handshake(token: str = "t", side: str | None = None) -> bytes:
@@ -41,17 +43,32 @@ def handshake(token: str = "t", side: str | None = None) -> bytes:
     return line + b"\n"
 
 
+def digest(data: bytes) -> str:
+    """To compare much: pytest would take minutes to show how two megabytes differ."""
+    return f"{len(data)} bytes, {hashlib.sha256(data).hexdigest()}"
+
+
+def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
+    """`data` in pieces. Where a place is an end of it, or named twice, there is an empty one."""
+    borders = [0, *sorted(places), len(data)]
+    return [data[a:b] for a, b in zip(borders, borders[1:])]
+
+
+def cut_at_random(data: bytes, chance: random.Random, times: int) -> list[bytes]:
+    """Cut about so many times. No piece is empty."""
+    pieces = cut(data, chance.choices(range(len(data) + 1), k=times))
+    return [piece for piece in pieces if piece]
+
+
 def splits(data: bytes, seed: int = 0) -> Iterator[list[bytes]]:
     """Ways of cutting `data`: whole, into bytes, each in two, and some at random."""
     yield [data]
-    yield [data[i : i + 1] for i in range(len(data))]
+    yield cut(data, range(1, len(data)))
     for i in range(1, len(data)):
-        yield [data[:i], data[i:]]
+        yield cut(data, [i])
     chance = random.Random(seed)
     for _ in range(10):
-        cuts = sorted(chance.choices(range(len(data) + 1), k=chance.randint(2, 6)))
-        borders = [0, *cuts, len(data)]
-        yield [data[a:b] for a, b in zip(borders, borders[1:]) if a != b]
+        yield cut_at_random(data, chance, chance.randint(2, 6))
 
 
 class FakeClock:
@@ -165,11 +182,15 @@ class Client:
 
     def receive_now(self) -> bytes:
         """All payload that is there, without waiting for more."""
-        self._wait(self, 0)
         data = bytearray()
-        while select.select([self], [], [], 0)[0] and (part := self.read(1 << 16)):
+        while self._is_readable() and (part := self.read(1 << 16)):
             data += part
         return bytes(data)
+
+    def _is_readable(self) -> bool:
+        """Whether there is something, or the end, now that the relay has worked."""
+        self._wait(self, 0)
+        return is_readable(self.sock)
 
     def read_to_end(self, code: int | None = 1000) -> bytes:
         """All payload until the orderly end. Over WebSocket that is a Close with `code`.
@@ -217,6 +238,15 @@ def frame(
     return head + key + (int.from_bytes(payload, "big") ^ mask).to_bytes(size, "big")
 
 
+def message(*pieces: bytes, ended: bool = True) -> bytes:
+    """On the wire; each piece is a fragment. Unless it is `ended`, more are to come."""
+    last = len(pieces) - 1
+    return b"".join(
+        frame(CONTINUATION if n else BINARY, piece, ended and n == last)
+        for n, piece in enumerate(pieces)
+    )
+
+
 def close_payload(code: int | None, reason: bytes = b"") -> bytes:
     """What is in a Close frame."""
     return b"" if code is None else struct.pack("!H", code) + reason
@@ -228,17 +258,19 @@ class WebSocketClient(Client):
     Pings are noted in `pings` and not answered; Pongs are noted in `pongs`.
     """
 
-    _seeds = count()  # each client masks with other keys, and in each run with the same
-
     def __init__(
         self,
         sock: socket.socket,
         wait: Callable[[Client, int], None] | None = None,
         upgrade: bool = True,
+        seed: int = 0,
     ) -> None:
-        """Ask for the upgrade, unless the caller wants to send `request` himself."""
+        """Ask for the upgrade, unless the caller wants to send `request` himself.
+
+        With another `seed` it masks with other keys.
+        """
         super().__init__(sock, wait)
-        self._chance = random.Random(next(self._seeds))
+        self._chance = random.Random(seed)
         key = base64.b64encode(self._chance.randbytes(16))
         self.request = (
             b"GET /some/path?query HTTP/1.1\r\nHost: relay.example\r\nConnection: Upgrade\r\n"
@@ -292,10 +324,9 @@ class WebSocketClient(Client):
         return opcode, payload
 
     def receive_now(self) -> bytes:
-        self._wait(self, 0)
         if not self._upgraded:
             self._read_answer()
-        while self._bytes or select.select([self], [], [], 0)[0]:
+        while self._bytes or self._is_readable():
             if not self._read_frame():
                 break
         return self._take(len(self._payload))
@@ -370,6 +401,14 @@ class Loop:
         self.wallclock = FakeClock(1_700_000_000.0)  # since the epoch
         self.recorder = ListRecorder()
         self.server = Server([], self.recorder, limits or Limits(), self.clock, self.wallclock)
+        self._clients: list[socket.socket] = []
+        self._over_tcp: list[tuple[socket.socket, socket.socket]] = []  # both ends of each
+
+    def close(self) -> None:
+        """Close all clients, and the server."""
+        for client in self._clients:
+            client.close()
+        self.server.close()
 
     def connect(self, tcp: bool = False, web: bool = False) -> socket.socket:
         """A new client; its other end is the server's. Over TCP there are resets.
@@ -378,6 +417,9 @@ class Loop:
         """
         ours, its = tcp_pair() if tcp else socket.socketpair()
         ours.settimeout(TIMEOUT)
+        self._clients.append(ours)
+        if tcp:
+            self._over_tcp.append((ours, its))
         self.server.admit(its, web)
         return ours
 
@@ -398,7 +440,11 @@ class Loop:
         """
         spells = kind.startswith("ws")
         sock, conn = self.connect_both(not kind.endswith("unix"), spells if web is None else web)
-        client = WebSocketClient(sock, self.wait, upgrade) if spells else Client(sock, self.wait)
+        client = (
+            WebSocketClient(sock, self.wait, upgrade, seed=len(self._clients))
+            if spells
+            else Client(sock, self.wait)
+        )
         client.conn = conn
         return client
 
@@ -415,19 +461,27 @@ class Loop:
             self.pump()
 
     def pump(self) -> None:
-        """Take turns until nothing is ready any more. Checks the books after each."""
-        for _ in range(100_000):
-            if not self.server._selector.select(0):
-                break
+        """Take turns until nothing is ready, nor on its way. Checks the books after each."""
+        deadline = time.monotonic() + TIMEOUT
+        self.wait_for_arrivals()
+        while self.server._selector.select(0):
             self.server.run_once(0)
             self.server.check_invariants()
-        else:
-            raise AssertionError("the loop is busy for ever")
+            self.wait_for_arrivals()
+            assert time.monotonic() < deadline, "the loop is busy for ever"
         self.server.run_once(0)  # the timers, and whoever they doomed
         self.server.check_invariants()
 
+    def wait_for_arrivals(self) -> None:
+        """Wait, and take no turn, until nothing is on its way between the clients and the relay."""
+        deadline = time.monotonic() + TIMEOUT
+        for one, other in self._over_tcp:
+            while is_under_way(one, other) or is_under_way(other, one):
+                assert time.monotonic() < deadline, "it does not arrive"
+
     def advance(self, seconds: float) -> None:
-        """Let time pass, then take turns."""
+        """Let time pass from when all is there that was sent, then take turns."""
+        self.wait_for_arrivals()
         self.clock.advance(seconds)
         self.wallclock.advance(seconds)
         self.pump()
@@ -461,6 +515,56 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
+def is_readable(sock: socket.socket) -> bool:
+    """Whether something has come that was not yet read, or the end."""
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+class Flow(NamedTuple):
+    """What a kernel knows of its end of a TCP connection: struct tcp_info, linux/tcp.h."""
+
+    state: int
+    received: int  # bytes
+    sent: int
+    sent_again: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Flow:
+        """Ask it. What an old kernel does not tell is 0."""
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216).ljust(216, b"\0")
+        return cls(*struct.unpack("=B127xQ64xQQ", info))
+
+
+FIN_UNDER_WAY = {4, 9, 11}  # FIN_WAIT1, LAST_ACK, CLOSING: it is not yet acknowledged
+GONE = 7  # CLOSE: reset, or ended both ways
+
+
+def is_under_way(sender: socket.socket, receiver: socket.socket) -> bool:
+    """Whether bytes between the ends of a TCP connection, or the sender's end, have not arrived.
+
+    Loopback too may take its time. Where something waits to be read, the rest does not count:
+    it may have to wait for room.
+    """
+    is_open = receiver.fileno() >= 0
+    if is_open and is_readable(receiver):
+        return False
+    if sender.fileno() < 0:
+        return is_open
+    flow = Flow.of(sender)
+    if flow.state == GONE:
+        return False
+    if flow.state in FIN_UNDER_WAY:
+        return True
+    return is_open and Flow.of(receiver).received < flow.sent - flow.sent_again
+
+
+def wait_for_hang_up(conn: Connection) -> None:
+    """Until the relay's kernel knows that this client is gone."""
+    poll = select.poll()
+    poll.register(conn.fd, 0)
+    assert poll.poll(TIMEOUT * 1000)
+
+
 def reset(sock: socket.socket) -> None:
     """Close a TCP connection with a reset: all that is queued here is thrown away."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -475,21 +579,12 @@ def fill_pipe(fd: int) -> int:
 
 def receive(sock: socket.socket, size: int) -> bytes:
     """The next `size` bytes. An end before that is an error."""
-    data = bytearray()
-    while len(data) < size:
-        part = sock.recv(size - len(data))
-        assert part, f"the end came after {len(data)} of {size} bytes"
-        data += part
-    return bytes(data)
+    return Client(sock).receive(size)
 
 
 def read_to_end(sock: socket.socket) -> bytes:
     """Everything until the other end's end. A reset is an error."""
-    sock.settimeout(TIMEOUT)
-    parts = []
-    while part := sock.recv(1 << 16):
-        parts.append(part)
-    return b"".join(parts)
+    return Client(sock).read_to_end()
 
 
 class RelayProcess:
@@ -514,6 +609,7 @@ class RelayProcess:
         )
         self.pid = self.process.pid
         self.stderr = b""
+        self._seeds = count()  # each of its clients masks with other keys
 
     def __enter__(self) -> RelayProcess:
         return self
@@ -580,7 +676,9 @@ class RelayProcess:
         """A client of that kind, tcp or ws, at the endpoint that is meant for it."""
         port = self.web_port if kind == "ws" else self.port
         sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
-        return WebSocketClient(sock) if kind == "ws" else Client(sock)
+        if kind == "ws":
+            return WebSocketClient(sock, seed=next(self._seeds))
+        return Client(sock)
 
     def meet(
         self, first: str = "tcp", second: str = "tcp", token: str = "pair"

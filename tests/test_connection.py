@@ -8,11 +8,10 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from hashlib import sha256
 from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
-from helpers import TIMEOUT, Loop, handshake, read_to_end, reset
+from helpers import TIMEOUT, Loop, digest, handshake, read_to_end, reset, wait_for_hang_up
 
 import transit_relay
 from transit_relay import (
@@ -21,15 +20,11 @@ from transit_relay import (
     Connection,
     Listener,
     unacknowledged_bytes,
+    unread_bytes,
 )
 
 BOTH = EVENT_READ | EVENT_WRITE
 SOCKETS = pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-
-
-def digest(data: bytes) -> str:
-    """To compare much: pytest would take minutes to show how two megabytes differ."""
-    return f"{len(data)} bytes, {sha256(data).hexdigest()}"
 
 
 class Pair:
@@ -94,13 +89,6 @@ def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline
-
-
-def wait_for_hang_up(conn: Connection) -> None:
-    """Until the relay's kernel knows that this client is gone."""
-    poll = select.poll()
-    poll.register(conn.fd, 0)
-    assert poll.poll(TIMEOUT * 1000)
 
 
 def registered(loop: Loop, conn: Connection) -> int:
@@ -227,7 +215,7 @@ def test_what_was_sent_before_a_reset_is_delivered(loop: Loop, tcp: bool) -> Non
     pair = Pair(loop, tcp)
     data = random.Random(1).randbytes(10_000)
     pair.a.sendall(data)
-    until(lambda: len(pair.conn_a.sock.recv(1 << 16, socket.MSG_PEEK)) == len(data))
+    until(lambda: unread_bytes(pair.conn_a.sock) == len(data))
     reset(pair.a)
     wait_for_hang_up(pair.conn_a)
     assert digest(receive(loop, pair.b)) == digest(data)

@@ -14,14 +14,14 @@ from helpers import (
     PING,
     PONG,
     TEXT,
-    FakePipe,
     close_payload,
     frame,
     handshake,
+    message,
     parse_head,
     splits,
 )
-from test_ws_frames import plain_reading
+from streams import LINE, SWITCHED, UPGRADE, FakeWire, Room, read_frames
 
 import transit_relay
 from transit_relay import (
@@ -37,21 +37,14 @@ from transit_relay import (
     WAIT_HANDSHAKE,
     WAIT_PARTNER,
     WAIT_UPGRADE,
-    Bytes,
     Framing,
     HttpFraming,
     RawFraming,
-    Rendezvous,
     Session,
     Undecided,
-    UsageRecord,
     WebSocketFraming,
-    first_framing,
 )
 from ws_frames import Reader
-
-LINE = handshake("token", "side")
-
 
 # RawFraming.
 
@@ -172,111 +165,7 @@ def test_data_is_handed_on_and_not_copied() -> None:
     assert told[0] is buffer and told[1] is buffer
 
 
-# A client as a whole: who comes, by what bytes. The Sessions are real, and so are their rules.
-
-
-class FakeWire(FakePipe):
-    """A Session's Pipe and its Framing's Wire, as a Connection is both; notes what is written."""
-
-    framing: Framing
-
-    def __init__(
-        self, rendezvous: Rendezvous, web: bool = False, journal: list[object] | None = None
-    ) -> None:
-        """`web`: it comes to a `--websocket` listener. `journal`: where several note writes."""
-        super().__init__()
-        self.session = Session(self, rendezvous, 0.0, web)
-        self.framing = first_framing(self.session, self)
-        self.journal = [] if journal is None else journal
-        self.queued = 0  # what the client leaves unread, as the test says
-        self.stirs: list[bool] = []
-
-    def feed(self, *pieces: bytes) -> None:
-        """Each comes into the same buffer, which is soon used for others."""
-        for piece in pieces:
-            buffer = bytearray(piece)
-            self.framing.receive(memoryview(buffer))
-            buffer[:] = b"\n" * len(buffer)
-
-    def send(self, data: Bytes) -> None:
-        if self.framing.is_plain:
-            assert list(self.framing.spell(data)) == [data]
-        self.write(*self.framing.spell(data))
-
-    def write(self, data: Bytes, *more: Bytes) -> None:
-        written = b"".join((data, *more))
-        assert not self.finished, f"written behind the end: {written!r}"
-        assert len(data), "nothing is written"
-        self.sent += written
-        self.journal.append((self, written))
-
-    def finish(self, why: str) -> None:
-        goodbye, self.framing = self.framing.farewell(why), SILENT
-        if goodbye:
-            self.write(goodbye)
-        super().finish(why)
-
-    def queued_bytes(self) -> int:
-        return self.queued
-
-    def stirred(self, heard: bool) -> None:
-        self.stirs.append(heard)
-
-    def said(self) -> list[tuple[int, bytes]]:
-        """The frames that a WebSocket client was sent."""
-        return read_frames(self.sent)
-
-
-def read_frames(sent: bytes) -> list[tuple[int, bytes]]:
-    """What is in a relay's frames, each of which is whole, and a message."""
-    found, code = plain_reading(sent, masked=False)
-    frames = [(opcode, payload) for opcode, payload, _ in found]
-    assert code is None and all(is_last for _, _, is_last in found), found
-    assert b"".join(frame(opcode, payload, key=None) for opcode, payload in frames) == sent
-    assert all(payload for opcode, payload in frames if opcode == BINARY), "an empty message"
-    return frames
-
-
-class Room:
-    """Where clients meet: a Rendezvous, its records, and what was written to all, in order."""
-
-    def __init__(self) -> None:
-        self.records: list[UsageRecord] = []
-        self.rendezvous = Rendezvous(self.records.append, lambda: 100.0)
-        self.journal: list[object] = []
-
-    def client(self, web: bool = False) -> FakeWire:
-        """Somebody comes."""
-        return FakeWire(self.rendezvous, web, self.journal)
-
-    def partner(self) -> FakeWire:
-        """Somebody comes over TCP, and waits under our token."""
-        wire = self.client()
-        wire.feed(handshake("token", "other"))
-        assert wire.session.state == WAIT_PARTNER
-        return wire
-
-    def socket(self) -> FakeWire:
-        """Somebody comes whose upgrade is done."""
-        wire = self.client(web=True)
-        wire.session.opened()
-        wire.framing = WebSocketFraming(wire.session, wire)
-        return wire
-
-    def pair(self) -> tuple[FakeWire, FakeWire]:
-        """A WebSocket client and its partner; both have been told `ok`."""
-        partner, wire = self.partner(), self.socket()
-        wire.feed(frame(BINARY, LINE))
-        assert partner.sent == b"ok\n" and wire.said() == [(BINARY, b"ok\n")]
-        for one in (partner, wire):
-            one.sent = b""
-            one.stirs.clear()
-        self.journal.clear()
-        return wire, partner
-
-    def moods(self) -> list[str]:
-        """The moods of all records so far, in order."""
-        return [record.mood for record in self.records]
+# A client as a whole: who comes, by what bytes.
 
 
 @pytest.fixture
@@ -286,14 +175,6 @@ def room() -> Room:
 
 # Undecided.
 
-UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-SWITCHED = (
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
-)
 # A row: the listener; what comes there; who that is; behind how many bytes it is clear.
 BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
     *(
@@ -460,29 +341,20 @@ def messages(*payloads: bytes) -> bytes:
     return b"".join(frame(BINARY, payload) for payload in payloads)
 
 
-def fragments(*payloads: bytes, ended: bool = True) -> bytes:
-    """One message in several frames."""
-    last = len(payloads) - 1
-    return b"".join(
-        frame(BINARY if n == 0 else CONTINUATION, payload, ended and n == last)
-        for n, payload in enumerate(payloads)
-    )
-
-
 LINES: dict[str, tuple[bytes, bool | None, bytes]] = {
     "with its newline": (messages(LINE), True, b""),
     "without its newline": (messages(BARE), True, b""),
     "without its newline, and a newline": (messages(BARE, b"\n"), True, b"\n"),
     "with its newline, and another": (messages(LINE + b"\n", b"\n"), True, b"\n\n"),
     "its newline is a message": (messages(BARE[:50], BARE[50:], b"\n"), True, b"\n"),
-    "its newline is a fragment": (fragments(BARE, b"\n"), True, b""),
+    "its newline is a fragment": (message(BARE, b"\n"), True, b""),
     "data in the same message": (messages(LINE + b"data"), True, b"data"),
-    "data in the same fragments": (fragments(LINE[:7], LINE[7:] + b"da", b"ta"), True, b"data"),
+    "data in the same fragments": (message(LINE[:7], LINE[7:] + b"da", b"ta"), True, b"data"),
     "data in messages": (messages(LINE, b"d", b"", b"ata"), True, b"data"),
     "data behind no newline": (messages(BARE, b"data\n"), True, b"data\n"),
     "no newline, but more in its message": (messages(BARE + b"data"), None, b""),
-    "no newline, and its message goes on": (fragments(BARE, ended=False), None, b""),
-    "no newline, and its message ends empty": (fragments(BARE, b"", b""), True, b""),
+    "no newline, and its message goes on": (message(BARE, ended=False), None, b""),
+    "no newline, and its message ends empty": (message(BARE, b"", b""), True, b""),
     "no newline, and a Ping in the message": (
         frame(BINARY, BARE, False) + frame(PING) + frame(CONTINUATION, b""),
         True,
@@ -490,13 +362,13 @@ LINES: dict[str, tuple[bytes, bool | None, bytes]] = {
     ),
     "byte by byte": (messages(*(bytes([byte]) for byte in OLDER)), True, b""),
     "byte by byte, and a newline": (messages(*(bytes([b]) for b in OLDER + b"\n")), True, b"\n"),
-    "fragment by fragment": (fragments(*(bytes([byte]) for byte in LINE)), True, b""),
-    "fragment by fragment, no newline": (fragments(*(bytes([byte]) for byte in BARE)), True, b""),
+    "fragment by fragment": (message(*(bytes([byte]) for byte in LINE)), True, b""),
+    "fragment by fragment, no newline": (message(*(bytes([byte]) for byte in BARE)), True, b""),
     "a whole one ends at its message": (messages(OLDER, BARE[77:]), True, BARE[77:]),
-    "a whole one goes on in its message": (fragments(OLDER, BARE[77:] + b"\n?"), True, b"?"),
+    "a whole one goes on in its message": (message(OLDER, BARE[77:] + b"\n?"), True, b"?"),
     "cut before its side": (messages(OLDER[:70], OLDER[70:]), True, b""),
     "empty messages are nothing": (messages(b"", BARE[:9], b"", BARE[9:], b"", b""), True, b""),
-    "empty fragments are nothing": (fragments(b"", b"", LINE, b"", b"x", b""), True, b"x"),
+    "empty fragments are nothing": (message(b"", b"", LINE, b"", b"x", b""), True, b"x"),
     "nothing": (b"", None, b""),
     "nothing but empty messages": (messages(b"", b""), None, b""),
     "not yet whole": (messages(BARE[:-1]), None, b""),
@@ -509,7 +381,7 @@ LINES: dict[str, tuple[bytes, bool | None, bytes]] = {
     "a second line does not help": (messages(b"\n" + LINE), False, b""),
     "1,023 bytes": (messages(b"x" * 1000, b"x" * 23), None, b""),
     "1,024 bytes": (messages(b"x" * 1000, b"x" * 24), False, b""),
-    "1,024 bytes in a message that goes on": (fragments(b"x" * 1024, ended=False), False, b""),
+    "1,024 bytes in a message that goes on": (message(b"x" * 1024, ended=False), False, b""),
     "much more": (messages(b"x" * 1500), False, b""),
     "a newline as the 1,024th": (messages(b"x" * 1023 + b"\n"), False, b""),
 }
@@ -537,18 +409,18 @@ def test_the_handshake_rule(stream: bytes, good: bool | None, data: bytes) -> No
 BEHIND: dict[str, tuple[bytes, bool]] = {
     "nothing": (b"", False),
     "empty messages": (messages(b"", b""), False),
-    "empty fragments": (fragments(b"", b"", b""), False),
+    "empty fragments": (message(b"", b"", b""), False),
     "Ping and Pong": (frame(PING, b"p") + frame(PONG, b"x"), False),
     "a byte": (messages(b"x"), True),
     "a newline": (messages(b"\n"), True),
-    "a byte in a message that goes on": (fragments(b"", b"x", ended=False), True),
+    "a byte in a message that goes on": (message(b"", b"x", ended=False), True),
     "the handshake again": (messages(LINE), True),
 }
 
 
 @pytest.mark.parametrize(
     "line",
-    [messages(LINE), messages(BARE), fragments(b"", LINE, b"")],
+    [messages(LINE), messages(BARE), message(b"", LINE, b"")],
     ids=["with its newline", "without", "in fragments"],
 )
 @pytest.mark.parametrize(("behind", "impatient"), BEHIND.values(), ids=BEHIND)
@@ -565,9 +437,9 @@ def test_only_payload_is_impatient(line: bytes, behind: bytes, impatient: bool) 
 
 
 REFUSED = {
-    "bad handshake": (fragments(b"junk\n", ended=False), b"bad handshake\n"),
-    "too long": (fragments(b"x" * 1024, ended=False), b"bad handshake\n"),
-    "impatient": (messages(LINE) + fragments(b"x", ended=False), b"impatient\n"),
+    "bad handshake": (message(b"junk\n", ended=False), b"bad handshake\n"),
+    "too long": (message(b"x" * 1024, ended=False), b"bad handshake\n"),
+    "impatient": (messages(LINE) + message(b"x", ended=False), b"impatient\n"),
 }
 
 
@@ -600,7 +472,7 @@ def test_payload_of_one_read_is_handed_on_at_once_and_pongs_go_before_it(room: R
     wire.feed(
         frame(BINARY, b"a")
         + frame(PING, b"1")
-        + fragments(b"b", b"", b"c")
+        + message(b"b", b"", b"c")
         + frame(PONG, b"?")
         + frame(PING, b"2")
         + frame(BINARY, b"")
@@ -615,7 +487,7 @@ def test_payload_of_one_read_is_handed_on_at_once_and_pongs_go_before_it(room: R
 
 def test_nothing_is_written_where_nothing_came(room: Room) -> None:
     wire, _ = room.pair()
-    wire.feed(frame(BINARY), fragments(b"", b"", b""), frame(PONG, b"?"), frame(BINARY, b"x")[:-1])
+    wire.feed(frame(BINARY), message(b"", b"", b""), frame(PONG, b"?"), frame(BINARY, b"x")[:-1])
     assert room.journal == []
 
 
@@ -851,11 +723,30 @@ def test_plain_bytes_need_none_of_it(room: Room) -> None:
         assert wire.sent == b"" and wire.stirs == []
 
 
-def test_silent_hears_and_says_nothing() -> None:
-    SILENT.receive(memoryview(b"anything"))
-    SILENT.drained()
-    SILENT.keep_alive()
-    assert SILENT.farewell(STOPPING) == b""
+@pytest.mark.parametrize("kind", ["partner", "socket"])
+def test_silent_hears_and_says_nothing(room: Room, kind: str) -> None:
+    """Whoever it stands in for: all is as it was when the end was said."""
+    wire: FakeWire = {"partner": room.partner, "socket": room.socket}[kind]()
+    wire.queued = 64 * 1024 + 1
+    if kind == "socket":
+        wire.feed(frame(PING, b"p"))  # and its Pong waits
+    wire.session.end_received(STOPPING)
+    assert wire.framing is SILENT
+
+    def all_of_it() -> tuple[object, ...]:
+        """What can be told of it."""
+        moods, stirs = room.moods(), list(wire.stirs)
+        return wire.sent, stirs, wire.session.state, moods, len(room.journal)
+
+    before = all_of_it()
+    wire.queued = 0
+    for data in (b"anything\n", LINE, UPGRADE, frame(BINARY, LINE), frame(PING), frame(CLOSE)):
+        wire.feed(data)
+        wire.framing.drained()
+        wire.framing.keep_alive()
+        assert all_of_it() == before and wire.framing is SILENT
+    assert SILENT.farewell(OVER) == SILENT.farewell(STOPPING) == b""
+    assert list(SILENT.spell(b"data")) == [b"data"]
 
 
 # Its place.
@@ -914,7 +805,7 @@ CARRIED: dict[str, bytes] = {
     "an upgrade that is none": UPGRADE.replace(b"13", b"8"),
     "junk in a head": UPGRADE.replace(b"Host:", b"Host"),
     "a WebSocket": UPGRADE
-    + fragments(b"", LINE[:30], LINE[30:])
+    + message(b"", LINE[:30], LINE[30:])
     + frame(PING, b"ping")
     + frame(BINARY, b"frag", False)
     + frame(PING, b"in it")
@@ -923,7 +814,7 @@ CARRIED: dict[str, bytes] = {
     + frame(BINARY, b"more")
     + frame(CLOSE, close_payload(3000, b"why"))
     + b"?",
-    "a handshake that its message ends": UPGRADE + fragments(BARE[:9], BARE[9:]) + messages(b"x"),
+    "a handshake that its message ends": UPGRADE + message(BARE[:9], BARE[9:]) + messages(b"x"),
     "a bad handshake": UPGRADE + messages(b"ju", b"nk", b"\n"),
     "an error": UPGRADE + messages(LINE, b"data") + frame(BINARY, b"", False) + messages(b"x"),
 }

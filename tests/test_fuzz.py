@@ -24,11 +24,12 @@ from helpers import (
     TEXT,
     FakePipe,
     close_payload,
+    cut,
+    cut_at_random,
     frame,
     handshake,
 )
-from test_framing import UPGRADE, FakeWire, Room, read_frames
-from test_ws_frames import Found, plain_reading, read
+from streams import SWITCHED, UPGRADE, FakeWire, Found, Room, plain_reading, read, read_frames
 
 from transit_relay import (
     DONE,
@@ -51,7 +52,7 @@ from ws_frames import AnswerReader, RequestReader, UpgradeFailed, UpgradeRejecte
 
 CASES = int(os.environ.get("RELAY_FUZZ_CASES", "5000"))
 FIRST = int(os.environ.get("RELAY_FUZZ_FIRST", "0"))
-# Of four kinds of streams a third each: one in five happens to be left without an accident.
+# Four tests try a third each; one case in five has no accident, so about CASES have one.
 THIRD, SIXTEENTH = CASES // 3, CASES // 16
 ARE_MANY = CASES >= 2000  # enough to ask whether they are mere noise
 
@@ -67,11 +68,9 @@ def seeds(name: str, count: int) -> Iterator[str]:
 def cuts(data: bytes, chance: random.Random) -> Iterator[list[bytes]]:
     """Whole, into bytes, and a few times at random."""
     yield [data]
-    yield [data[n : n + 1] for n in range(len(data))]
+    yield cut(data, range(1, len(data)))
     for _ in range(4):
-        places = sorted(chance.choices(range(len(data) + 1), k=chance.randint(1, 8)))
-        borders = [0, *places, len(data)]
-        yield [data[a:b] for a, b in zip(borders, borders[1:]) if a != b]
+        yield cut_at_random(data, chance, chance.randint(1, 8))
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
@@ -193,11 +192,9 @@ def same_for_every_cut(
     """What comes of the stream: whole, cut at random places, and (it takes long) into bytes."""
     ways = [[stream]]
     for _ in range(2):
-        places = sorted(chance.choices(range(len(stream) + 1), k=chance.randint(1, 6)))
-        borders = [0, *places, len(stream)]
-        ways.append([stream[a:b] for a, b in zip(borders, borders[1:]) if a != b])
+        ways.append(cut_at_random(stream, chance, chance.randint(1, 6)))
     if chance.random() < 0.5:
-        ways.append([stream[n : n + 1] for n in range(len(stream))])
+        ways.append(cut(stream, range(1, len(stream))))
     results = []
     for pieces in ways:
         try:
@@ -215,8 +212,8 @@ def payload(chance: random.Random) -> bytes:
 
 def message(data: bytes, chance: random.Random, spell: Callable[..., bytes]) -> list[bytes]:
     """A message in a few frames, with other frames between them."""
-    cuts = sorted(chance.choices(range(len(data) + 1), k=chance.choice([0, 0, 0, 1, 2, 3])))
-    pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
+    times = chance.choice([0, 0, 0, 1, 2, 3])
+    pieces = cut(data, chance.choices(range(len(data) + 1), k=times))
     frames = []
     for number, piece in enumerate(pieces, 1):
         frames.append(spell(CONTINUATION if frames else BINARY, piece, number == len(pieces)))
@@ -331,12 +328,6 @@ def head(chance: random.Random) -> bytes:
     return end.join([f"{method} / HTTP/1.{version}", *fields, "", ""]).encode("latin-1")
 
 
-ANSWER = (
-    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
-)
-
-
 def read_behind(
     pieces: list[bytes], reader: RequestReader | AnswerReader, masked: bool
 ) -> tuple[object, ...]:
@@ -370,7 +361,7 @@ def check_heads(name: str, count: int, is_server: bool) -> Counter[object]:
     seen: Counter[object] = Counter()
     for seed in seeds(name, count):
         chance = random.Random(seed)
-        good = head(chance) if is_server else ANSWER
+        good = head(chance) if is_server else SWITCHED
         start = mutated(good, chance) if chance.random() < 0.5 else good
         frames = with_accidents(valid_frames(chance, is_server, [b"first"]), chance, is_server)
 

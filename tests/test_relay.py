@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 from typing import NamedTuple
 
 import pytest
-from helpers import TIMEOUT, Client, Loop, handshake
+from helpers import Client, Loop, handshake
 
-from transit_relay import DONE, UsageRecord, unacknowledged_bytes
+from transit_relay import DONE, UsageRecord
 
 STEP_SECONDS = 0.25
 
@@ -297,18 +294,6 @@ def cases() -> Iterator[object]:
         yield pytest.param(scenario, "ws×ws", id=f"{name}-ws")
 
 
-def settle(loop: Loop, client: Client) -> None:
-    """Take turns until the relay has taken all that `client` has sent."""
-    assert client.conn is not None
-    deadline = time.monotonic() + TIMEOUT
-    while unacknowledged_bytes(client.sock):
-        loop.pump()
-        with contextlib.suppress(OSError):  # not TCP, or closed
-            client.conn.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # not in 40 ms
-        assert time.monotonic() < deadline
-    loop.pump()
-
-
 def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
     """Go, as `how` says, and wait until the relay knows it. Gives all that the client got."""
     conn = client.conn
@@ -317,23 +302,16 @@ def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
         # Whoever has heard our Close answers with none; else it is answered with its code.
         code = 1000 if conn.session.state is DONE else 4321
         client.half_close(code)
-        until(loop, lambda: conn.session.state is DONE)  # by this alone
+        loop.pump()
+        assert conn.session.state is DONE  # by this alone
         seen = client.read_to_end(code)
         client.close()
     else:  # nothing can be read afterwards, and closing must not reset
         seen = client.receive(len(expected)) + client.receive_now()
         {CLOSE: client.close, RESET: client.reset}[how]()
-    until(loop, lambda: conn not in loop.server.connections)
-    return seen
-
-
-def until(loop: Loop, condition: Callable[[], bool]) -> None:
-    """Take turns until it is so, and nothing is ready any more."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        loop.server.run_once(TIMEOUT)
-        assert time.monotonic() < deadline
     loop.pump()
+    assert conn not in loop.server.connections
+    return seen
 
 
 def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False) -> None:
@@ -351,7 +329,7 @@ def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False
         else:
             for wire in clients[who].spell(*([what] if isinstance(what, bytes) else what)):
                 clients[who].send_wire(wire)
-                settle(loop, clients[who])
+                loop.pump()
     for who, client in clients.items():
         if who not in seen:
             seen[who] = leave(loop, client, HALF, scenario.sees[who])

@@ -9,7 +9,6 @@ import random
 import socket
 import struct
 from collections.abc import Callable
-from hashlib import sha256
 
 import pytest
 from helpers import (
@@ -25,8 +24,11 @@ from helpers import (
     RelayProcess,
     WebSocketClient,
     close_payload,
+    cut,
+    digest,
     frame,
     handshake,
+    message,
     parse_head,
 )
 
@@ -59,7 +61,7 @@ def meet(loop: Loop, second: str = "tcp", first: str = "ws") -> tuple[WebSocketC
 
 def send(loop: Loop, client: Client, wire: bytes, at_once: bool) -> None:
     """Send it, and let the relay see it, whole or byte by byte."""
-    for part in [wire] if at_once else [wire[n : n + 1] for n in range(len(wire))]:
+    for part in [wire] if at_once else cut(wire, range(1, len(wire))):
         client.send_wire(part)
         loop.pump()
 
@@ -73,11 +75,6 @@ def stuff(loop: Loop, sender: Client, wire: bytes) -> int:
             sent += sender.sock.send(wire[sent : sent + 10_000])
             loop.pump()
     return sent
-
-
-def equal(one: bytes, other: bytes) -> bool:
-    """To compare much: pytest would take minutes to show how it differs."""
-    return sha256(one).digest() == sha256(other).digest()
 
 
 def is_held(loop: Loop, client: Client) -> bool:
@@ -370,14 +367,6 @@ def test_an_upgrade_in_other_words(loop: Loop, web: bool, lines: list[str]) -> N
 # The handshake in messages.
 
 
-def message(*pieces: bytes) -> bytes:
-    """On the wire; each piece is a fragment."""
-    last = len(pieces) - 1
-    return b"".join(
-        frame(CONTINUATION if n else BINARY, piece, n == last) for n, piece in enumerate(pieces)
-    )
-
-
 EMPTY = message(b"")
 # What a client sends that finds nobody: what it is told, and its mood.
 HANDSHAKES: dict[str, tuple[bytes, bytes, str]] = {
@@ -515,7 +504,7 @@ def test_no_message_is_longer_than_32_kib(loop: Loop, second: str, size: int) ->
             assert found is not None and found[0] == BINARY
             got += found[1]
             sizes.append(len(found[1]))
-        assert equal(got, data[start : start + (1 << 16)])
+        assert digest(got) == digest(data[start : start + (1 << 16)])
     assert len(sizes) <= 4 + size // 10_000
 
 
@@ -660,7 +649,7 @@ def test_a_sender_who_has_to_wait_is_pinged_and_not_ended(loop: Loop, second: st
     for _ in range(10):
         loop.advance(25)
     assert (one.receive_now(), len(one.pings)) == (b"", 10)
-    assert equal(other.receive(sent), data[:sent])
+    assert digest(other.receive(sent)) == digest(data[:sent])
     assert loop.recorder.moods() == []
 
 
@@ -844,6 +833,18 @@ def test_an_old_pong_does_not_come_behind_a_newer_one(loop: Loop) -> None:
     read_pongs(client, b"\xff newest")
 
 
+def test_early_data_is_behind_the_pongs_that_are_queued(loop: Loop) -> None:
+    """Though it is several messages."""
+    one = websocket(loop, LEFT, kind="ws-unix")
+    flood(loop, one)
+    other = loop.client("unix")
+    early = random.Random(1).randbytes(100_000)
+    other.send(RIGHT[:20])
+    loop.pump()  # it has begun: from now on it is read in large pieces
+    other.send(RIGHT[20:] + early)
+    assert digest(one.receive(3 + len(early))) == digest(b"ok\n" + early)
+
+
 def test_as_long_as_little_is_unread_each_ping_is_answered(loop: Loop) -> None:
     one = websocket(loop, LEFT, kind="ws-unix")
     assert one.conn is not None
@@ -900,7 +901,7 @@ def test_the_answer_to_a_close_is_behind_what_is_queued(loop: Loop) -> None:
     one.half_close(4001)
     loop.pump()
     one.send_wire(frame(PING) + frame(CLOSE) + frame(TEXT))
-    assert equal(one.read_to_end(4001), data[:taken])
+    assert digest(one.read_to_end(4001)) == digest(data[:taken])
     assert one.pongs == []
     assert other.read_to_end() == b""
 
@@ -982,7 +983,7 @@ def test_what_had_reached_us_at_a_stop_is_delivered(
     loop.server.stop()
     loop.pump()
     assert not loop.server.over
-    assert equal(other.read_to_end(1001), data * whole + data[: max(0, rest - overhead)])
+    assert digest(other.read_to_end(1001)) == digest(data * whole + data[: max(0, rest - overhead)])
     assert one.read_to_end(1001) == b""
     loop.pump()
     assert loop.server.over
@@ -997,7 +998,7 @@ def test_sigterm(relay: Callable[..., RelayProcess]) -> None:
     data = random.Random(1).randbytes(50_000)
     one.send(data)
     running.process.terminate()
-    assert equal(other.read_to_end(1001), data)
+    assert digest(other.read_to_end(1001)) == digest(data)
     for client in (new, waiting, one):
         assert client.read_to_end(1001) == b""
     for client in (new, waiting, one, other):

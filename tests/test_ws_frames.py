@@ -1,6 +1,6 @@
 """Frames, both ways: RFC 6455's examples, every length, every error, however they are cut.
 
-`plain_reading` and helpers.frame are written independently of ws_frames, so that a mistake in
+streams.plain_reading and helpers.frame are written independently of ws_frames, so that a mistake in
 a parser and its builder cannot hide. Numbers are sections of RFC 6455.
 """
 
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import random
-import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Optional
 
 import pytest
-from helpers import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, close_payload, frame, splits
+from helpers import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, close_payload, cut, frame, splits
+from streams import Found, note, plain_reading, read
 
 import ws_frames
 from ws_frames import (
-    Event,
     FrameParser,
     Place,
     ProtocolError,
@@ -33,98 +32,16 @@ KEY = b"\x37\xfa\x21\x3d"  # 5.7
 KEYS = [KEY, b"\0\0\0\1", b"\1\0\0\0", b"\xff\0\xff\0"]
 ROLES = pytest.mark.parametrize("key", [KEY, None], ids=["from a client", "from a server"])
 
-Found = list[tuple[int, bytes, bool]]
-
-
-def note(found: Found, opcode: int, payload: bytes, is_last: bool) -> None:
-    """Add to what was found; pieces that stand next to each other in a message become one."""
-    if opcode == BINARY and not payload and not is_last:
-        return
-    if opcode == BINARY and found and found[-1][0] == BINARY and not found[-1][2]:
-        payload = found.pop()[1] + payload
-    found.append((opcode, payload, is_last))
-
-
-def plain_reading(data: bytes, masked: bool) -> tuple[Found, int | None]:
-    """What a whole stream says, read in the plainest way: the events, and the error behind them.
-
-    Not for pieces, not fast, and all in memory. Ends with a Close, as what follows is nothing.
-    """
-    found: Found = []
-    at, in_message = 0, False
-    while len(data) >= at + 2:
-        first, second = data[at], data[at + 1]
-        opcode, final, size = first & 15, first >= 128, second & 127
-        if first & 0b0111_0000 or opcode not in (0, 1, 2, 8, 9, 10) or (second >= 128) != masked:
-            return found, 1002
-        if opcode >= 8 and (not final or size >= 126):
-            return found, 1002
-        if opcode < 8 and (opcode == 0) != in_message:
-            return found, 1002
-        if opcode == 1:
-            return found, 1003
-        at += 2
-        if size >= 126:
-            code, least = ("!H", 126) if size == 126 else ("!Q", 65536)
-            if len(data) < at + struct.calcsize(code):
-                break
-            (size,) = struct.unpack_from(code, data, at)
-            at += struct.calcsize(code)
-            if size < least or size >= 2**63:
-                return found, 1002
-        key = b"\0\0\0\0"
-        if masked:
-            key = data[at : at + 4]
-            if len(key) < 4:
-                break
-            at += 4
-        payload = bytes(byte ^ key[n % 4] for n, byte in enumerate(data[at : at + size]))
-        at += size
-        is_whole = at <= len(data)
-        if opcode < 8:
-            in_message = not (final and is_whole)
-            note(found, BINARY, payload, not in_message)
-        elif is_whole:
-            if opcode == CLOSE and payload:
-                codes = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
-                if len(payload) < 2 or struct.unpack_from("!H", payload)[0] not in codes:
-                    return found, 1002
-                if payload[2:].decode("utf-8", "replace").encode() != payload[2:]:
-                    return found, 1007
-            note(found, opcode, payload, True)
-            if opcode == CLOSE:
-                break
-    return found, None
-
-
-def read(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
-    """What a FrameParser finds in them, each in a buffer that others use soon."""
-    parser = FrameParser(must_be_masked=masked)
-    found: Found = []
-    for piece in pieces:
-        buffer = bytearray(piece)
-        try:
-            for event in parser.receive(memoryview(buffer)):
-                note(found, event.opcode, bytes(event.payload), event.is_last)
-                if event.opcode == CLOSE:
-                    return found, None
-        except ProtocolError as error:
-            return found, error.code
-        buffer[:] = b"\xaa" * len(buffer)
-    return found, None
-
 
 def few_splits(data: bytes) -> Iterator[list[bytes]]:
     """Ways of cutting a long frame: whole; in its header; near its end; and some at random."""
     yield [data]
-    yield [*(data[n : n + 1] for n in range(20)), data[20:]]
+    yield cut(data, range(1, 21))
     for n in (*range(1, 20), len(data) - 2, len(data) - 1):
-        yield [data[:n], data[n:]]
+        yield cut(data, [n])
     chance = random.Random(len(data))
     for _ in range(5):
-        cuts = sorted(chance.choices(range(len(data) + 1), k=20))
-        borders = [0, *cuts, len(data)]
-        yield [data[a:b] for a, b in zip(borders, borders[1:])]
+        yield cut(data, chance.choices(range(len(data) + 1), k=20))
 
 
 def binary(payload: bytes, is_last: bool = True) -> tuple[int, bytes, bool]:
@@ -614,7 +531,3 @@ def test_what_is_built_is_read(key: bytes | None) -> None:
         None,
     )
     assert read([stream], not key) == ([], 1002)
-
-
-def test_an_event_says_whether_it_is_the_last_only_of_a_message() -> None:
-    assert Event(PING, b"") == (PING, b"", True)

@@ -149,7 +149,7 @@ def npm_ws() -> Path:
         if not shutil.which(tool):
             _missing(f"no {tool}")
     folder = BUILD / "npm-ws"
-    wanted = "ws"  # the newest; a change makes the folder anew
+    wanted = "ws@8.23.0"  # a change makes the folder anew
     made_from = folder / "made-from"
     if not made_from.exists() or made_from.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)

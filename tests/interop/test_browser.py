@@ -92,7 +92,9 @@ class PageHandler(BaseHTTPRequestHandler):
 class Browser(Group):
     """A Chromium with an empty profile, which shows the page."""
 
-    def __init__(self, chromium: Path, folder: Path, trusted: str, server: PageServer, url: str):
+    def __init__(
+        self, chromium: Path, folder: Path, trusted: str, server: PageServer, url: str
+    ) -> None:
         self._server = server
         command = [
             *[str(chromium), *FLAGS, f"--user-data-dir={folder / 'profile'}"],
