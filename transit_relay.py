@@ -508,7 +508,7 @@ class Rendezvous:
     def forget(self, session: Session) -> None:
         """It no longer waits. O(n) in those of the same token and side: few, in real life."""
         assert session.handshake is not None
-        crowd = self.waiting[session.handshake.token]
+        crowd = self.waiting.get(session.handshake.token, [])  # a KeyError would name the token
         crowd.remove(session)
         if not crowd:
             del self.waiting[session.handshake.token]
@@ -2093,12 +2093,15 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
     descriptor that is missing.
     """
     listeners: list[Listener] = []
+    taken: set[int | None] = set()  # the numbers asked for, and those of our copies
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
     try:
         for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
-            if fd is not None and fd in {listener.fd for listener in listeners}:
+            if fd is not None and fd in taken:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
-            listeners.append(open_listener(endpoint, fd))
+            listener = open_listener(endpoint, fd)
+            listeners.append(listener)
+            taken |= {fd, listener.fd}
     except StartupError:
         for listener in listeners:
             listener.close()
@@ -2305,10 +2308,10 @@ class MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, if there is room for it."""
-        line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+        text = self.format(record).encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
             if takes_bytes(self.fd, 0):
-                os.write(self.fd, line[: select.PIPE_BUF])
+                os.write(self.fd, text[: select.PIPE_BUF - 1] + b"\n")
 
 
 class LogFile(MessageHandler):
@@ -2684,7 +2687,7 @@ def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: 
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
-        log.info("TCP clients only: for WebSocket, ws_frames.py belongs beside transit_relay.py")
+        log.info("TCP clients only: Python finds no ws_frames.py (beside transit_relay.py)")
     urls = [f"ws://localhost:{one.port}/" for one in listeners if one.web and one.port]
     if options.websocket_url:
         urls = [options.websocket_url]
@@ -2708,7 +2711,7 @@ def serve(options: argparse.Namespace) -> int:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         if ws_frames is None and (options.websocket or options.websocket_url):
-            raise StartupError("WebSocket needs ws_frames.py beside transit_relay.py")
+            raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
         listeners = open_listeners([*options.port, *options.websocket], passed)
         for listener in listeners:
             undo.callback(listener.close)

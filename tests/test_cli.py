@@ -282,6 +282,18 @@ def test_one_socket_given_twice_is_refused(second: str) -> None:
     assert only_line(relay) == f"transit-relay: {second}: this socket is given twice"
 
 
+def test_a_standard_descriptor_given_twice_is_refused() -> None:
+    """We listen on a copy of it, but it is the same socket. Which spelling would it expect?"""
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        fd = passed.fileno()
+        said = failed_start(
+            *("--port", "fd:0", "--websocket", "fd:0"),
+            pass_fds=[fd],
+            program=with_descriptor(fd, 0),
+        )
+    assert said == "transit-relay: fd:0: this socket is given twice"
+
+
 def test_a_missing_descriptor_is_not_mistaken_for_a_socket_of_ours() -> None:
     """Our own listener would get the lowest free number, if it were opened first."""
     said = failed_start(*LOCAL, "--port", "fd:3")
@@ -360,7 +372,7 @@ def test_websocket_endpoint_that_is_open_already(endpoint: str) -> None:
 
 def assert_upgrades(relay: RelayProcess) -> None:
     """A WebSocket client meets another one."""
-    one, other = (WebSocketClient(relay.connect()) for _ in range(2))
+    one, other = (WebSocketClient(relay.connect(), seed=seed) for seed in range(2))
     with one, other:
         one.send(handshake("web", "one"))
         other.send(handshake("web", "other"))
@@ -379,7 +391,8 @@ def test_websocket_without_ws_frames_is_refused(
     lonely_copy: list[str], option: tuple[str, str]
 ) -> None:
     said = failed_start(*LOCAL, *option, program=lonely_copy)
-    assert said == "transit-relay: WebSocket needs ws_frames.py beside transit_relay.py"
+    expected = "WebSocket: Python finds no ws_frames.py (beside transit_relay.py)"
+    assert said == f"transit-relay: {expected}"
 
 
 def test_a_broken_ws_frames_is_not_taken_for_none(lonely_copy: list[str]) -> None:

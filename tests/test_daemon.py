@@ -458,6 +458,14 @@ def test_logfile_that_becomes_a_pipe_without_a_reader_blocks_nobody(tmp_path: Pa
     assert (tmp_path / "old").read_text() == "good news\n"
 
 
+def test_a_message_that_is_too_long_is_cut_but_stays_a_line(tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path / "log"))
+    log.emit(logging.makeLogRecord({"msg": "x" * 9_999}))
+    log.emit(GOOD_NEWS)
+    os.close(log.fd)
+    assert (tmp_path / "log").read_text() == "x" * (select.PIPE_BUF - 1) + "\ngood news\n"
+
+
 def test_logfile_that_is_a_full_pipe_blocks_nobody() -> None:
     """As /dev/stderr may be, in a container."""
     reader, writer = os.pipe()
