@@ -2052,13 +2052,15 @@ def _split_fields(text: str) -> list[tuple[str, str]]:
 class Listener:
     """An open listening socket, the name by which we speak of it, and the way to leave it."""
 
-    def __init__(self, sock: socket.socket, label: str, path: str = "") -> None:
-        """`path`: the unix socket that we made, and remove when we close."""
+    def __init__(
+        self, sock: socket.socket, label: str, path: str = "", web: bool = False
+    ) -> None:
+        """`path`: the unix socket that we made, and remove when we close. `web`: see Endpoint."""
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
         self.label = label
-        self.web = False  # as its Endpoint
+        self.web = web
         self._path = path
         self._made = _identity(path) if path else None
 
@@ -2113,13 +2115,8 @@ def open_listener(endpoint: Endpoint, fd: int | None) -> Listener:
     """Open an endpoint, or take over `fd` if it is open already. Raises StartupError."""
     try:
         if fd is not None:
-            listener = Listener(_adopt(fd, endpoint), endpoint.text)
-        elif endpoint.kind == "unix":
-            listener = _listen_unix(endpoint)
-        else:
-            listener = _listen_tcp(endpoint)
-        listener.web = endpoint.web
-        return listener
+            return Listener(_adopt(fd, endpoint), endpoint.text, web=endpoint.web)
+        return _listen_unix(endpoint) if endpoint.kind == "unix" else _listen_tcp(endpoint)
     except OSError as error:  # socket.gaierror, an unknown interface, is one too
         raise StartupError(f"{endpoint.text}: {reason(error)}") from None
     except UnicodeError:  # from its way of encoding names
@@ -2138,7 +2135,7 @@ def _listen_tcp(endpoint: Endpoint) -> Listener:
     label = f"tcp:{sock.getsockname()[1]}"
     if endpoint.interface:
         label += ":interface=" + endpoint.interface.replace(":", "\\:")
-    return Listener(sock, label)
+    return Listener(sock, label, web=endpoint.web)
 
 
 def _bind_everywhere(endpoint: Endpoint) -> socket.socket:
@@ -2175,7 +2172,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
             _remove_dead_socket(endpoint)
         sock.bind(path)
         sock.listen(endpoint.backlog)
-        return Listener(sock, endpoint.text, path)
+        return Listener(sock, endpoint.text, path, endpoint.web)
     except (OSError, StartupError):
         sock.close()
         raise

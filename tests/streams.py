@@ -6,13 +6,7 @@ from __future__ import annotations
 
 import struct
 
-from helpers import (
-    BINARY,
-    CLOSE,
-    FakePipe,
-    frame,
-    handshake,
-)
+from helpers import BINARY, CLOSE, FakePipe, frame, handshake
 
 from transit_relay import (
     SILENT,
