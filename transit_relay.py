@@ -14,6 +14,7 @@ its listeners and its recorder, which are made further down; it only calls them.
 
     Constants, errors    the numbers, each with its reason; who is to blame
     Records              what is noted of a connection or a pair when it is over
+    Kernel               what only it can tell or do: acknowledgements, pipes for bulk
     Session              decides: one client's rules, and who meets whom (no sockets)
     Framing              spells: what a client says, as plain bytes or as WebSocket messages
     Connection           moves bytes: one socket, what it still has to send, how it ends
@@ -31,7 +32,8 @@ what came to its Framing. The Framing takes WebSocket's spelling off, if that is
 the handshake line hands it on to the Session; the Session is RELAYING, counts it and gives it
 to its partner's Connection, which has its own Framing spell it for B and sends it at once.
 What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
-So a pair holds little more than one buffer's worth of bytes in each direction.
+So a pair holds little more than one buffer's worth of bytes in each direction. Bulk between two
+that spell plainly takes a shorter way, `Connection._splice`: into a pipe, and out of it to B.
 
 The end of a client: its read gives nothing (or a WebSocket Close), its Session ends the pair,
 both Connections finish (send what is queued, then the end, then wait for the other side's), are
@@ -105,9 +107,12 @@ This is transit-relay, where Magic Wormhole clients meet that cannot reach each 
 There is nothing to see here: they connect to it over TCP or WebSocket.
 """
 
-# The operating system: 0, 1 and 2, and what accept(2) says of a newcomer that was lost on the
-# way, while the listener is well.
+# The operating system: 0, 1 and 2; Linux's pipes; and what accept(2) says of a newcomer that was
+# lost on the way, while the listener is well.
 STANDARD_FDS = 3
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # fcntl.h; Python has names for them from 3.10 on,
+SPLICE_F_NONBLOCK = 2  # fcntl.h; and so for this
+PIPE_USER_PAGES = 16384  # what pipe-user-pages-soft is by default, pipe(7)
 NEWCOMER_LOST = {
     errno.ECONNABORTED,
     errno.ECONNRESET,
@@ -129,6 +134,11 @@ MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses 
 PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
 # What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
 MAX_BACKLOG_BYTES = READ_BYTES + 1024 + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
+BULK_BYTES = 64 * 1024  # who gave as much in one read is spliced the next time; less is copied
+PIPE_BYTES = 1024 * 1024  # the most that anybody may have; at a quarter of it we might as well copy
+MOST_PIPES = 32  # half of what a user has by default
+IDLE_PIPES = 8  # kept for the next moves
+PIPES_PAUSE_SECONDS = 60  # no pipe is asked for so long after the system gave none, or a poor one
 PING_SECONDS = 25  # a WebSocket as silent as that is pinged: proxies give up after 30 or 60
 SILENCE_SECONDS = 75  # three Pings without a sign of life: nobody waits there any more
 ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
@@ -171,13 +181,6 @@ class SinkError(Exception):
 
 class SinkGone(Exception):
     """Nobody will ever read what this sink writes: it is given up."""
-
-
-def takes_bytes(fd: int, seconds: float) -> bool:
-    """Whether a write to `fd` of at most PIPE_BUF bytes will not block; may wait for that."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(seconds * 1000))
 
 
 def reason(error: OSError) -> str:
@@ -244,6 +247,180 @@ def blur_size(size: int) -> int:
     if size < 1_000_000_000:
         return size // 1_000_000 * 1_000_000
     return size // 100_000_000 * 100_000_000
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernel
+#
+# What we ask of it beyond the calls that every program makes: how far a connection has come, and
+# pipes for bulk, which need not enter Python then: splice(2) moves it from a socket into a pipe,
+# and from there into another socket.
+#
+# Pipes are lent, not owned: taken for one move, given back when they are empty. What a receiver
+# does not take stays in the pipe, which is that receiver's backlog then; and what nobody will
+# ever take is closed with its pipe, lest bytes of one pair reach another. And they are scarce:
+# all processes of an unprivileged user share pipe-user-pages-soft (pipe(7)), past which the
+# kernel makes pipes of two pages. Through anything much smaller than a large pipe bulk is no
+# cheaper than copied; so then, and where the pool has no more to lend, it is copied.
+# ---------------------------------------------------------------------------------------------
+
+
+def prepare(sock: socket.socket) -> None:
+    """Make an accepted socket what we want of it.
+
+    It could inherit most of this from the listening one; but who was queued there before we
+    got it, as in a start by systemd, would not.
+    """
+    sock.setblocking(False)
+    # Keepalive: as the reference. Oobinline: urgent bytes are bytes too, and stay in their place.
+    # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses it.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def takes_bytes(fd: int, seconds: float) -> bool:
+    """Whether a write to `fd` of at most PIPE_BUF bytes will not block; may wait for that."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
+
+
+def ask_kernel(fd: int, question: int) -> int | None:
+    """Give the number by which the kernel answers an ioctl(2); None where it knows no answer."""
+    try:
+        answer = fcntl.ioctl(fd, question, b"\0\0\0\0")
+    except OSError:
+        return None
+    return int(struct.unpack("i", answer)[0])
+
+
+def unacknowledged_bytes(sock: socket.socket) -> int | None:
+    """How much of what we sent (our end counts as one) the other kernel has not acknowledged.
+
+    None where the system cannot tell. On Linux: tcp(7) and unix(7), SIOCOUTQ, which is the
+    number of TIOCOUTQ; on a unix socket it is what the other end has not read.
+    """
+    return ask_kernel(sock.fileno(), termios.TIOCOUTQ)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """How much has reached our kernel and was not yet read: tcp(7), SIOCINQ."""
+    return ask_kernel(sock.fileno(), termios.FIONREAD) or 0
+
+
+# Linux, from Python 3.10 on.
+splice: Callable[..., int] | None = getattr(os, "splice", None)
+
+
+class KernelPipe:
+    """A pipe, and how many bytes are in it: all of one direction of one pair."""
+
+    __slots__ = ("_filled", "_read_fd", "_write_fd", "is_large")
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._filled = 0
+        try:
+            self.is_large = fcntl.fcntl(self._write_fd, F_SETPIPE_SZ, PIPE_BYTES) >= PIPE_BYTES
+        except OSError:  # our user has too much in pipes already
+            self.is_large = False
+
+    def __len__(self) -> int:
+        return self._filled
+
+    def fill(self, sock: socket.socket) -> None:
+        """Take in what `sock` has, or as much of it as there is room for. Raises OSError.
+
+        Only while the pipe is empty: "no room" and "nothing there" are one answer, EAGAIN.
+        """
+        assert splice is not None and not self._filled
+        self._filled = splice(
+            sock.fileno(), self._write_fd, PIPE_BYTES, None, None, SPLICE_F_NONBLOCK
+        )
+
+    def pour(self, sock: socket.socket) -> None:
+        """Let `sock` have as much as it takes. Raises OSError."""
+        assert splice is not None
+        self._filled -= splice(
+            self._read_fd, sock.fileno(), self._filled, None, None, SPLICE_F_NONBLOCK
+        )
+
+    def close(self) -> None:
+        """Throw it away, and all that is in it."""
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the kernel counts differently. For the tests."""
+        assert ask_kernel(self._read_fd, termios.FIONREAD) == self._filled <= PIPE_BYTES
+
+
+class PipePool:
+    """All pipes there are: those that are lent, and some idle ones."""
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`most`: how many pipes there may be. `clock` gives monotonic seconds."""
+        self._most = most
+        self._clock = clock
+        self._lent = 0
+        self._idle: list[KernelPipe] = []
+        self._pause_until = float("-inf")
+
+    def lend(self) -> KernelPipe | None:
+        """Give an empty pipe, or None if none is to be had."""
+        pipe = self._idle.pop() if self._idle else self._make()
+        self._lent += pipe is not None
+        return pipe
+
+    def _make(self) -> KernelPipe | None:
+        """Ask the system for one. If it gives none, or a poor one, it is not asked for a while."""
+        if self._lent >= self._most or self._clock() < self._pause_until:
+            return None
+        try:
+            pipe = KernelPipe()
+            if pipe.is_large:
+                return pipe
+            pipe.close()
+        except OSError:  # no descriptors
+            pass
+        self._pause_until = self._clock() + PIPES_PAUSE_SECONDS
+        return None
+
+    def take_back(self, pipe: KernelPipe) -> None:
+        """Keep a pipe that was lent, if it is empty and there are not yet enough of them."""
+        self._lent -= 1
+        if len(pipe) or len(self._idle) >= IDLE_PIPES:
+            pipe.close()
+        else:
+            self._idle.append(pipe)
+
+    def close(self) -> None:
+        """Close those that are idle."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def check_invariants(self, lent: Sequence[KernelPipe]) -> None:
+        """Raise AssertionError if others are out, or bytes of a pair are in. For the tests."""
+        assert len({*lent, *self._idle}) == self._lent + len(self._idle), "lent twice, or lost"
+        assert self._lent <= self._most and len(self._idle) <= IDLE_PIPES
+        assert all(map(len, lent)) and not any(map(len, self._idle))
+        for pipe in (*lent, *self._idle):
+            pipe.check_invariants()
+
+
+def affordable_pipes() -> int:
+    """How many pipes we may have: half of what a user may; none where there is no splice."""
+    if splice is None:
+        return 0
+    pages = PIPE_USER_PAGES
+    with contextlib.suppress(OSError):  # a sandbox may hide it
+        with open("/proc/sys/fs/pipe-user-pages-soft", "rb") as file:
+            pages = int(file.read())
+    half = pages * resource.getpagesize() // 2 // PIPE_BYTES
+    return min(half, MOST_PIPES) if pages else MOST_PIPES  # 0: no limit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -398,6 +575,11 @@ class Session:
             self._end("impatient", IMPATIENT)
         else:  # whoever was told to go may still be talking: not answered, not counted
             assert self.state is DONE, self
+
+    def bytes_passed(self, count: int) -> None:
+        """So many bytes went straight to the partner, unseen: bulk."""
+        assert self.state is RELAYING, self
+        self.received_bytes += count
 
     def matched(self, partner: Session) -> None:
         """The Rendezvous has found a partner."""
@@ -835,10 +1017,11 @@ def first_framing(session: Session, wire: Wire) -> Framing:
 # for. The interest is computed from the backlogs whenever one appears or empties; nobody
 # toggles it. So backpressure is one line: a connection is not read while its partner has a
 # backlog, and a backlog is never more than what one read gave (and, of a WebSocket, some Pongs).
+# What was spliced is queued where it is: in its pipe.
 #
-# Of the Server it uses the shared buffer, the time of day and the Rendezvous, and asks it for four
-# things: `watch` (the interest may have changed), `hold` (the end is sent, now wait for the
-# other side's), `doom` (close this at the end of the turn) and `stirred` (it is not silent).
+# Of the Server it uses the shared buffer, the pipes, the time of day and the Rendezvous, and asks
+# it for four things: `watch` (the interest may have changed), `hold` (the end is sent, now wait
+# for the other side's), `doom` (close this at the end of the turn), `stirred` (it is not silent).
 #
 # Nothing that was received is lost. A failed write is not the end of a client: what it sent
 # before it went is still in its socket, and is read to the end. After our end is sent we go on
@@ -852,6 +1035,7 @@ class Connection:
 
     __slots__ = (
         "_broken",
+        "_bulk",
         "_end_sent",
         "_finishing",
         "_hold_until",
@@ -876,9 +1060,10 @@ class Connection:
         self.framing = first_framing(self.session, self)
         self.read_bytes = 0  # all that was ever read, as it was spelled
         self.partner: Connection | None = None  # while relaying: where our bytes go
-        self.backlog: bytearray | None = None  # None: all is with the kernel
+        self.backlog: bytearray | KernelPipe | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
         self.dead = False  # doomed: ignores what this turn's events still say
+        self._bulk = False  # the last read gave much: the next one may be spliced
         self._broken = False  # a write failed: what is sent there is thrown away
         self._read_ended = False  # the other end's end, or its reset, was read
         self._finishing = False
@@ -937,6 +1122,11 @@ class Connection:
                 self._hold_until = now + HOLD_SECONDS
         return self._hold_until is not None and now >= self._hold_until
 
+    def close(self) -> None:
+        """Let go of the socket, and of what it was still to be sent."""
+        self._set_backlog(None)
+        self.sock.close()
+
     # The Session's orders (see Pipe).
 
     def send(self, data: Bytes) -> None:
@@ -969,6 +1159,7 @@ class Connection:
         if self._broken:
             return
         if self.backlog is not None:
+            assert isinstance(self.backlog, bytearray)  # to whom bulk goes, nothing else does
             for part in (data, *more):
                 self.backlog += part
             return
@@ -995,7 +1186,9 @@ class Connection:
     # How bytes move.
 
     def _receive(self) -> None:
-        """Read once, into the buffer that everybody shares, and hand it to the Framing."""
+        """Read once: bulk into a pipe, all else into the buffer that everybody shares."""
+        if self._bulk and self._splice():
+            return
         buffer = self._server.buffer
         try:
             count = self.sock.recv_into(buffer, self.framing.most_bytes)
@@ -1003,10 +1196,11 @@ class Connection:
             return
         except OSError:  # a reset: all that came before it was read by now
             self._broken = True
-            self.backlog = None
+            self._set_backlog(None)
             count = 0
         if count:
             self.read_bytes += count
+            self._bulk = count >= BULK_BYTES
             self.framing.receive(buffer[:count])
             return
         self._read_ended = True
@@ -1014,26 +1208,62 @@ class Connection:
         self._go_on_finishing()
         self._server.watch(self)
 
+    def _splice(self) -> bool:
+        """Pass bulk on to the partner without looking at it. False: it has to be read.
+
+        That goes for all that splice does not give as bytes: the end, a reset, an urgent byte,
+        nothing at all, a refusal. To read tells which it is.
+        """
+        self._bulk = False
+        partner = self.partner
+        if partner is None or not (self.framing.is_plain and partner.framing.is_plain):
+            return False
+        pipe = self._server.pipes.lend()
+        if pipe is None:
+            return False
+        with contextlib.suppress(OSError):
+            pipe.fill(self.sock)
+        count = len(pipe)
+        if not count:
+            self._server.pipes.take_back(pipe)
+            return False
+        self._bulk = count >= BULK_BYTES
+        self.read_bytes += count
+        self.session.bytes_passed(count)
+        if partner._empty(pipe):
+            self._server.pipes.take_back(pipe)
+        else:
+            partner._set_backlog(pipe)
+        return True
+
     def _drain(self) -> None:
         """Send from the backlog. When it is empty, the partner is read again."""
         assert self.backlog is not None
+        if self._empty(self.backlog):
+            self._set_backlog(None)
+            self.framing.drained()
+            if self._finishing:
+                self._go_on_finishing()
+
+    def _empty(self, backlog: bytearray | KernelPipe) -> bool:
+        """Send from `backlog` what the kernel takes. Whether the rest is nothing, or in vain."""
+        if self._broken:
+            return True
         try:
-            sent = self.sock.send(self.backlog)
+            if isinstance(backlog, KernelPipe):
+                backlog.pour(self.sock)
+            else:
+                del backlog[: self.sock.send(backlog)]
         except BlockingIOError:
-            return
+            return False
         except OSError:
             self._broken = True
-            sent = len(self.backlog)
-        if sent < len(self.backlog):
-            del self.backlog[:sent]
-            return
-        self._set_backlog(None)
-        self.framing.drained()
-        if self._finishing:
-            self._go_on_finishing()
+        return self._broken or not len(backlog)
 
-    def _set_backlog(self, backlog: bytearray | None) -> None:
+    def _set_backlog(self, backlog: bytearray | KernelPipe | None) -> None:
         """A backlog appears or is gone: this changes what we, and our partner, wait for."""
+        if isinstance(self.backlog, KernelPipe):
+            self._server.pipes.take_back(self.backlog)
         self.backlog = backlog
         self._server.watch(self)
         if self.partner is not None:
@@ -1059,21 +1289,6 @@ class Connection:
             self._server.hold(self)
 
 
-def prepare(sock: socket.socket) -> None:
-    """Make an accepted socket what we want of it.
-
-    It could inherit most of this from the listening one; but who was queued there before we
-    got it, as in a start by systemd, would not.
-    """
-    sock.setblocking(False)
-    # Keepalive: as the reference. Oobinline: urgent bytes are bytes too, and stay in their place.
-    # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses it.
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
     """Give what is left of `parts` when so many bytes of it are sent."""
     rest = bytearray()
@@ -1082,28 +1297,6 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
             rest += memoryview(part)[sent:]
         sent = max(0, sent - len(part))
     return rest
-
-
-def unacknowledged_bytes(sock: socket.socket) -> int | None:
-    """How much of what we sent (our end counts as one) the other kernel has not acknowledged.
-
-    None where the system cannot tell. On Linux: tcp(7) and unix(7), SIOCOUTQ, which is the
-    number of TIOCOUTQ; on a unix socket it is what the other end has not read.
-    """
-    return _ask_kernel(sock, termios.TIOCOUTQ)
-
-
-def unread_bytes(sock: socket.socket) -> int:
-    """How much has reached our kernel and was not yet read: tcp(7), SIOCINQ."""
-    return _ask_kernel(sock, termios.FIONREAD) or 0
-
-
-def _ask_kernel(sock: socket.socket, question: int) -> int | None:
-    try:
-        answer = fcntl.ioctl(sock.fileno(), question, b"\0\0\0\0")
-    except OSError:
-        return None
-    return int(struct.unpack("i", answer)[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1196,13 +1389,18 @@ class Server:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         wallclock: Callable[[], float] = time.time,
+        most_pipes: int = 0,
     ) -> None:
-        """`clock` and `wallclock` give seconds: monotonic, and since the epoch."""
+        """`clock` and `wallclock` give seconds: monotonic, and since the epoch.
+
+        `most_pipes`: lent to bulk at one time; with 0 all is copied.
+        """
         self.clock = clock
         self.wallclock = wallclock
         self.recorder = recorder
         self.rendezvous = Rendezvous(self.recorder.record, clock)
         self.buffer = memoryview(bytearray(READ_BYTES))
+        self.pipes = PipePool(most_pipes, clock)
         self.connections: set[Connection] = set()
         self.over = False  # nothing is left to be done
         self._rebooted = int(wallclock())
@@ -1258,6 +1456,7 @@ class Server:
         """Let go of everything, at once."""
         self._stop_listening()
         self._close_connections()
+        self.pipes.close()
         self._selector.close()
         self._wakeup.close()
         self._waker.close()
@@ -1344,8 +1543,7 @@ class Server:
             return
         while self._doomed:
             conn = self._doomed.popleft()
-            self.watch(conn)
-            conn.sock.close()
+            conn.close()
             self.connections.discard(conn)
             self._time.forget(conn)
             conn.session.connection_lost()
@@ -1470,9 +1668,12 @@ class Server:
         assert registered == {conn.fd: conn.mask for conn in self.connections if conn.mask}
         for conn in self.connections:
             assert conn.mask == conn.interest(), conn
-            assert conn.backlog is None or 0 < len(conn.backlog) <= MAX_BACKLOG_BYTES, conn
+            assert conn.backlog is None or len(conn.backlog) > 0, conn
+            assert isinstance(conn.backlog, KernelPipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
             assert (conn.partner is not None) == (conn.session.state is RELAYING), conn
             assert conn.partner is None or conn.partner.session is conn.session.partner, conn
+        backlogs = [conn.backlog for conn in self.connections]
+        self.pipes.check_invariants([one for one in backlogs if isinstance(one, KernelPipe)])
         self._time.check_invariants(self.connections)
         waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
         states = [conn.session.state for conn in self.connections]
@@ -2657,6 +2858,12 @@ def make_parser() -> Parser:
         type=nonempty,
         help="open everything as root, then run as this user (default: do not change)",
     )
+    running.add_argument(
+        "--no-splice",
+        action="store_true",
+        help="copy everything, also bulk between TCP clients (default: bulk is spliced, which"
+        " costs less, where the system and Python can: Linux, 3.10)",
+    )
     about = parser.add_argument_group("about")
     about.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     about.add_argument("-h", "--help", action="help", help="show this text")
@@ -2721,7 +2928,9 @@ def serve(options: argparse.Namespace) -> int:
             sinks.append(JsonLines(log_fd))
         limit = raise_open_files_limit()
         recorder = Recorder(sinks, options.blur_usage)
-        server = Server(listeners, recorder, Limits(options.handshake_timeout))
+        limits = Limits(options.handshake_timeout)
+        most_pipes = 0 if options.no_splice else affordable_pipes()
+        server = Server(listeners, recorder, limits, most_pipes=most_pipes)
 
         def ready() -> None:
             announce(options, listeners, limit)

@@ -75,6 +75,7 @@ def test_defaults() -> None:
         "pidfile": None,
         "logfile": None,
         "user": None,
+        "no_splice": False,
     }
 
 
@@ -185,7 +186,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     told = {" ".join(option.split()) for option in options}
-    assert len(told) == 13
+    assert len(told) == 14
     for option in told:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
