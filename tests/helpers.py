@@ -396,11 +396,13 @@ def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
 class Loop:
     """A Server without listeners, in this thread, with clocks that stand still."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, most_pipes: int = 0) -> None:
         self.clock = FakeClock(1_000.0)  # monotonic
         self.wallclock = FakeClock(1_700_000_000.0)  # since the epoch
         self.recorder = ListRecorder()
-        self.server = Server([], self.recorder, limits or Limits(), self.clock, self.wallclock)
+        limits = limits or Limits()
+        clocks = self.clock, self.wallclock
+        self.server = Server([], self.recorder, limits, *clocks, most_pipes=most_pipes)
         self._clients: list[socket.socket] = []
         self._over_tcp: list[tuple[socket.socket, socket.socket]] = []  # both ends of each
 

@@ -13,6 +13,7 @@ from helpers import BOUND_BYTES, DIRECTIONS, TIMEOUT, WEB, Client, Loop, RelayPr
 
 from transit_relay import READ_BYTES
 
+BOTH_WAYS = True  # copied and spliced, see conftest.py
 BLOCK = os.urandom(1 << 16)
 BETWEEN = pytest.mark.parametrize(("first", "second"), DIRECTIONS)
 

@@ -23,6 +23,7 @@ from transit_relay import (
     unread_bytes,
 )
 
+BOTH_WAYS = True  # copied and spliced, see conftest.py
 BOTH = EVENT_READ | EVENT_WRITE
 SOCKETS = pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 
@@ -164,15 +165,23 @@ def test_both_directions_at_once_through_the_smallest_buffers(loop: Loop, tcp: b
     assert digest(got[pair.b]) == digest(from_a)
 
 
-def test_a_kernel_that_takes_nothing(loop: Loop) -> None:
+def test_a_kernel_that_takes_nothing(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(loop)
-    sock, pair.conn_b.sock = pair.conn_b.sock, Failing(pair.conn_b.sock, "send", BlockingIOError())
-    pair.a.sendall(b"all of it")
-    loop.server.run_once(0)  # to send fails
-    assert pair.conn_b.backlog == b"all of it"
-    loop.server.run_once(0)  # to drain fails
-    assert pair.conn_b.backlog == b"all of it"
-    pair.conn_b.sock = sock
+    splice = transit_relay.splice
+
+    def refuse(source: int, target: int, *others: object) -> int:
+        if target == pair.conn_b.fd:
+            raise BlockingIOError
+        return splice(source, target, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.conn_b, "sock", Failing(pair.conn_b.sock, "send", BlockingIOError()))
+        patch.setattr(transit_relay, "splice", refuse)
+        pair.a.sendall(b"all of it")
+        loop.server.run_once(0)  # to send fails
+        assert pair.conn_b.queued_bytes() == 9
+        loop.server.run_once(0)  # to drain fails
+        assert pair.conn_b.queued_bytes() == 9
     loop.pump()
     assert pair.b.recv(100) == b"all of it"
 

@@ -22,6 +22,7 @@ from helpers import (
 
 from transit_relay import unread_bytes
 
+BOTH_WAYS = True  # copied and spliced, see conftest.py
 TIMES = int(os.environ.get("RELAY_ENDINGS", "200"))
 TIMES_WEB = max(1, TIMES // 10)  # the same, but for what these clients cost
 PAYLOAD = os.urandom(8 * 1024 * 1024)

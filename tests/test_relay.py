@@ -12,6 +12,7 @@ from helpers import Client, Loop, handshake
 
 from transit_relay import DONE, UsageRecord
 
+BOTH_WAYS = True  # copied and spliced, see conftest.py
 STEP_SECONDS = 0.25
 
 PLAIN = handshake("t")

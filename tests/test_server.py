@@ -25,6 +25,8 @@ from transit_relay import (
     Server,
 )
 
+BOTH_WAYS = True  # copied and spliced, see conftest.py
+
 
 class Door(socket.socket):
     """A listening socket that gives an error for each number in `refusals`, then accepts."""
