@@ -321,7 +321,7 @@ class KernelPipe:
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._read_fd, self._write_fd = os.pipe()
         self._filled = 0
         try:
             self.is_large = fcntl.fcntl(self._write_fd, F_SETPIPE_SZ, PIPE_BYTES) >= PIPE_BYTES
@@ -1195,8 +1195,6 @@ class Connection:
         except BlockingIOError:
             return
         except OSError:  # a reset: all that came before it was read by now
-            self._broken = True
-            self._set_backlog(None)
             count = 0
         if count:
             self.read_bytes += count

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
@@ -165,18 +166,26 @@ def test_both_directions_at_once_through_the_smallest_buffers(loop: Loop, tcp: b
     assert digest(got[pair.b]) == digest(from_a)
 
 
-def test_a_kernel_that_takes_nothing(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair(loop)
+@contextlib.contextmanager
+def refusing(conn: Connection, error: OSError) -> Iterator[None]:
+    """What is sent to this one fails for a while, copied or spliced."""
     splice = transit_relay.splice
 
     def refuse(source: int, target: int, *others: object) -> int:
-        if target == pair.conn_b.fd:
-            raise BlockingIOError
+        if target == conn.fd:
+            raise error
+        assert splice is not None
         return splice(source, target, *others)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pair.conn_b, "sock", Failing(pair.conn_b.sock, "send", BlockingIOError()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conn, "sock", Failing(conn.sock, "send", error))
         patch.setattr(transit_relay, "splice", refuse)
+        yield
+
+
+def test_a_kernel_that_takes_nothing(loop: Loop) -> None:
+    pair = Pair(loop)
+    with refusing(pair.conn_b, BlockingIOError()):
         pair.a.sendall(b"all of it")
         loop.server.run_once(0)  # to send fails
         assert pair.conn_b.queued_bytes() == 9
@@ -184,6 +193,26 @@ def test_a_kernel_that_takes_nothing(loop: Loop, monkeypatch: pytest.MonkeyPatch
         assert pair.conn_b.queued_bytes() == 9
     loop.pump()
     assert pair.b.recv(100) == b"all of it"
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["at once", "from the backlog"])
+def test_where_something_is_lost_nothing_more_is_sent(loop: Loop, queued: bool) -> None:
+    """There must be no gap in what a client gets, whatever its kernel says later."""
+    pair = Pair(loop)
+    if queued:
+        with refusing(pair.conn_b, BlockingIOError()):
+            pair.a.sendall(b"lost")
+            loop.server.run_once(0)
+    with refusing(pair.conn_b, OSError(errno.ENOBUFS, "no memory")):
+        if not queued:
+            pair.a.sendall(b"lost")
+        loop.server.run_once(0)
+    for _ in range(3):
+        pair.a.sendall(b"behind the gap")
+        loop.pump()
+    pair.a.shutdown(socket.SHUT_WR)
+    loop.pump()
+    assert read_to_end(pair.b) == b""
 
 
 def test_readable_but_nothing_there(loop: Loop) -> None:
