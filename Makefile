@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help test fuzz interop lint install uninstall clean
+.PHONY: help test fuzz interop bench bench-quick lint install uninstall clean
 
 help: ## list these verbs (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ fuzz: ## run the garbage tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz fo
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
+
+bench: ## compare with the Twisted relay and HAProxy, 11 minutes; make bench-quick: 1 minute
+	@'$(PYTHON)' tests/bench
+
+bench-quick:
+	@'$(PYTHON)' tests/bench --quick
 
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
 	build/lint/bin/ruff check .

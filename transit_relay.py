@@ -1096,12 +1096,12 @@ class Connection:
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """One bounded move. `mask` may be out of date: an earlier event may have changed us."""
+        """One bounded move. `mask` may be out of date: an earlier event may have changed ours."""
         if self.dead:
             return
-        if mask & EVENT_WRITE and self.backlog is not None:
+        if mask & self.mask & EVENT_WRITE:
             self._drain()
-        if mask & self.interest() & EVENT_READ:
+        if mask & self.mask & EVENT_READ:
             self._receive()
 
     def delivered(self) -> bool:
