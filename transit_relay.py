@@ -439,6 +439,7 @@ WAIT_HANDSHAKE = "wait_handshake"
 WAIT_PARTNER = "wait_partner"
 RELAYING = "relaying"
 DONE = "done"
+HANDSHAKING = (WAIT_UPGRADE, WAIT_HANDSHAKE)  # it has not yet said whom it looks for
 
 # Why a client is let go, for a spelling that can say so.
 OVER = "over"  # all is said: it left, its partner left, it was refused, its time is over
@@ -527,7 +528,7 @@ class Session:
         self.state = WAIT_UPGRADE if web else WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()
         self.started = started
-        self.handshake: Handshake | None = None
+        self.handshake: Handshake | None = None  # WAIT_PARTNER: by which it is found
         # RELAYING: the other side. DONE: still set only on the side that stayed, and only
         # until the pair's record is written. Whoever waits has none.
         self.partner: Session | None = None
@@ -584,6 +585,7 @@ class Session:
     def matched(self, partner: Session) -> None:
         """The Rendezvous has found a partner."""
         assert self.state is WAIT_PARTNER, self
+        self.handshake = None  # token and side have done their work: nobody need know them
         self.partner = partner
         self._enter(RELAYING)
         self.pipe.link(partner.pipe)
@@ -675,8 +677,11 @@ class Rendezvous:
         its side become redundant now. (In the reference it is an arbitrary one.)
         """
         assert newcomer.handshake is not None
-        crowd = self.waiting.setdefault(newcomer.handshake.token, [])
-        if not crowd or not newcomer.suits(crowd[-1]):
+        crowd = self.waiting.get(newcomer.handshake.token)
+        if crowd is None:
+            self.waiting[newcomer.handshake.token] = [newcomer]
+            return
+        if not newcomer.suits(crowd[-1]):
             crowd.append(newcomer)
             return
         newest = crowd[-1]
@@ -1000,7 +1005,7 @@ class WebSocketFraming(Framing):
 
         Not before the handshake, which has its own limit, and not on top of a backlog.
         """
-        if self._session.handshake is not None and not self._wire.queued_bytes():
+        if self._session.state not in HANDSHAKING and not self._wire.queued_bytes():
             self._wire.write(ws_frames.build_frame(ws_frames.PING))
         self._wire.stirred(heard=False)
 
@@ -1102,6 +1107,14 @@ class Connection:
         if mask & self.mask & EVENT_WRITE:
             self._drain()
         if mask & self.mask & EVENT_READ:
+            if self._bulk:
+                self._server.line_up(self)
+            else:
+                self._receive()
+
+    def on_turn(self) -> None:
+        """The same, for one who has lined up with bulk, and may have changed meanwhile."""
+        if not self.dead and self.mask & EVENT_READ:
             self._receive()
 
     def delivered(self) -> bool:
@@ -1377,6 +1390,12 @@ class TimeLimits:
 # ---------------------------------------------------------------------------------------------
 
 
+class Watcher(NamedTuple):
+    """Who is told that a socket is ready, if that is no Connection's."""
+
+    on_ready: Callable[[int], None]
+
+
 class Server:
     """Waits for all sockets at once, and owns everything that there is only one of."""
 
@@ -1404,13 +1423,14 @@ class Server:
         self._rebooted = int(wallclock())
         self._selector = selectors.DefaultSelector()
         self._doomed: deque[Connection] = deque()
+        self._bulk: OrderedDict[Connection, None] = OrderedDict()
         self._time = TimeLimits(limits)
         self._current_at = clock()
         self._signals: deque[int] = deque()
         self._wakeup, self._waker = socket.socketpair()
         self._wakeup.setblocking(False)
         self._waker.setblocking(False)
-        self._selector.register(self._wakeup, EVENT_READ, self._on_wakeup)
+        self._selector.register(self._wakeup, EVENT_READ, Watcher(self._on_wakeup))
         # Listeners, and whether we may accept at the moment.
         self._listeners = list(listeners)
         self._accepting = False
@@ -1442,9 +1462,16 @@ class Server:
             signal.set_wakeup_fd(-1)
 
     def run_once(self, timeout: float | None) -> None:
-        """One turn: wait at most `timeout` seconds (None: as long as it takes), then work."""
-        for key, mask in self._selector.select(timeout):
-            key.data(mask)
+        """One turn: wait at most `timeout` seconds (None: as long as it takes), then work.
+
+        Whoever has little goes at once, and a quarter of those that have lined up with bulk: so
+        nobody waits for all of these, nor are they looked up too often.
+        """
+        for key, mask in self._selector.select(0 if self._bulk else timeout):
+            key.data.on_ready(mask)
+        for _ in range((len(self._bulk) + 3) // 4):
+            conn, _ = self._bulk.popitem(last=False)
+            conn.on_turn()
         while self._signals:
             self._on_signal(self._signals.popleft())
         self._run_timers(self.clock())
@@ -1475,7 +1502,7 @@ class Server:
 
     def _run_timers(self, now: float) -> None:
         for conn in self._time.handshaking.take_expired(now):
-            if conn.session.handshake is None:
+            if conn.session.state in HANDSHAKING:
                 conn.session.end_received()
         for conn in self._time.unheard.take_expired(now):
             if conn.session.state is WAIT_PARTNER:
@@ -1509,10 +1536,14 @@ class Server:
         if not mask:  # epoll would go on reporting a hang-up with an empty mask: unregister
             self._selector.unregister(conn.fd)
         elif not conn.mask:
-            self._selector.register(conn.fd, mask, conn.on_ready)
+            self._selector.register(conn.fd, mask, conn)
         else:
-            self._selector.modify(conn.fd, mask, conn.on_ready)
+            self._selector.modify(conn.fd, mask, conn)
         conn.mask = mask
+
+    def line_up(self, conn: Connection) -> None:
+        """`conn` has bulk: it may wait until others have had their turn."""
+        self._bulk.setdefault(conn)
 
     def hold(self, conn: Connection) -> None:
         """The end is sent: close `conn` if its peer has had time to take it in, else ask again."""
@@ -1583,7 +1614,8 @@ class Server:
         self._accept_at = float("inf")
         self._accepting = True
         for listener in self._listeners:
-            self._selector.register(listener.fd, EVENT_READ, partial(self._accept, listener))
+            watcher = Watcher(partial(self._accept, listener))
+            self._selector.register(listener.fd, EVENT_READ, watcher)
 
     def _pause_accepting(self, why: str) -> None:
         """Leave newcomers in the kernel's queue for a second, or until somebody leaves."""

@@ -33,9 +33,11 @@ class Pair:
     """Two clients that have met, and the relay's ends of them. Buffers are small."""
 
     def __init__(self, loop: Loop, tcp: bool = False) -> None:
-        self.a, self.b = loop.pair(tcp)
-        by_side = {conn.session.handshake.side[:3]: conn for conn in loop.server.connections}
-        self.conn_a, self.conn_b = by_side[b"one"], by_side[b"oth"]
+        (self.a, self.conn_a), (self.b, self.conn_b) = (loop.connect_both(tcp) for _ in range(2))
+        for client, side in ((self.a, "one"), (self.b, "other")):
+            client.sendall(handshake("pair", side))
+            loop.pump()
+        assert self.a.recv(100) == self.b.recv(100) == b"ok\n"
         for sock in (self.a, self.b, self.conn_a.sock, self.conn_b.sock):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
@@ -241,6 +243,7 @@ def test_a_failed_write_is_not_the_end_of_what_was_sent(
         pair.conn_b.on_ready(EVENT_WRITE)
     else:
         pair.conn_a.on_ready(EVENT_READ)
+        pair.conn_a.on_turn()
     assert "broken" in repr(pair.conn_b)
     assert pair.conn_b.session.state is RELAYING
     assert receive(loop, pair.a) == b"last words"

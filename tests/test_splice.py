@@ -24,6 +24,7 @@ from transit_relay import (
     MOST_PIPES,
     PIPE_BYTES,
     PIPES_PAUSE_SECONDS,
+    Connection,
     KernelPipe,
     PipePool,
     affordable_pipes,
@@ -345,6 +346,84 @@ def stuff(
         for conn in loop.server.connections - before:
             if conn.backlog is not None:
                 return conn.backlog
+
+
+# Whoever has bulk lines up.
+
+
+def senders(loop: Loop, count: int) -> list[Connection]:
+    """Those of so many pairs who have something to be read, and had bulk the last time."""
+    clients, senders = [], []
+    for number in range(count):
+        (one, conn), (other, _) = loop.connect_both(tcp=True), loop.connect_both(tcp=True)
+        for client, side in ((one, "one"), (other, "other")):
+            client.sendall(handshake(str(number), side))
+            loop.pump()
+        clients.append(one)
+        senders.append(conn)
+    for client, conn in zip(clients, senders):
+        client.sendall(b"something")
+        conn._bulk = True
+    loop.wait_for_arrivals()
+    return senders
+
+
+def has_moved(conn: Connection) -> bool:
+    return conn.session.received_bytes > 0
+
+
+def test_small_ones_do_not_wait_for_all_bulk(loop: Loop) -> None:
+    *others, small = senders(loop, 9)
+    small._bulk = False
+    loop.server.run_once(0)
+    assert has_moved(small) and sum(map(has_moved, others)) == 2
+
+
+def test_bulk_moves_in_the_order_in_which_it_lined_up(loop: Loop) -> None:
+    line = senders(loop, 8)[::-1]
+    for conn in line:
+        loop.server.line_up(conn)
+        loop.server.line_up(conn)  # twice makes no difference
+    moved = []
+    while len(moved) < 8:
+        loop.server.run_once(0)
+        news = [conn for conn in line if has_moved(conn) and conn not in moved]
+        assert news, "a turn in which nobody moves"
+        moved += news
+    assert moved == line
+
+
+def test_who_leaves_the_line_by_dying_is_not_missed(loop: Loop) -> None:
+    line = senders(loop, 8)
+    loop.server.run_once(0)
+    for conn in line:
+        loop.server.doom(conn)
+    loop.pump()
+    assert not any(conn in loop.server.connections for conn in line)
+    assert sum(map(has_moved, line)) == 2
+
+
+def test_who_may_not_be_read_any_more_is_not_read_on_its_turn(loop: Loop) -> None:
+    (conn,) = senders(loop, 1)
+    loop.server.line_up(conn)
+    assert conn.partner is not None
+    conn.partner._set_backlog(bytearray(b"x"))
+    conn.on_turn()
+    assert not has_moved(conn)
+
+
+def test_nobody_waits_for_events_while_there_is_a_line(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (conn,) = senders(loop, 1)
+    waited: list[object] = []
+    monkeypatch.setattr(
+        loop.server._selector, "select", lambda timeout: waited.append(timeout) or []
+    )
+    loop.server.line_up(conn)
+    for _ in range(2):
+        loop.server.run_once(60)
+    assert waited == [0, 60]
 
 
 # What one pair has in a pipe never reaches another.
