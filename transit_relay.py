@@ -578,7 +578,7 @@ class Session:
             assert self.state is DONE, self
 
     def bytes_passed(self, count: int) -> None:
-        """So many bytes went straight to the partner, unseen: bulk."""
+        """So many bytes go straight to the partner: both sides spell plainly."""
         assert self.state is RELAYING, self
         self.received_bytes += count
 
@@ -1046,6 +1046,7 @@ class Connection:
         "_hold_until",
         "_read_ended",
         "_server",
+        "_straight_to",
         "backlog",
         "dead",
         "fd",
@@ -1065,6 +1066,7 @@ class Connection:
         self.framing = first_framing(self.session, self)
         self.read_bytes = 0  # all that was ever read, as it was spelled
         self.partner: Connection | None = None  # while relaying: where our bytes go
+        self._straight_to: Connection | None = None  # the same, if both spell plainly
         self.backlog: bytearray | KernelPipe | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
         self.dead = False  # doomed: ignores what this turn's events still say
@@ -1144,21 +1146,20 @@ class Connection:
 
     def send(self, data: Bytes) -> None:
         """Have it spelled, and sent."""
-        if self.framing.is_plain:
-            self.write(data)
-        else:
-            self.write(*self.framing.spell(data))
+        self.write(*self.framing.spell(data))
 
     def link(self, partner: Pipe) -> None:
         """What comes from here goes to `partner` from now on."""
         assert isinstance(partner, Connection)
         self.partner = partner
+        if self.framing.is_plain and partner.framing.is_plain:
+            self._straight_to = partner
         self._server.watch(self)
 
     def finish(self, why: str) -> None:
         """Send what is queued, then the end; throw away what still comes; then be closed."""
         self._finishing = True
-        self.partner = None
+        self.partner = self._straight_to = None
         goodbye, self.framing = self.framing.farewell(why), SILENT
         if goodbye and not self.dead:
             self.write(goodbye)
@@ -1199,8 +1200,13 @@ class Connection:
     # How bytes move.
 
     def _receive(self) -> None:
-        """Read once: bulk into a pipe, all else into the buffer that everybody shares."""
-        if self._bulk and self._splice():
+        """Read once, into the buffer that everybody shares, or what is bulk into a pipe.
+
+        In a pair that spells plainly there is nothing more to decide or to spell: what comes
+        goes straight to the partner. All else is for the Framing.
+        """
+        partner = self._straight_to
+        if self._bulk and partner is not None and self._splice(partner):
             return
         buffer = self._server.buffer
         try:
@@ -1209,40 +1215,41 @@ class Connection:
             return
         except OSError:  # a reset: all that came before it was read by now
             count = 0
-        if count:
-            self.read_bytes += count
-            self._bulk = count >= BULK_BYTES
-            self.framing.receive(buffer[:count])
+        if not count:
+            self._read_ended = True
+            self.session.end_received()
+            self._go_on_finishing()
+            self._server.watch(self)
             return
-        self._read_ended = True
-        self.session.end_received()
-        self._go_on_finishing()
-        self._server.watch(self)
+        self.read_bytes += count
+        self._bulk = count >= BULK_BYTES
+        if partner is not None:
+            self.session.bytes_passed(count)
+            partner.write(buffer[:count])
+        else:
+            self.framing.receive(buffer[:count])
 
-    def _splice(self) -> bool:
-        """Pass bulk on to the partner without looking at it. False: it has to be read.
+    def _splice(self, partner: Connection) -> bool:
+        """Read once into a pipe, and pour that out to the partner. False: it has to be copied.
 
         That goes for all that splice does not give as bytes: the end, a reset, an urgent byte,
         nothing at all, a refusal. To read tells which it is.
         """
-        self._bulk = False
-        partner = self.partner
-        if partner is None or not (self.framing.is_plain and partner.framing.is_plain):
-            return False
-        pipe = self._server.pipes.lend()
+        pipes = self._server.pipes
+        pipe = pipes.lend()
         if pipe is None:
             return False
         with contextlib.suppress(OSError):
             pipe.fill(self.sock)
         count = len(pipe)
         if not count:
-            self._server.pipes.take_back(pipe)
+            pipes.take_back(pipe)
             return False
-        self._bulk = count >= BULK_BYTES
         self.read_bytes += count
+        self._bulk = count >= BULK_BYTES
         self.session.bytes_passed(count)
         if partner._empty(pipe):
-            self._server.pipes.take_back(pipe)
+            pipes.take_back(pipe)
         else:
             partner._set_backlog(pipe)
         return True
