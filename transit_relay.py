@@ -274,10 +274,12 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     # Keepalive: as the reference. Oobinline: urgent bytes are bytes too, and stay in their place.
     # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses it.
-    with contextlib.suppress(OSError):
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        pass
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
@@ -707,8 +709,9 @@ class Rendezvous:
 
     def pair_ended(self, one: Session, other: Session) -> None:
         """A pair is over, and all that was to be delivered is."""
-        self.paired -= {one, other}
-        first, second = sorted((one, other), key=lambda session: session.accepted)
+        self.paired.discard(one)
+        self.paired.discard(other)
+        first, second = (one, other) if one.accepted <= other.accepted else (other, one)
         self.record(
             UsageRecord(
                 started=first.started,
@@ -1239,8 +1242,10 @@ class Connection:
         pipe = pipes.lend()
         if pipe is None:
             return False
-        with contextlib.suppress(OSError):
+        try:
             pipe.fill(self.sock)
+        except OSError:
+            pass
         count = len(pipe)
         if not count:
             pipes.take_back(pipe)
@@ -1301,8 +1306,10 @@ class Connection:
             self._server.doom(self)
         elif not self._end_sent:
             self._end_sent = True
-            with contextlib.suppress(OSError):  # a reset: its end is read in a moment
+            try:
                 self.sock.shutdown(socket.SHUT_WR)
+            except OSError:  # a reset: its end is read in a moment
+                pass
             self.session.end_sent()
             self._server.hold(self)
 
