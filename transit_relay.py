@@ -1072,7 +1072,7 @@ class Connection:
         self._straight_to: Connection | None = None  # the same, if both spell plainly
         self.backlog: bytearray | KernelPipe | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
-        self.dead = False  # doomed: ignores what this turn's events still say
+        self.dead = False  # doomed: interested in nothing, whatever this turn's events still say
         self._bulk = False  # the last read gave much: the next one may be spliced
         self._broken = False  # a write failed: what is sent there is thrown away
         self._read_ended = False  # the other end's end, or its reset, was read
@@ -1107,8 +1107,6 @@ class Connection:
 
     def on_ready(self, mask: int) -> None:
         """One bounded move. `mask` may be out of date: an earlier event may have changed ours."""
-        if self.dead:
-            return
         if mask & self.mask & EVENT_WRITE:
             self._drain()
         if mask & self.mask & EVENT_READ:
@@ -1119,7 +1117,7 @@ class Connection:
 
     def on_turn(self) -> None:
         """The same, for one who has lined up with bulk, and may have changed meanwhile."""
-        if not self.dead and self.mask & EVENT_READ:
+        if self.mask & EVENT_READ:
             self._receive()
 
     def delivered(self) -> bool:
@@ -1579,6 +1577,7 @@ class Server:
         if not conn.dead:
             conn.dead = True
             self._doomed.append(conn)
+            self.watch(conn)
 
     def _reap(self) -> None:
         """Close the doomed. To take leave may doom others, so until there are none."""

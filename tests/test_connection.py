@@ -393,6 +393,7 @@ def test_dead_means_deaf_and_dumb(loop: Loop) -> None:
     loop.server.doom(pair.conn_a)
     pair.conn_a.on_ready(BOTH)
     assert pair.conn_a.interest() == 0
+    loop.pump()
     assert receive(loop, pair.b) == b""
     assert loop.server.connections == {pair.conn_b}
 
