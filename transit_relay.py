@@ -1637,6 +1637,7 @@ class Server:
         self._accept_at = now + ACCEPT_RETRY_SECONDS
         for listener in self._listeners:
             self._selector.unregister(listener.fd)
+        self.pipes.close()  # newcomers need descriptors more than bulk does
         if self._accept_complaints.lets_through(now):
             log.warning("newcomers have to wait: %s", why)
 

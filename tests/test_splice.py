@@ -237,6 +237,15 @@ def test_the_self_check_notices(pool: PipePool, trouble: str) -> None:
     pool.take_back(lent)
 
 
+def test_without_descriptors_idle_pipes_make_room(loop: Loop) -> None:
+    pool = loop.server.pipes = PipePool(1, loop.clock)
+    (pipe,) = lend_all(pool)
+    pool.take_back(pipe)
+    before = len(os.listdir("/proc/self/fd"))
+    loop.server._pause_accepting("no descriptors")
+    assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
 # What is spliced, and what is copied.
 
 
