@@ -32,8 +32,9 @@ what came to its Framing. The Framing takes WebSocket's spelling off, if that is
 the handshake line hands it on to the Session; the Session is RELAYING, counts it and gives it
 to its partner's Connection, which has its own Framing spell it for B and sends it at once.
 What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
-So a pair holds little more than one buffer's worth of bytes in each direction. Bulk between two
-that spell plainly takes a shorter way, `Connection._splice`: into a pipe, and out of it to B.
+So a pair holds little more than one buffer's worth of bytes in each direction. In a pair that
+spells plainly the way is shorter: A's Connection gives the byte straight to B's and only tells the
+Session how many there were. What comes in bulk does not even enter Python: it goes through a pipe.
 
 The end of a client: its read gives nothing (or a WebSocket Close), its Session ends the pair,
 both Connections finish (send what is queued, then the end, then wait for the other side's), are
@@ -780,7 +781,7 @@ class Framing:
 
     __slots__ = ()
 
-    is_plain = True  # `spell` changes nothing, and is not asked: that counts on short messages
+    is_plain = True  # the wire has the bytes as they are: past the line they may pass by us
     most_bytes = READ_BYTES  # to be received in one move
 
     def receive(self, data: memoryview) -> None:
@@ -1028,8 +1029,9 @@ def first_framing(session: Session, wire: Wire) -> Framing:
 # What was spliced is queued where it is: in its pipe.
 #
 # Of the Server it uses the shared buffer, the pipes, the time of day and the Rendezvous, and asks
-# it for four things: `watch` (the interest may have changed), `hold` (the end is sent, now wait
-# for the other side's), `doom` (close this at the end of the turn), `stirred` (it is not silent).
+# it for five things: `watch` (the interest may have changed), `line_up` (there is bulk: others
+# first), `hold` (the end is sent, now wait for the other side's), `doom` (close this at the end of
+# the turn) and `stirred` (it is not silent).
 #
 # Nothing that was received is lost. A failed write is not the end of a client: what it sent
 # before it went is still in its socket, and is read to the end. After our end is sent we go on
@@ -1073,7 +1075,7 @@ class Connection:
         self.backlog: bytearray | KernelPipe | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
         self.dead = False  # doomed: interested in nothing, whatever this turn's events still say
-        self._bulk = False  # the last read gave much: the next one may be spliced
+        self._bulk = False  # the last read gave much: the next one lines up, and may be spliced
         self._broken = False  # a write failed: what is sent there is thrown away
         self._read_ended = False  # the other end's end, or its reset, was read
         self._finishing = False
@@ -1395,10 +1397,12 @@ class TimeLimits:
 # ---------------------------------------------------------------------------------------------
 # Server
 #
-# One select, one dispatch; each ready object gets one bounded move. Closing is deferred: `doom`
-# marks a connection now, `_reap` closes it at the end of the turn, so that no event of the turn
-# meets a closed socket or its reused number. Signal handlers only note the signal; Python
-# writes a byte to the wake-up socket, which ends the select.
+# One select, one dispatch; each ready object gets one bounded move. Whoever has bulk lines up for
+# it, so that a few bytes of one pair need not wait for the megabytes of all others.
+#
+# Closing is deferred: `doom` marks a connection now, `_reap` closes it at the end of the turn, so
+# that no event of the turn meets a closed socket or its reused number. Signal handlers only note
+# the signal; Python writes a byte to the wake-up socket, which ends the select.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1435,7 +1439,7 @@ class Server:
         self._rebooted = int(wallclock())
         self._selector = selectors.DefaultSelector()
         self._doomed: deque[Connection] = deque()
-        self._bulk: OrderedDict[Connection, None] = OrderedDict()
+        self._line: OrderedDict[Connection, None] = OrderedDict()  # those who have bulk
         self._time = TimeLimits(limits)
         self._current_at = clock()
         self._signals: deque[int] = deque()
@@ -1476,13 +1480,13 @@ class Server:
     def run_once(self, timeout: float | None) -> None:
         """One turn: wait at most `timeout` seconds (None: as long as it takes), then work.
 
-        Whoever has little goes at once, and a quarter of those that have lined up with bulk: so
-        nobody waits for all of these, nor are they looked up too often.
+        Whoever has little is served at once. Of the line of those who have bulk it is a quarter:
+        all of it would keep the others waiting, and much less would cost too many selects.
         """
-        for key, mask in self._selector.select(0 if self._bulk else timeout):
+        for key, mask in self._selector.select(0 if self._line else timeout):
             key.data.on_ready(mask)
-        for _ in range((len(self._bulk) + 3) // 4):
-            conn, _ = self._bulk.popitem(last=False)
+        for _ in range((len(self._line) + 3) // 4):
+            conn, _ = self._line.popitem(last=False)
             conn.on_turn()
         while self._signals:
             self._on_signal(self._signals.popleft())
@@ -1554,8 +1558,8 @@ class Server:
         conn.mask = mask
 
     def line_up(self, conn: Connection) -> None:
-        """`conn` has bulk: it may wait until others have had their turn."""
-        self._bulk.setdefault(conn)
+        """`conn` has bulk to be read: those who have little, and who came before it, go first."""
+        self._line.setdefault(conn)
 
     def hold(self, conn: Connection) -> None:
         """The end is sent: close `conn` if its peer has had time to take it in, else ask again."""
