@@ -42,7 +42,9 @@ class Lines:
             line = self._queue.get(timeout=TIMEOUT)
         except queue.Empty:
             raise AssertionError(f"no further line in {TIMEOUT} s, only:\n{self}") from None
-        if line is not None:
+        if line is None:
+            self._queue.put(None)  # the end stays the end
+        else:
             self.seen.append(line)
         return line
 

@@ -15,6 +15,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -94,7 +95,6 @@ class Transfer:
         self._file.write_bytes(os.urandom(size))
         self._received = folder / "received"
         self._received.mkdir()
-        self._code = f"{next(self._nameplates)}-interop-test"
         self._environment = {
             "HOME": str(folder),
             "LC_ALL": "C.UTF-8",
@@ -104,14 +104,18 @@ class Transfer:
 
     def start(self, running: ExitStack, sender: Program, receiver: Program) -> None:
         """Start both programs; they are ended with `running`, if not before."""
-        send = [*sender.send, self._code, str(self._file)]
-        receive = [*receiver.receive, self._code]
+        self._start_again = partial(self.start, running, sender, receiver)
+        code = f"{next(self._nameplates)}-interop-test"
         self._sending = running.enter_context(
-            Child(netns.inside("a", send), env=self._environment, cwd=self._file.parent)
+            Child(
+                netns.inside("a", [*sender.send, code, str(self._file)]),
+                env=self._environment,
+                cwd=self._file.parent,
+            )
         )
         self._receiving = running.enter_context(
             Child(
-                netns.inside("b", receive),
+                netns.inside("b", [*receiver.receive, code]),
                 env=self._environment,
                 cwd=self._received,
                 stdin=receiver.answer,
@@ -120,9 +124,23 @@ class Transfer:
 
     def finish(self) -> None:
         """Wait until both programs have ended well; then the file must be there, and the same."""
+        if self._keys_differ():
+            self._start_again()
         self._receiving.succeed()
         self._sending.succeed()
         assert _sha256(self._received / self._file.name) == _sha256(self._file)
+
+    def _keys_differ(self) -> bool:
+        """Whether one program found, before there was any transfer, the other's key to be wrong.
+
+        Of 3,000 text messages from Python to Go, which no relay has a part in, 8 ended so. Only
+        Python's program says it so that it cannot be anything else, a damaged transfer least of
+        all: that one knows its partner by then.
+        """
+        self._receiving.wait()
+        self._sending.wait()
+        programs = self._receiving, self._sending
+        return any("Key confirmation failed" in " ".join(one.lines.rest()) for one in programs)
 
 
 def _sha256(file: Path) -> str:
