@@ -18,13 +18,15 @@ its listeners and its recorder, which are made further down; it only calls them.
     Session              decides: one client's rules, and who meets whom (no sockets)
     Framing              spells: what a client says, as plain bytes or as WebSocket messages
     Connection           moves bytes: one socket, what it still has to send, how it ends
-    Time limits          who has waited for how long, and what for
+    Time                 who has waited for how long, and what for; what is done now and then
     Server               waits: one select, one dispatch, deferred closing
     Recorder             takes records out of the loop: one queue and thread per sink
     Sinks                JSON lines, and the usage database
+    Looking in           what people are told of a relay that runs
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ... and how each is opened
-    Daemon               pidfile, log file, user, background
-    Command line         options, the order of a start and of a stop
+    Daemon               pidfile, log file, user, background, systemd
+    Command line         options, and the file in which they may stand
+    Start and stop       in which order
 
 The walk of one byte: `Server.run_once` learns that client A is readable and calls
 `Connection.on_ready`, which receives into the one buffer that all connections share, and hands
@@ -151,6 +153,8 @@ HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowl
 HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
 FOLDER_LOCK_SECONDS = 5  # a start waits this long for another one in a unix socket's folder
 CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
+STATUS_SECONDS = 10  # how often systemd is told how things stand
+NOTIFY_SECONDS = 5  # it may take as long to take in that we are ready; all else it may miss
 COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
@@ -239,6 +243,16 @@ class Current(NamedTuple):
     connected: int  # connections that have a partner, two per pair
     waiting: int  # tokens that wait for a partner
     incomplete_bytes: int  # of pairs that still run
+
+
+class Snapshot(NamedTuple):
+    """How things stand now, for people: all that is told of a relay that runs."""
+
+    pairs: int  # running, or not yet recorded
+    waiting: int  # tokens that wait for a partner
+    connections: int  # open ones, whatever for
+    pairs_ended: int  # since the start
+    relayed_bytes: int  # since the start, by pairs that run too
 
 
 def blur_size(size: int) -> int:
@@ -672,6 +686,8 @@ class Rendezvous:
         self.clock = clock
         self.waiting: dict[bytes, list[Session]] = {}  # by token; the newest is last
         self.paired: set[Session] = set()  # both sides of each pair, until it is recorded
+        self.pairs_ended = 0
+        self._ended_bytes = 0
 
     def join(self, newcomer: Session) -> None:
         """Match the newcomer with the newest of those that it suits, or let it wait.
@@ -713,12 +729,15 @@ class Rendezvous:
         self.paired.discard(one)
         self.paired.discard(other)
         first, second = (one, other) if one.accepted <= other.accepted else (other, one)
+        total_bytes = first.received_bytes + second.received_bytes
+        self.pairs_ended += 1
+        self._ended_bytes += total_bytes
         self.record(
             UsageRecord(
                 started=first.started,
                 total_time=self.clock() - first.accepted,
                 waiting_time=second.accepted - first.accepted,
-                total_bytes=first.received_bytes + second.received_bytes,
+                total_bytes=total_bytes,
                 mood="happy",
             )
         )
@@ -726,6 +745,10 @@ class Rendezvous:
     def incomplete_bytes(self) -> int:
         """What the pairs that are not yet recorded have sent so far."""
         return sum(session.received_bytes for session in self.paired)
+
+    def relayed_bytes(self) -> int:
+        """What all pairs have sent since the start."""
+        return self._ended_bytes + self.incomplete_bytes()
 
     def check_invariants(self) -> None:
         """Raise AssertionError if what is written above does not hold. For the tests."""
@@ -1325,11 +1348,12 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 # ---------------------------------------------------------------------------------------------
-# Time limits
+# Time
 #
 # One queue for each kind. All entries of a kind wait equally long, so the queue is sorted by
 # construction, and whoever starts anew goes to its end. A queue says who is due; what that
-# means is the Server's to say, who may find that it means nothing any more.
+# means is the Server's to say, who may find that it means nothing any more. Beside the queues
+# there are the chores: what is done again and again, for nobody in particular.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1367,8 +1391,23 @@ class Timeouts:
         return set(self._due)
 
 
-class TimeLimits:
-    """The queues, one for each thing that somebody may wait for too long."""
+class Chore:
+    """What is done every so many seconds, for the first time at once."""
+
+    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
+        self.due = float("-inf")  # monotonic seconds
+        self._seconds = seconds
+        self._work = work
+
+    def do_if_due(self, now: float) -> None:
+        """Do it, if it is time."""
+        if now >= self.due:
+            self.due = now + self._seconds
+            self._work()
+
+
+class Timers:
+    """The queues, one for each thing that somebody may wait for too long, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
         # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
@@ -1378,10 +1417,12 @@ class TimeLimits:
         self.quiet = Timeouts(PING_SECONDS)
         self.unheard = Timeouts(SILENCE_SECONDS)
         self._queues = (self.handshaking, self.holding, self.quiet, self.unheard)
+        self.chores: list[Chore] = []
 
     def next_due(self) -> float:
         """When the first of all is due; infinity if none is."""
-        return min(queue.next_due() for queue in self._queues)
+        chores_due = min((chore.due for chore in self.chores), default=float("inf"))
+        return min(chores_due, *(queue.next_due() for queue in self._queues))
 
     def forget(self, conn: Connection) -> None:
         """It is gone."""
@@ -1440,14 +1481,14 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._doomed: deque[Connection] = deque()
         self._line: OrderedDict[Connection, None] = OrderedDict()  # those who have bulk
-        self._time = TimeLimits(limits)
-        self._current_at = clock()
+        self._timers = Timers(limits)
+        self.every(CURRENT_SECONDS, lambda: recorder.update(self.current()))
+        self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
         self._signals: deque[int] = deque()
         self._wakeup, self._waker = socket.socketpair()
         self._wakeup.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._wakeup, EVENT_READ, Watcher(self._on_wakeup))
-        # Listeners, and whether we may accept at the moment.
         self._listeners = list(listeners)
         self._accepting = False
         self._accept_at = float("inf")
@@ -1461,10 +1502,10 @@ class Server:
 
     # The loop.
 
-    def run(self, ready: Callable[[], None]) -> None:
+    def run(self, ready: Callable[[], None], stopping: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT, and to the end of the stop that follows.
 
-        `ready` is called when everything is in place.
+        `ready` is called when everything is in place, `stopping` when a stop has begun.
         """
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1472,6 +1513,9 @@ class Server:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can replace the relay
         try:
             ready()
+            while self._flush_until is None:
+                self.run_once(self._patience())
+            stopping()
             while not self.over:
                 self.run_once(self._patience())
         finally:
@@ -1502,6 +1546,20 @@ class Server:
         self._wakeup.close()
         self._waker.close()
 
+    def every(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do `work` now and every `seconds`, in the loop: it must not block."""
+        self._timers.chores.append(Chore(seconds, work))
+
+    def snapshot(self) -> Snapshot:
+        """How things stand, for people."""
+        return Snapshot(
+            pairs=len(self.rendezvous.paired) // 2,
+            waiting=len(self.rendezvous.waiting),
+            connections=len(self.connections),
+            pairs_ended=self.rendezvous.pairs_ended,
+            relayed_bytes=self.rendezvous.relayed_bytes(),
+        )
+
     def current(self) -> Current:
         """How things stand, for the `current` row."""
         return Current(
@@ -1517,29 +1575,26 @@ class Server:
             self._wakeup.recv(4096)
 
     def _run_timers(self, now: float) -> None:
-        for conn in self._time.handshaking.take_expired(now):
+        for conn in self._timers.handshaking.take_expired(now):
             if conn.session.state in HANDSHAKING:
                 conn.session.end_received()
-        for conn in self._time.unheard.take_expired(now):
+        for conn in self._timers.unheard.take_expired(now):
             if conn.session.state is WAIT_PARTNER:
                 conn.session.end_received()
-        for conn in self._time.quiet.take_expired(now):
+        for conn in self._timers.quiet.take_expired(now):
             conn.framing.keep_alive()
-        for conn in self._time.holding.take_expired(now):
+        for conn in self._timers.holding.take_expired(now):
             self.hold(conn)
         if now >= self._accept_at:
             self._start_accepting()
-        if now >= self._current_at:
-            self._current_at = now + CURRENT_SECONDS
-            self.recorder.update(self.current())
-            self.recorder.report_dropped(now)
+        for chore in self._timers.chores:
+            chore.do_if_due(now)
         if self._flush_until is not None:
             self._go_on_stopping(now)
 
     def _patience(self) -> float:
         """How long the select may wait, in seconds."""
-        due = min(self._time.next_due(), self._accept_at, self._current_at)
-        patience = max(0.0, due - self.clock())
+        patience = max(0.0, min(self._timers.next_due(), self._accept_at) - self.clock())
         return patience if self._flush_until is None else min(patience, STOP_POLL_SECONDS)
 
     # What a Connection asks for.
@@ -1567,14 +1622,14 @@ class Server:
         if conn.hold_is_over(now):
             self.doom(conn)
         else:
-            self._time.holding.start(conn, now)
+            self._timers.holding.start(conn, now)
 
     def stirred(self, conn: Connection, heard: bool) -> None:
         """Something of a WebSocket moved: its times of silence begin anew."""
         now = self.clock()
-        self._time.quiet.start(conn, now)
+        self._timers.quiet.start(conn, now)
         if heard and conn.partner is None:
-            self._time.unheard.start(conn, now)
+            self._timers.unheard.start(conn, now)
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn. Whoever is doomed hears nothing more."""
@@ -1591,7 +1646,7 @@ class Server:
             conn = self._doomed.popleft()
             conn.close()
             self.connections.discard(conn)
-            self._time.forget(conn)
+            self._timers.forget(conn)
             conn.session.connection_lost()
         if self._listeners and not self._accepting:
             self._start_accepting()  # there is room again
@@ -1608,7 +1663,7 @@ class Server:
         prepare(sock)
         conn = Connection(sock, self, web)
         self.connections.add(conn)
-        self._time.handshaking.start(conn, self.clock())
+        self._timers.handshaking.start(conn, self.clock())
         self.watch(conn)
         return conn
 
@@ -1708,11 +1763,9 @@ class Server:
     def check_invariants(self) -> None:
         """Raise AssertionError if the books do not balance."""
         self.rendezvous.check_invariants()
-        registered = {
-            fd: key.events
-            for fd, key in self._selector.get_map().items()
-            if fd != self._wakeup.fileno() and fd not in {one.fd for one in self._listeners}
-        }
+        others = {self._wakeup.fileno(), *(one.fd for one in self._listeners)}
+        entries = self._selector.get_map().items()
+        registered = {fd: key.events for fd, key in entries if fd not in others}
         assert registered == {conn.fd: conn.mask for conn in self.connections if conn.mask}
         for conn in self.connections:
             assert conn.mask == conn.interest(), conn
@@ -1722,7 +1775,7 @@ class Server:
             assert conn.partner is None or conn.partner.session is conn.session.partner, conn
         backlogs = [conn.backlog for conn in self.connections]
         self.pipes.check_invariants([one for one in backlogs if isinstance(one, KernelPipe)])
-        self._time.check_invariants(self.connections)
+        self._timers.check_invariants(self.connections)
         waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
         states = [conn.session.state for conn in self.connections]
         assert waiting == states.count(WAIT_PARTNER)
@@ -2153,6 +2206,33 @@ class UsageDatabase(Sink):
 
 
 # ---------------------------------------------------------------------------------------------
+# Looking in
+#
+# What people are told of a relay that runs: each a function from one Snapshot to text.
+# ---------------------------------------------------------------------------------------------
+
+
+def status_line(now: Snapshot) -> str:
+    """One line for `systemctl status`."""
+    return (
+        f"{now.pairs} pairs, {now.waiting} waiting, {now.connections} connections;"
+        f" since the start {now.pairs_ended} pairs ended, {size_text(now.relayed_bytes)} relayed"
+    )
+
+
+def size_text(size: int) -> str:
+    """Tell a number of bytes with three digits, and a unit as on a disk: k = 1000."""
+    if size < 1000:
+        return f"{size} bytes"
+    value = float(size)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+# ---------------------------------------------------------------------------------------------
 # Endpoints
 #
 # The strings that operators of the Twisted relay have in their scripts: a kind, then fields
@@ -2206,6 +2286,18 @@ class PassedSockets(NamedTuple):
         if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,6}", count):
             return cls()
         return cls(int(count), tuple(names.split(":")) if names else ())
+
+    def endpoints(self) -> list[Endpoint]:
+        """All of them as endpoints: what is not called `websocket` is a port."""
+        return [
+            Endpoint(
+                f"systemd:index={n}",
+                "systemd",
+                web=self.names[n : n + 1] == ("websocket",),
+                position=n,
+            )
+            for n in range(self.total)
+        ]
 
     def find(self, endpoint: Endpoint) -> int | None:
         """Which descriptor an endpoint means; None if it is to be opened. Raises StartupError."""
@@ -2484,8 +2576,8 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
 # ---------------------------------------------------------------------------------------------
 # Daemon
 #
-# What makes a program one that init scripts, cron and logrotate can live with. Everything here
-# happens once, at the start or at the end, and says why if the system refuses.
+# What makes a program one that init scripts, cron, logrotate and systemd can live with. All but
+# what is told to the last happens once, at the start or the end, and says why if it is refused.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2624,6 +2716,61 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
     return file
 
 
+class ServiceManager:
+    """systemd, if it is there and wants to be told: sd_notify(3), sd_watchdog_enabled(3)."""
+
+    def __init__(self, address: str = "", watchdog_seconds: float = 0) -> None:
+        """`address`: where it listens; empty: there is none.
+
+        `watchdog_seconds`: of silence, after which it takes us for dead; 0: never.
+        """
+        # With an @ in front it has no place in the file system: unix(7).
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._watchdog_seconds = watchdog_seconds
+        self._socket: socket.socket | None = None  # kept, lest descriptors lack for it one day
+        self._complaints = Throttle()
+
+    @classmethod
+    def take(cls) -> ServiceManager:
+        """Read what it says in the environment, and take that out."""
+        address, usec, pid = (
+            os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        )
+        if not address.startswith(("/", "@")):  # the others are for virtual machines
+            return cls()
+        is_watched = pid in ("", str(os.getpid())) and re.fullmatch("[0-9]{1,15}", usec)
+        return cls(address, int(usec) / 1e6 if is_watched else 0)
+
+    def attend(self, server: Server) -> None:
+        """Have the loop itself tell that it is alive, and how things stand."""
+
+        def tell_status() -> None:
+            self.tell(f"STATUS={status_line(server.snapshot())}")
+
+        if self._address:
+            server.every(STATUS_SECONDS, tell_status)
+        if self._watchdog_seconds:
+            server.every(self._watchdog_seconds / 2, lambda: self.tell("WATCHDOG=1"))
+
+    def tell(self, message: str, patience: float = 0) -> None:
+        """Send variables, a line each; wait at most `patience` seconds until it takes them."""
+        if not self._address:
+            return
+        try:
+            if self._socket is None:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.settimeout(patience)
+            self._socket.sendto(message.encode(), self._address)
+        except OSError as error:
+            if self._complaints.lets_through(time.monotonic()):
+                log.warning("the service manager cannot be told: %s", reason(error))
+
+    def close(self) -> None:
+        """Tell it nothing more."""
+        if self._socket is not None:
+            self._socket.close()
+
+
 def daemonize() -> Callable[[], None]:
     """Go to the background. Returns only there, with what to call when all is in place.
 
@@ -2730,9 +2877,8 @@ def become(text: str, log_file: LogFile | None) -> None:
 # ---------------------------------------------------------------------------------------------
 # Command line
 #
-# The options as an operator looks for them, and the order of a start: what needs root or
-# may be refused comes first, what belongs to the user we become after it, threads last,
-# because nothing forks behind them. A start that fails undoes what it did, in reverse.
+# The options as an operator looks for them, and the file in which they may stand as well. What is
+# wrong with either is said in one line, which names the option, and the line of the file.
 # ---------------------------------------------------------------------------------------------
 
 EPILOG = """\
@@ -2745,6 +2891,10 @@ endpoints:
   systemd:index=0  systemd:name=X   a socket passed by systemd
   fd:N                              a listening socket that is open already
 
+configuration file:
+  an option a line, without its dashes: `blur-usage 3600` or `blur-usage = 3600`;
+  what follows a # is a comment
+
 signals:
   SIGTERM, SIGINT                   stop: queued bytes get 2 s, unwritten records 10 s;
                                     a second one ends at once
@@ -2752,7 +2902,7 @@ signals:
 
 exit codes:
   0 stopped, all records written    1 the system refused, or records were lost
-  2 wrong command line
+  2 wrong command line or configuration
 """
 
 
@@ -2765,9 +2915,11 @@ WEBSOCKET_URL = re.compile(
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
+    place = ""  # where what is wrong stands, if that is not the command line
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        complain(f"{message} (--help tells more)", sys.stderr)
+        complain(f"{self.place}{message} (--help tells more)", sys.stderr)
         raise SystemExit(2)
 
 
@@ -2830,8 +2982,9 @@ def make_parser() -> Parser:
         metavar="ENDPOINT",
         type=parse_endpoint,
         action="append",
+        default=[],
         help="take clients here, over TCP and WebSocket; may be given several times"
-        " (default: tcp:4001)",
+        " (default: the sockets that systemd passes, if no endpoint is named, else tcp:4001)",
     )
     listening.add_argument(
         "--websocket",
@@ -2882,6 +3035,12 @@ def make_parser() -> Parser:
     )
     running = parser.add_argument_group("how it runs")
     running.add_argument(
+        "--config",
+        metavar="FILE",
+        type=nonempty,
+        help="read more options from this file; those given here win (default: none)",
+    )
+    running.add_argument(
         "--daemonize",
         action="store_true",
         help="go to the background as soon as all is in place (default: stay in the foreground)",
@@ -2919,13 +3078,76 @@ def make_parser() -> Parser:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line. Exits with code 2, and one line, if it is wrong."""
-    options = make_parser().parse_args(arguments)
-    options.port = options.port or [parse_endpoint("tcp:4001")]
+    """Read the command line, and the file it names. Exits with code 2, and one line, if wrong."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.config:
+        configured = read_config(options.config, parser)
+        for name in ("port", "websocket"):  # lists, to which argparse would add
+            if getattr(options, name):
+                vars(configured).pop(name, None)
+        options = parser.parse_args(arguments, configured)
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
     return options
+
+
+CONFIG_LINE = re.compile(r"(?:--)?([a-z][a-z-]*)(?:(?:\s*=\s*|\s+)(.*))?")
+COMMENT = re.compile(r"(?:^|\s)#.*")
+
+
+def read_config(path: str, parser: Parser) -> argparse.Namespace:
+    """Read the options in a file; nothing else is in what this gives. Exits if it is wrong.
+
+    Each line is parsed as if it stood alone on the command line.
+    """
+    configured = argparse.Namespace()
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().split("\n")
+    except OSError as error:
+        parser.error(f"argument --config: {path}: {reason(error)}")
+    for number, line in enumerate(lines, 1):
+        text = COMMENT.sub("", line).strip()
+        if text:
+            parser.place = f"{path}, line {number}: "
+            name, value = _read_option(text, parser)
+            if isinstance(value, list):
+                value = [*getattr(configured, name, []), *value]
+            setattr(configured, name, value)
+    parser.place = ""
+    return configured
+
+
+def _read_option(text: str, parser: Parser) -> tuple[str, object]:
+    """Read one line of a configuration: its name in a Namespace, and its value."""
+    match = CONFIG_LINE.fullmatch(text)
+    if not match:
+        parser.error(f"{text!r} is not of the form `option value`")
+    option, value = match.groups()
+    if option in ("config", "help", "version"):
+        parser.error(f"{option} is for the command line only")
+    argument = f"--{option}" if value is None else f"--{option}={value}"
+    name = option.replace("-", "_")
+    return name, vars(parser.parse_args([argument]))[name]
+
+
+def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
+    """Where to listen: as we are told, else where systemd does it for us, else at port 4001."""
+    ports = options.port
+    if not ports and not options.websocket:
+        ports = passed.endpoints()
+    return [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
+
+
+# ---------------------------------------------------------------------------------------------
+# Start and stop
+#
+# What needs root or may be refused comes first, what belongs to the user we become after it,
+# threads last, because nothing forks behind them. A start that fails undoes what it did, in
+# reverse.
+# ---------------------------------------------------------------------------------------------
 
 
 def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: str) -> None:
@@ -2957,6 +3179,8 @@ def serve(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as undo:
         log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
         passed = PassedSockets.take()
+        manager = ServiceManager.take()
+        undo.callback(manager.close)
         occupy_standard_descriptors()
         detach = daemonize() if options.daemonize else lambda: None
         if options.pidfile:
@@ -2964,7 +3188,7 @@ def serve(options: argparse.Namespace) -> int:
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         if ws_frames is None and (options.websocket or options.websocket_url):
             raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
-        listeners = open_listeners([*options.port, *options.websocket], passed)
+        listeners = open_listeners(choose_endpoints(options, passed), passed)
         for listener in listeners:
             undo.callback(listener.close)
         if options.user:
@@ -2979,13 +3203,18 @@ def serve(options: argparse.Namespace) -> int:
         limits = Limits(options.handshake_timeout)
         most_pipes = 0 if options.no_splice else affordable_pipes()
         server = Server(listeners, recorder, limits, most_pipes=most_pipes)
+        manager.attend(server)
 
         def ready() -> None:
             announce(options, listeners, limit)
+            manager.tell("READY=1", NOTIFY_SECONDS)
             detach()
 
+        def stopping() -> None:
+            manager.tell("STOPPING=1\nSTATUS=stopping")
+
         crashed = False
-        for step in (partial(server.run, ready), server.close):
+        for step in (partial(server.run, ready, stopping), server.close):
             try:
                 step()
             except Exception:

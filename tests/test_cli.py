@@ -44,7 +44,7 @@ from processes import (
     with_descriptor,
 )
 
-from transit_relay import __version__, parse_arguments, parse_endpoint
+from transit_relay import __version__, parse_arguments
 
 Start = Callable[..., RelayProcess]
 
@@ -64,13 +64,14 @@ def failed_start(*arguments: str, **kwargs: Any) -> str:
 def test_defaults() -> None:
     options = parse_arguments([])
     assert vars(options) == {
-        "port": [parse_endpoint("tcp:4001")],
+        "port": [],
         "websocket": [],
         "websocket_url": None,
         "usage_db": None,
         "log_fd": None,
         "blur_usage": 0,
         "handshake_timeout": 60,
+        "config": None,
         "daemonize": False,
         "pidfile": None,
         "logfile": None,
@@ -137,6 +138,9 @@ WRONG = [
     ["--usage-db="],
     ["--pidfile="],
     ["--logfile="],
+    ["--config="],
+    ["--config=/nonexistent/relay.conf"],
+    ["--config=/"],
     ["--user="],  # as a start script with an unset variable says: not to be taken for "as root"
     ["--daemonize=yes"],
 ]
@@ -186,7 +190,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     told = {" ".join(option.split()) for option in options}
-    assert len(told) == 14
+    assert len(told) == 15
     for option in told:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
@@ -203,6 +207,7 @@ def test_help_is_grouped(help_text: str) -> None:
         "how it runs",
         "about",
         "endpoints",
+        "configuration file",
         "signals",
         "exit codes",
     ]

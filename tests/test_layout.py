@@ -99,9 +99,9 @@ DEFINED = {section.name: names_defined(section) for section in SECTIONS}
 
 def test_the_sections_are_found() -> None:
     """All else here stands on it."""
-    assert NAMES[:2] == [HEAD, "Constants and errors"] and NAMES[-1] == "Command line"
+    assert NAMES[:2] == [HEAD, "Constants and errors"] and NAMES[-1] == "Start and stop"
     assert LINES.count(RULE) == 2 * (len(SECTIONS) - 1)
-    assert {"UsageRecord", "Current", "blur_size"} == DEFINED["Records"]
+    assert {"UsageRecord", "Current", "Snapshot", "blur_size"} == DEFINED["Records"]
     assert "blur_size" in names_used(SECTIONS[NAMES.index("Records")])
 
 

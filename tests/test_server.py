@@ -483,11 +483,14 @@ def run(loop: Loop) -> Iterator[Callable[..., list[int]]]:
         raise AssertionError("it does not end")
 
     def run(*numbers: int) -> list[int]:
+        told: list[str] = []
+
         def ready() -> None:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-        loop.server.run(ready)
+        loop.server.run(ready, stopping=lambda: told.append("stopping"))
+        assert told == ["stopping"]
         return unhandled
 
     handlers = {signal.SIGTERM: note, signal.SIGINT: note, signal.SIGHUP: note}
@@ -572,7 +575,7 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
     "waiter under another token": lambda w: (w.rendezvous, "waiting", {b"0" * 64: w.crowd}),
     "token nobody waits under": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd, b"": []}),
     "waits in another state": lambda w: (w.waiter.session, "state", WAIT_HANDSHAKE),
-    "time limit for nobody": lambda w: (w.server._time.quiet, "_due", {"nobody": 0.0}),
+    "time limit for nobody": lambda w: (w.server._timers.quiet, "_due", {"nobody": 0.0}),
     "waits without handshake": lambda w: (w.waiter.session, "handshake", None),
 }
 

@@ -1,0 +1,164 @@
+"""`--config`: what a file may say, what wins over it, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import RelayProcess
+from processes import ReachedRelay, only_line, query, transfer
+
+from transit_relay import parse_arguments, parse_endpoint, parse_websocket_endpoint
+
+PORTS = [parse_endpoint("tcp:4001"), parse_endpoint("unix:/run/x.sock")]
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    """Where the file is."""
+    return tmp_path / "relay.conf"
+
+
+def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
+    """What the options are that differ from the defaults."""
+    conf.write_text(text, encoding="utf-8", newline="")
+    options = vars(parse_arguments([*arguments, f"--config={conf}"]))
+    assert options.pop("config") == str(conf)
+    defaults = vars(parse_arguments([]))
+    return {name: value for name, value in options.items() if value != defaults[name]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "blur-usage 3600",
+        "blur-usage=3600",
+        "blur-usage = 3600",
+        "blur-usage\t3600",
+        "--blur-usage 3600",
+        "--blur-usage=3600",
+        "  blur-usage   3600  ",
+        "blur-usage 3600  # an hour",
+        "blur-usage 3600\r",
+    ],
+)
+def test_ways_to_write_an_option(conf: Path, line: str) -> None:
+    assert read(conf, f"{line}\n") == {"blur_usage": 3600}
+    assert read(conf, line) == {"blur_usage": 3600}  # no newline at the end
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# port x\n", "   # port x", "#port x", "\n\n #"])
+def test_what_says_nothing(conf: Path, text: str) -> None:
+    assert read(conf, text) == {}
+
+
+@pytest.mark.parametrize(
+    "value", ["/var/log/a b.log", "/var/log/#1.log", "a=b", "=a", "'a'", "\\a", "ä", "a\u2028b"]
+)
+def test_a_value_is_taken_as_it_stands(conf: Path, value: str) -> None:
+    assert read(conf, f"logfile={value}\n") == {"logfile": value}
+
+
+def test_a_name_that_is_not_utf8(conf: Path) -> None:
+    conf.write_bytes(b"logfile \xff\n")
+    assert parse_arguments([f"--config={conf}"]).logfile == "\udcff"
+
+
+def test_switches(conf: Path) -> None:
+    assert read(conf, "no-splice\n") == {"no_splice": True}
+    assert read(conf, "daemonize\nlogfile here\n") == {
+        "daemonize": True,
+        "logfile": "here",
+        "pidfile": "transit_relay.pid",
+    }
+
+
+def test_what_may_be_given_several_times(conf: Path) -> None:
+    text = "port tcp:4001\nwebsocket tcp:4002\nport unix:/run/x.sock\n"
+    websockets = [parse_websocket_endpoint("tcp:4002")]
+    assert read(conf, text) == {"port": PORTS, "websocket": websockets}
+
+
+def test_the_last_one_counts_where_there_can_be_one(conf: Path) -> None:
+    assert read(conf, "blur-usage 60\nblur-usage 3600\n") == {"blur_usage": 3600}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("blur-usage 3600", ["--blur-usage=60"], {"blur_usage": 60}),
+        ("blur-usage 3600", ["--blur-usage=0"], {}),
+        ("handshake-timeout 5", ["--handshake-timeout=60"], {}),
+        ("port tcp:4001\nport unix:/run/x.sock", ["--port=unix:/run/x.sock"], {"port": PORTS[1:]}),
+        ("port tcp:4001", ["--port=tcp:4001", "--port=unix:/run/x.sock"], {"port": PORTS}),
+        ("logfile a\nport tcp:4001", ["--logfile=b"], {"logfile": "b", "port": PORTS[:1]}),
+    ],
+)
+def test_the_command_line_wins(
+    conf: Path, text: str, arguments: list[str], expected: dict[str, Any]
+) -> None:
+    assert read(conf, text, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("frobnicate", "unrecognized arguments: --frobnicate"),
+        ("blur 60", "unrecognized arguments: --blur=60"),
+        ("port", "argument --port: expected one argument"),
+        ("port =", "argument --port: ''"),
+        ("port tcp:99999", "argument --port: tcp:99999: port must be"),
+        ("blur-usage an hour", "argument --blur-usage: 'an hour' is not a whole number"),
+        ("no-splice yes", "argument --no-splice: ignored explicit argument 'yes'"),
+        ("Port tcp:4001", "'Port tcp:4001' is not of the form `option value`"),
+        ("-h", "'-h' is not of the form"),
+        ("--", "'--' is not of the form"),
+        ("help", "help is for the command line only"),
+        ("version", "version is for the command line only"),
+        ("--config other.conf", "config is for the command line only"),
+        ("port tcp:4001;", "argument --port: tcp:4001;: port must be"),
+        ("\0", r"'\x00' is not of the form"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(
+    conf: Path, capsys: pytest.CaptureFixture[str], line: str, complaint: str
+) -> None:
+    conf.write_text(f"# first\n\n{line}\nport nonsense\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments([f"--config={conf}"])
+    said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith(f"transit-relay: {conf}, line 3: {complaint}")
+
+
+def test_a_wrong_command_line_is_not_the_file_s_fault(
+    conf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf.write_text("blur-usage 3600\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([f"--config={conf}", "--log-fd=x"])
+    assert capsys.readouterr().err.startswith("transit-relay: argument --log-fd: 'x'")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with RelayProcess("--config", "none.conf", cwd=tmp_path) as relay:
+        assert relay.wait() == 2
+    expected = "transit-relay: argument --config: none.conf: No such file or directory"
+    assert only_line(relay) == f"{expected} (--help tells more)"
+
+
+def test_a_relay_that_is_configured_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "relay.conf").write_text(
+        "port unix:relay.sock\nusage-db usage.sqlite  # beside it\nblur-usage 3600\n"
+    )
+    with ReachedRelay("--config", "relay.conf", cwd=tmp_path) as relay:
+        relay.wait_for("^blurring access times to 3600 seconds$")
+        relay.wait_for(r"^Transit starting on unix:relay\.sock$")
+        relay.address = str(tmp_path / "relay.sock")
+        transfer(relay, b"x" * 12_345)
+        relay.stop_cleanly()
+    rows = query(tmp_path / "usage.sqlite", "SELECT started % 3600, total_bytes, result FROM usage")
+    assert rows == [(0, 12_000, "happy")]

@@ -1,0 +1,325 @@
+"""Started by systemd: the sockets it passes, what it is told. The real one: tests/packaging."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import TIMEOUT, Loop, handshake, read_to_end
+from processes import QuietRelay, ReachedRelay, activated, only_line, patched, transfer
+
+from transit_relay import ServiceManager, Snapshot, size_text, status_line
+
+# The sockets, taken by their names.
+
+
+@pytest.fixture
+def passed() -> Iterator[list[socket.socket]]:
+    """Sockets that systemd has opened."""
+    with contextlib.ExitStack() as opened:
+        yield [
+            opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
+            for _ in range(3)
+        ]
+
+
+def start(names: str, *passed: socket.socket, arguments: tuple[str, ...] = ()) -> ReachedRelay:
+    """A relay that got these sockets."""
+    fds = [sock.fileno() for sock in passed]
+    env = {"LISTEN_FDNAMES": names} if names else {}
+    return ReachedRelay(*arguments, env=env, pass_fds=fds, program=activated(*passed))
+
+
+def junk(sock: socket.socket) -> bytes:
+    """What the relay that listens there says to junk: it tells a port from a WebSocket's."""
+    with socket.create_connection(sock.getsockname(), TIMEOUT) as client:
+        client.sendall(b"junk\n\r\n\r\n")
+        return read_to_end(client).partition(b"\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("transit-relay.socket", "p"),
+        ("websocket", "w"),
+        ("websocket:transit-relay.socket", "wp"),
+        ("a:websocket:b", "pwp"),
+        ("a:websocket:websocket", "pww"),
+        ("", "ppp"),  # unnamed, as by systemd-socket-activate
+        ("a", "pp"),
+        ("Websocket:web", "pp"),
+    ],
+)
+def test_without_endpoint_options_they_are_taken_by_name(
+    passed: list[socket.socket], names: str, kinds: str
+) -> None:
+    used = passed[: len(kinds)]
+    where = [
+        f"systemd:index={n}{' (websocket)' if kind == 'w' else ''}" for n, kind in enumerate(kinds)
+    ]
+    with start(names, *used) as relay:
+        relay.wait_for("^Transit starting on " + re.escape(", ".join(where)) + "$")
+        said = {"p": b"bad handshake", "w": b"HTTP/1.1 400 Bad Request\r"}
+        assert [junk(sock) for sock in used] == [said[kind] for kind in kinds]
+        relay.address = used[0].getsockname()
+        transfer(relay)
+        relay.stop_cleanly()
+
+
+@pytest.mark.parametrize("option", ["--port", "--websocket"])
+def test_whoever_names_one_endpoint_names_all(passed: list[socket.socket], option: str) -> None:
+    arguments = ("--port", "systemd:index=1")
+    if option == "--websocket":  # without it there would be the default port
+        arguments = ("--port", "tcp:0:interface=127.0.0.1", option, "systemd:index=1")
+    with start("a:b", *passed[:2], arguments=arguments) as relay:
+        relay.wait_for("^Transit starting on .*systemd:index=1")
+        assert b"systemd:index=0" not in relay.stderr
+        relay.stop_cleanly()
+
+
+def test_a_socket_that_does_not_listen_is_refused() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as passed:
+        with start("status", passed) as relay:
+            assert relay.wait() == 1
+    complaint = "systemd:index=0: descriptor 3 is not a listening stream socket"
+    assert only_line(relay) == f"transit-relay: {complaint}"
+
+
+# What systemd is told.
+
+
+class Manager:
+    """Stands in for systemd: listens at NOTIFY_SOCKET."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(TIMEOUT)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def next(self) -> str:
+        """The next message."""
+        return self._socket.recv(4096).decode()
+
+    def until(self, beginning: str) -> str:
+        """The first message that begins like this."""
+        while not (message := self.next()).startswith(beginning):
+            pass
+        return message
+
+    def rest(self) -> list[str]:
+        """What is there already."""
+        self._socket.setblocking(False)
+        messages = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                messages.append(self._socket.recv(4096).decode())
+        self._socket.settimeout(TIMEOUT)
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture(params=["path", "@abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    address = str(tmp_path / "notify")
+    with contextlib.closing(Manager(address if request.param == "path" else f"@{address}")) as one:
+        yield one
+
+
+def told(manager: Manager, **more: str) -> dict[str, str]:
+    """The environment of a relay whose service manager that is."""
+    return {**os.environ, "NOTIFY_SOCKET": manager.address, **more}
+
+
+def test_ready_status_stopping(manager: Manager) -> None:
+    with QuietRelay(env=told(manager)) as relay:
+        assert manager.next() == "READY=1"
+        assert b"Transit starting on" in os.read(relay.process.stderr.fileno(), 4096)
+        assert manager.next().startswith("STATUS=0 pairs, 0 waiting, 0 connections; ")
+        relay.process.send_signal(signal.SIGTERM)
+        assert manager.next() == "STOPPING=1\nSTATUS=stopping"
+        assert relay.wait() == 0
+    assert manager.rest() == []
+
+
+def test_status_has_the_numbers_of_the_moment(manager: Manager) -> None:
+    """Told twenty times a second here, which is why nobody need wait."""
+    with QuietRelay(env=told(manager), program=patched(STATUS_SECONDS=0.05)) as relay:
+        manager.until("READY=1")
+        with relay.connect() as lonely:
+            lonely.sendall(handshake("lonely"))
+            one, other = relay.pair("pair")
+            with one, other:
+                one.sendall(b"x" * 1500)
+                assert other.recv(1500, socket.MSG_WAITALL)
+                manager.until(
+                    "STATUS=1 pairs, 1 waiting, 3 connections;"
+                    " since the start 0 pairs ended, 1.5 kB relayed"
+                )
+            manager.until(
+                "STATUS=0 pairs, 1 waiting, 1 connections;"
+                " since the start 1 pairs ended, 1.5 kB relayed"
+            )
+        relay.stop_cleanly()
+
+
+def test_the_watchdog_is_fed_by_the_loop(manager: Manager) -> None:
+    """Whoever takes the loop's time away, takes its food away: no thread goes on feeding."""
+    with QuietRelay(env=told(manager, WATCHDOG_USEC="100000")) as relay:
+        manager.until("READY=1")
+        manager.until("WATCHDOG=1")
+        manager.until("WATCHDOG=1")
+        relay.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, relay.pid, os.WSTOPPED | os.WNOWAIT)
+        manager.rest()
+        relay.process.send_signal(signal.SIGCONT)
+        manager.until("WATCHDOG=1")
+        relay.stop_cleanly()
+
+
+class StandInServer:
+    """Takes the chores."""
+
+    def __init__(self) -> None:
+        self.chores: list[tuple[float, Callable[[], None]]] = []
+
+    def every(self, seconds: float, work: Callable[[], None]) -> None:
+        self.chores.append((seconds, work))
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "seconds"),
+    [
+        ("30000000", None, 15.0),
+        ("30000000", "", 15.0),
+        ("30000000", "us", 15.0),
+        ("30000000", "1", None),  # somebody else's
+        ("", None, None),
+        ("soon", None, None),
+        ("-1", None, None),
+        ("0", None, None),
+    ],
+)
+def test_how_often_the_watchdog_is_fed(
+    manager: Manager,
+    monkeypatch: pytest.MonkeyPatch,
+    usec: str,
+    pid: str | None,
+    seconds: float | None,
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", usec)
+    if pid is not None:
+        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "us" else pid)
+    server = StandInServer()
+    taken = ServiceManager.take()
+    taken.attend(server)  # type: ignore[arg-type]
+    with contextlib.closing(taken):
+        for _, work in server.chores:
+            work()
+    expected = [10.0] if seconds is None else [10.0, seconds]
+    assert [every for every, _ in server.chores] == expected
+    messages = manager.rest()
+    assert messages[0].startswith("STATUS=1 pairs, 2 waiting, 3 connections;")
+    assert messages[1:] == ["WATCHDOG=1"] * (seconds is not None)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        assert name not in os.environ
+
+
+@pytest.mark.parametrize("address", ["", "vsock:2:1234", "relative"])
+def test_no_service_manager_that_we_know(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    server = StandInServer()
+    taken = ServiceManager.take()
+    taken.attend(server)  # type: ignore[arg-type]
+    taken.tell("READY=1")
+    assert server.chores == []
+
+
+def test_a_service_manager_that_is_gone_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(ServiceManager(str(tmp_path / "none"))) as gone:
+        gone.tell("READY=1", 1)
+        gone.tell("WATCHDOG=1")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the service manager cannot be told: No such file or directory"
+    ]
+
+
+def test_a_service_manager_that_does_not_listen_delays_nothing(manager: Manager) -> None:
+    with contextlib.closing(ServiceManager(manager.address)) as busy:
+        for _ in range(10_000):  # more than any queue takes
+            busy.tell("WATCHDOG=1")
+    assert 0 < len(manager.rest()) < 10_000
+
+
+def test_without_a_service_manager_nothing_is_told() -> None:
+    with QuietRelay() as relay:
+        transfer(relay)
+        relay.stop_cleanly()
+    assert b"service manager" not in relay.stderr
+
+
+# What stands in the status, and when the loop does its chores.
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (1234, "1.23 kB"),
+        (99_949, "99.9 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (12_345_678, "12.3 MB"),
+        (5_600_000_000, "5.6 GB"),
+        (1_234_567_890_123, "1.2 TB"),
+        (12_345_678_901_234_567, "12345.7 TB"),
+    ],
+)
+def test_size_text(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_status_line() -> None:
+    assert status_line(Snapshot(2, 5, 9, 1234, 5_600_000_000)) == (
+        "2 pairs, 5 waiting, 9 connections; since the start 1234 pairs ended, 5.6 GB relayed"
+    )
+
+
+def test_snapshot_counts_all_that_was_relayed(loop: Loop) -> None:
+    one, other = loop.pair()
+    lonely = loop.connect()
+    lonely.sendall(handshake("lonely"))
+    one.sendall(b"abc")
+    loop.pump()
+    assert loop.server.snapshot() == Snapshot(1, 1, 3, 0, 3)
+    one.close()
+    other.close()
+    loop.pump()
+    assert loop.server.snapshot() == Snapshot(0, 1, 1, 1, 3)
+
+
+def test_a_chore_is_done_at_once_and_then_at_its_pace(loop: Loop) -> None:
+    done: list[float] = []
+    loop.server.every(15, lambda: done.append(loop.clock()))
+    for step in (0, 14.9, 0.1, 0, 40, 14.9, 0.1):
+        loop.clock.advance(step)
+        loop.server.run_once(0)
+    assert [at - 1_000 for at in done] == [0, 15, 55, 70]
+    assert loop.server._patience() <= 15
