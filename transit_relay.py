@@ -2984,7 +2984,7 @@ def make_parser() -> Parser:
         action="append",
         default=[],
         help="take clients here, over TCP and WebSocket; may be given several times"
-        " (default: the sockets that systemd passes, if no endpoint is named, else tcp:4001)",
+        " (default: what systemd passes if no endpoint is named at all, else tcp:4001)",
     )
     listening.add_argument(
         "--websocket",
@@ -2993,7 +2993,7 @@ def make_parser() -> Parser:
         action="append",
         default=[],
         help="take clients here too, and answer junk by HTTP instead of `bad handshake`: for the"
-        " side of a proxy; may be given several times (default: none, as --port takes both)",
+        " side of a proxy; may be given several times (default: none: --port takes both)",
     )
     listening.add_argument(
         "--websocket-url",
@@ -3008,7 +3008,7 @@ def make_parser() -> Parser:
         metavar="FILE",
         type=nonempty,
         help="write a row for each transfer to this SQLite database, made if it is missing;"
-        " :memory: keeps it in memory (default: no database)",
+        " :memory: keeps it in memory (default: none)",
     )
     records.add_argument(
         "--log-fd",
@@ -3022,7 +3022,7 @@ def make_parser() -> Parser:
         type=whole_number,
         default=0,
         help="record start times rounded down to a multiple of this many seconds, and sizes"
-        " rounded down too (default: 0 s, not blurred)",
+        " rounded down too (default: 0 s: not blurred)",
     )
     limits = parser.add_argument_group("what it limits")
     limits.add_argument(
@@ -3068,11 +3068,14 @@ def make_parser() -> Parser:
     running.add_argument(
         "--no-splice",
         action="store_true",
-        help="copy everything, also bulk between TCP clients (default: bulk is spliced, which"
-        " costs less, where the system and Python can: Linux, 3.10)",
+        help="copy all bytes (default: bulk between TCP clients is spliced, moved by the kernel"
+        " alone, where the system and Python can: Linux, 3.10)",
     )
     about = parser.add_argument_group("about")
-    about.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    version = f"{PROGRAM} {__version__}"
+    about.add_argument(
+        "--version", action="version", version=version, help="say which version this is"
+    )
     about.add_argument("-h", "--help", action="help", help="show this text")
     return parser
 
