@@ -2215,9 +2215,15 @@ class UsageDatabase(Sink):
 def status_line(now: Snapshot) -> str:
     """One line for `systemctl status`."""
     return (
-        f"{now.pairs} pairs, {now.waiting} waiting, {now.connections} connections;"
-        f" since the start {now.pairs_ended} pairs ended, {size_text(now.relayed_bytes)} relayed"
+        f"{count_text(now.pairs, 'pair')}, {now.waiting} waiting,"
+        f" {count_text(now.connections, 'connection')}; since the start"
+        f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
     )
+
+
+def count_text(count: int, noun: str) -> str:
+    """Tell how many there are of something."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def size_text(size: int) -> str:

@@ -161,12 +161,12 @@ def test_status_has_the_numbers_of_the_moment(manager: Manager) -> None:
                 one.sendall(b"x" * 1500)
                 assert other.recv(1500, socket.MSG_WAITALL)
                 manager.until(
-                    "STATUS=1 pairs, 1 waiting, 3 connections;"
+                    "STATUS=1 pair, 1 waiting, 3 connections;"
                     " since the start 0 pairs ended, 1.5 kB relayed"
                 )
             manager.until(
-                "STATUS=0 pairs, 1 waiting, 1 connections;"
-                " since the start 1 pairs ended, 1.5 kB relayed"
+                "STATUS=0 pairs, 1 waiting, 1 connection;"
+                " since the start 1 pair ended, 1.5 kB relayed"
             )
         relay.stop_cleanly()
 
@@ -231,7 +231,7 @@ def test_how_often_the_watchdog_is_fed(
     expected = [10.0] if seconds is None else [10.0, seconds]
     assert [every for every, _ in server.chores] == expected
     messages = manager.rest()
-    assert messages[0].startswith("STATUS=1 pairs, 2 waiting, 3 connections;")
+    assert messages[0].startswith("STATUS=1 pair, 2 waiting, 3 connections;")
     assert messages[1:] == ["WATCHDOG=1"] * (seconds is not None)
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         assert name not in os.environ
@@ -298,7 +298,7 @@ def test_size_text(size: int, text: str) -> None:
 
 def test_status_line() -> None:
     assert status_line(Snapshot(2, 5, 9, 1234, 5_600_000_000)) == (
-        "2 pairs, 5 waiting, 9 connections; since the start 1234 pairs ended, 5.6 GB relayed"
+        "2 pairs, 5 waiting, 9 connections; since the start 1,234 pairs ended, 5.6 GB relayed"
     )
 
 
