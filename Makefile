@@ -6,6 +6,7 @@ prefix = /usr/local
 sources = transit_relay.py ws_frames.py
 share = $(DESTDIR)$(prefix)/share/transit-relay
 entry = $(DESTDIR)$(prefix)/sbin/transit-relay
+man8 = $(DESTDIR)$(prefix)/share/man/man8
 
 # Where pytest goes if $(PYTHON) has none: one venv for each spelling of PYTHON.
 venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(subst /,_,$(PYTHON)))
@@ -14,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help test fuzz interop bench bench-quick lint install uninstall clean
+.PHONY: help test fuzz interop check-packaging bench bench-quick lint install uninstall deb clean
 
 help: ## list these verbs (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Leaves in $$python a Python with pytest. A venv whose Python has gone, or that was left half made, is made anew.
 define find_pytest
@@ -40,6 +41,9 @@ fuzz: ## run the garbage tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz fo
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
+
+check-packaging: ## build, judge, install and boot the packages, in minutes; needs root and a Debian
+	@$(find_pytest); "$$python" -m pytest -q tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 12 minutes; BENCH=--help tells the options
 	@'$(PYTHON)' tests/bench $(BENCH)
@@ -75,13 +79,35 @@ endef
 
 install: export entry_text := $(entry_text)
 install: ## install below prefix (/usr/local), staged below DESTDIR if that is set
-	install -d '$(share)' '$(dir $(entry))'
+	install -d '$(share)' '$(dir $(entry))' '$(man8)'
 	install -m 644 $(sources) '$(share)'
+	install -m 644 packaging/transit-relay.8 '$(man8)'
 	printf '%s\n' "$$entry_text" | install -m 755 /dev/stdin '$(entry)'
 
 uninstall: ## remove what install put there
-	rm -f '$(entry)'
+	rm -f '$(entry)' '$(man8)/transit-relay.8'
 	rm -rf '$(share)'
+
+# Built in an exported copy of what is committed, as dpkg-buildpackage wants ./debian. Neither the umask
+# nor this make's flags may leak in, and Python is Debian's own.
+deb = build/deb
+
+deb: ## the Debian package of what is committed, and its source, in build/deb
+	@rm -rf '$(deb)' && mkdir -p '$(deb)'
+	@umask 022 && set -e; \
+	version=$$(git show HEAD:transit_relay.py | sed -n 's/^__version__ = "\(.*\)"$$/\1/p'); \
+	name=transit-relay-$$version; \
+	orig=transit-relay_$$version.orig.tar.xz; \
+	git -c tar.umask=0022 archive --prefix="$$name/" HEAD | xz -T1 >"$(deb)/$$orig"; \
+	cd '$(deb)'; \
+	tar --no-same-permissions --no-same-owner -xf "$$orig"; \
+	cd "$$name"; \
+	cp -r packaging/debian debian; \
+	changes=$$(dpkg-parsechangelog -S Version); \
+	[ "$${changes%-*}" = "$$version" ] || { \
+		echo "transit_relay.py is $$version, packaging/debian/changelog $$changes" >&2; exit 1; }; \
+	env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+		dpkg-buildpackage -us -uc
 
 clean: ## remove all that these verbs, pip and Python have made here
 	rm -rf build dist .venv *.egg-info

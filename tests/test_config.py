@@ -22,7 +22,7 @@ def conf(tmp_path: Path) -> Path:
 
 def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
     """What the options are that differ from the defaults."""
-    conf.write_text(text, encoding="utf-8", newline="")
+    conf.write_bytes(text.encode())
     options = vars(parse_arguments([*arguments, f"--config={conf}"]))
     assert options.pop("config") == str(conf)
     defaults = vars(parse_arguments([]))
@@ -155,8 +155,8 @@ def test_a_relay_that_is_configured_by_its_file(tmp_path: Path) -> None:
         "port unix:relay.sock\nusage-db usage.sqlite  # beside it\nblur-usage 3600\n"
     )
     with ReachedRelay("--config", "relay.conf", cwd=tmp_path) as relay:
-        relay.wait_for("^blurring access times to 3600 seconds$")
         relay.wait_for(r"^Transit starting on unix:relay\.sock$")
+        assert relay.stderr.startswith(b"blurring access times to 3600 seconds\n")
         relay.address = str(tmp_path / "relay.sock")
         transfer(relay, b"x" * 12_345)
         relay.stop_cleanly()
