@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help test fuzz interop check-packaging bench bench-quick lint install uninstall deb clean
+.PHONY: help test fuzz interop check-packaging bench bench-quick lint install uninstall onefile deb clean
 
 help: ## list these verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,29 @@ install: ## install below prefix (/usr/local), staged below DESTDIR if that is s
 uninstall: ## remove what install put there
 	rm -f '$(entry)' '$(man8)/transit-relay.8'
 	rm -rf '$(share)'
+
+# Both modules in one file that Python runs: a zip behind a #! line, as of PEP 441. Its entries carry no
+# time of their own, so that the same sources make the same file, byte for byte.
+define onefile_text
+import sys, zipfile
+main = b"import sys\n\nimport transit_relay\n\nsys.exit(transit_relay.main())\n"
+texts = {"__main__.py": main, **{name: open(name, "rb").read() for name in sys.argv[2:]}}
+with open(sys.argv[1], "wb") as file:
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in sorted(texts.items()):
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, text)
+endef
+
+onefile: export onefile_text := $(onefile_text)
+onefile: ## build/transit-relay.pyz, one file to copy: the relay with WebSocket
+	@mkdir -p build
+	@'$(PYTHON)' -c "$$onefile_text" build/transit-relay.pyz $(sources)
+	@chmod 755 build/transit-relay.pyz
+	@ls -l build/transit-relay.pyz
 
 # Built in an exported copy of what is committed, as dpkg-buildpackage wants ./debian. Neither the umask
 # nor this make's flags may leak in, and Python is Debian's own.
