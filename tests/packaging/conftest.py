@@ -77,6 +77,8 @@ class FreshRoot:
                     *("mmdebstrap", "--variant=apt", "--mode=root", "--quiet"),
                     *("--aptopt=Acquire::Languages none", "--aptopt=APT::Install-Recommends no"),
                     *("--dpkgopt=path-exclude=/usr/share/doc/*", "--include", self._packages),
+                    # What is installed there later comes with its documents.
+                    '--customize-hook=rm "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap"',
                     *(self.suite, str(self._folder), "-"),
                 ],
                 env={**os.environ, "PATH": DEBIAN_PATH},
@@ -96,6 +98,23 @@ class FreshRoot:
             self._making = None
             self._stamp.write_text(self._packages)
         return self._folder
+
+    def run(self, *argv: str, binds: Sequence[str] = (), network: bool = False) -> str:
+        """Run a command in a copy of it that is thrown away, with systemd-nspawn but no systemd.
+
+        `binds` are folders of ours as FOLDER:FOLDER_THERE; without `network` there is loopback.
+        """
+        return run(
+            [
+                *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--as-pid2"),
+                *("--pipe", "--volatile=overlay", f"--directory={self.folder()}"),
+                "--resolv-conf=bind-host" if network else "--private-network",
+                *(f"--bind={bind}" for bind in binds),
+                *(f"--setenv={name}" for name in ("LC_ALL=C.UTF-8", "HOME=/root")),
+                *argv,
+            ],
+            timeout=8 * TIMEOUT,
+        )
 
     def abandon(self) -> None:
         """Nobody wants it any more."""

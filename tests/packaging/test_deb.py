@@ -1,0 +1,219 @@
+"""The Debian package as packagers judge it: lintian, piuparts, autopkgtest, and bytes compared.
+
+What takes long begins when the package is built, two at a time, and is judged test by test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import HERE, ROOT, FreshRoot, run
+
+LINTIAN = [
+    *("lintian", "--allow-root", "-EvIL", "+pedantic", "--profile", "debian"),
+    *("--fail-on", "error,warning,info,pedantic"),
+]
+Job = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def job(
+    deb: Path, roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Job]:
+    """Wait for one of the long ones, by its name; give what it said."""
+    folder = tmp_path_factory.mktemp("jobs")
+    with ThreadPoolExecutor(2) as pool:
+        jobs: dict[str, Future[str]] = {
+            "trixie": pool.submit(build_and_judge, roots["trixie-build"], deb.parent),
+            "piuparts": pool.submit(piuparts, roots["bookworm"], deb),
+            "autopkgtest": pool.submit(autopkgtest, roots["bookworm"], deb, folder / "autopkgtest"),
+            "sysvinit": pool.submit(without_systemd, roots["bookworm"], deb),
+            "rebuilt": pool.submit(build_elsewhere, folder / "elsewhere"),
+        }
+        yield lambda name: jobs[name].result()
+
+
+# What is in it.
+
+
+def test_it_is_small(deb: Path) -> None:
+    assert deb.stat().st_size < 100_000
+
+
+def field(deb: Path, name: str) -> str:
+    return run(["dpkg-deb", "--field", deb, name]).strip()
+
+
+def test_it_needs_python_alone(deb: Path) -> None:
+    assert field(deb, "Depends") == "python3:any"
+    assert field(deb, "Architecture") == "all"
+    assert field(deb, "Recommends") == field(deb, "Suggests") == ""
+
+
+FILES = """
+-rw-r--r-- /etc/init.d/transit-relay x
+-rw-r--r-- /etc/logrotate.d/transit-relay
+-rw-r--r-- /etc/transit-relay.conf
+-rw-r--r-- /etc/ufw/applications.d/transit-relay
+-rw-r--r-- /lib/systemd/system/transit-relay-ws.socket
+-rw-r--r-- /lib/systemd/system/transit-relay.service
+-rw-r--r-- /lib/systemd/system/transit-relay.socket
+-rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
+-rw-r--r-- /usr/sbin/transit-relay x
+-rw-r--r-- /usr/share/doc/transit-relay/README.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/changelog.Debian.gz
+-rw-r--r-- /usr/share/doc/transit-relay/changelog.gz
+-rw-r--r-- /usr/share/doc/transit-relay/copyright
+-rw-r--r-- /usr/share/doc/transit-relay/examples/own-listeners.conf
+-rw-r--r-- /usr/share/man/man8/transit-relay.8.gz
+-rw-r--r-- /usr/share/python3/runtime.d/transit-relay.rtupdate x
+-rw-r--r-- /usr/share/transit-relay/transit_relay.py
+-rw-r--r-- /usr/share/transit-relay/ws_frames.py
+"""
+
+
+def test_what_is_in_it(deb: Path) -> None:
+    listed = run(["dpkg-deb", "--contents", deb])
+    found = re.findall(r"^(-\S+) root/root +\d+ \S+ \S+ \.(/.*)$", listed, re.M)
+    expected = re.findall(r"^(-\S+) (\S+)( x)?$", FILES, re.M)
+    assert sorted((name, mode) for mode, name in found) == [
+        (name, mode.replace("-rw-r--r--", "-rwxr-xr-x") if executable else mode)
+        for mode, name, executable in expected
+    ]
+
+
+def test_what_the_administrator_may_change(deb: Path) -> None:
+    assert run(["dpkg-deb", "--info", deb, "conffiles"]).split() == [
+        "/etc/init.d/transit-relay",
+        "/etc/logrotate.d/transit-relay",
+        "/etc/transit-relay.conf",
+        "/etc/ufw/applications.d/transit-relay",
+    ]
+
+
+# What others think of it.
+
+
+def test_lintian_prints_nothing(deb: Path) -> None:
+    (changes,) = deb.parent.glob("*.changes")
+    assert run([*LINTIAN, changes]) == ""
+
+
+def test_lintian_would_print_something(deb: Path, tmp_path: Path) -> None:
+    """What holds a spoiled package to be good has not looked."""
+    folder, spoiled = tmp_path / "spoiled", tmp_path / "spoiled.deb"
+    run(["dpkg-deb", "--raw-extract", deb, folder])
+    (folder / "usr/share/man/man8/transit-relay.8.gz").unlink()
+    run(["dpkg-deb", "--build", "--root-owner-group", folder, spoiled])
+    judged = subprocess.run([*LINTIAN, spoiled], capture_output=True, text=True, check=False)
+    assert judged.returncode == 2
+    assert "no-manual-page" in judged.stdout
+
+
+BUILD_AND_JUDGE = f"""\
+mkdir /build
+cd /build
+dpkg-source --extract /built/*.dsc source >/dev/null
+(cd source; DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage -us -uc >/build/log 2>&1) ||
+    {{ cat log; exit 1; }}
+{" ".join(LINTIAN)} --suppress-tags out-of-date-standards-version *.changes
+dpkg-deb --contents *.deb | grep -c ./usr/lib/systemd/system/transit-relay
+"""
+
+
+def build_and_judge(trixie: FreshRoot, built: Path) -> str:
+    """Build the source package on trixie, and have trixie's lintian judge what comes of it."""
+    return trixie.run("sh", "-ec", BUILD_AND_JUDGE, binds=[f"{built}:/built"])
+
+
+def test_lintian_of_trixie_prints_nothing(job: Job) -> None:
+    """The units are at another place there, which is all that is said: three files."""
+    assert job("trixie") == "3\n"
+
+
+def build_elsewhere(folder: Path) -> str:
+    """Build it at another place and time, and by somebody else; give where."""
+    run(["git", "clone", "-q", "--shared", ROOT, folder])
+    run(
+        ["sh", "-c", "umask 077; exec faketime -f +500d make -s deb"],
+        cwd=folder,
+        env={"TZ": "Asia/Tokyo", "HOME": "/nonexistent", "DEB_BUILD_OPTIONS": "nocheck"},
+    )
+    return str(folder / "build" / "deb")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """All that is uploaded but the .buildinfo and the .changes, which tell where it was built."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.suffix in (".deb", ".xz", ".dsc")
+    }
+
+
+def test_it_is_the_same_byte_for_byte(job: Job, deb: Path) -> None:
+    ours = digests(deb.parent)
+    assert len(ours) == 4
+    assert digests(Path(job("rebuilt"))) == ours
+
+
+def piuparts(bookworm: FreshRoot, deb: Path) -> str:
+    """Have it installed, removed and purged, and every file looked at."""
+    command = ["piuparts", "--no-eatmydata", "--keep-sources-list", "--distribution=bookworm"]
+    return run([*command, f"--existing-chroot={bookworm.folder()}", deb])
+
+
+def test_piuparts(job: Job) -> None:
+    assert "PASS: All tests." in job("piuparts")
+
+
+# In a namespace of its own: a root that may be written to, with devices, processes and loopback.
+AUTOPKGTEST = """\
+cp -a "$1" "$2"
+mount --rbind /dev "$2/dev"
+mount -t proc proc "$2/proc"
+ip link set lo up
+exec autopkgtest --copy="$3:/tmp/relay.deb" --setup-commands="dpkg -i /tmp/relay.deb" \
+    -B "$4" -- chroot "$2"
+"""
+
+
+def autopkgtest(bookworm: FreshRoot, deb: Path, copy: Path) -> str:
+    """Have its own tests run where it is installed."""
+    (source,) = (folder for folder in deb.parent.iterdir() if folder.is_dir())
+    arguments = [bookworm.folder(), copy, deb, f"{source}/"]
+    said = run(["unshare", "--mount", "--net", "sh", "-ec", AUTOPKGTEST, "sh", *arguments])
+    run(["rm", "-rf", copy])
+    return said
+
+
+def test_autopkgtest(job: Job) -> None:
+    assert re.search(r"^smoke +PASS$", job("autopkgtest"), re.M)
+
+
+def without_systemd(bookworm: FreshRoot, deb: Path) -> str:
+    """Let it live where sysvinit has booted."""
+    smoke = ROOT / "packaging/debian/tests/smoke"
+    binds = [f"{deb}:/relay.deb", f"{smoke}:/smoke", f"{HERE}/without_systemd.sh:/life"]
+    return bookworm.run("sh", "/life", binds=binds)
+
+
+def test_its_init_script(job: Job) -> None:
+    said = job("sysvinit")
+    for line in [
+        "runs as daemon",
+        "is not started twice",
+        "relays",
+        "0 are left after a stop",
+        "/var/lib/transit-relay: directory of daemon, 700",
+        "1 runs before the removal",
+        "0 are left after the removal",
+        "nothing is left",
+    ]:
+        assert f"\n{line}\n" in said, said

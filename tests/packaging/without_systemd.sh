@@ -1,0 +1,52 @@
+# The life of the package in a system that sysvinit has booted, run by test_deb.py as root of it: what it
+# says is compared there. /relay.deb is the package, /smoke its autopkgtest.
+set -e
+
+# All but what dpkg remembers of everything it has done.
+list_files() {
+	find / -xdev -not -path "/var/lib/dpkg/*" -not -path "/var/log/*pkg.log" | grep -vE '^/(before|after)$' | sort
+}
+
+count_relays() {
+	cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | grep -c '^/usr/sbin/transit-relay$' || true
+}
+
+list_files >/before
+
+# systemd has run it earlier, and kept its state where only root may go.
+private=/var/lib/private/transit-relay
+mkdir -p -m 700 /var/lib/private
+install -d -m 700 -o 64670 $private
+ln -s private/transit-relay /var/lib/transit-relay
+
+# This runlevel is a lie, by which invoke-rc.d knows sysvinit.
+mv /sbin/runlevel /sbin/runlevel.true
+printf '#!/bin/sh\necho N 2\n' >/sbin/runlevel
+chmod 755 /sbin/runlevel
+dpkg -i /relay.deb
+systemctl enable transit-relay-ws.socket
+/etc/init.d/transit-relay status
+pid=$(cat /run/transit-relay.pid)
+stat -c "runs as %U" /proc/$pid
+/etc/init.d/transit-relay start
+[ "$(cat /run/transit-relay.pid)" = "$pid" ] && echo "is not started twice"
+
+/smoke && echo "relays"
+/etc/init.d/transit-relay status && exit 1
+echo "$(count_relays) are left after a stop"
+stat -c "%n: %F of %U, %a" /var/lib/transit-relay
+
+echo "this is no option" >>/etc/transit-relay.conf
+/etc/init.d/transit-relay start && exit 1
+sed -i '$d' /etc/transit-relay.conf
+/etc/init.d/transit-relay start
+echo "$(count_relays) runs before the removal"
+
+mkdir $private # which systemd makes, if it boots in between
+dpkg --remove transit-relay
+echo "$(count_relays) are left after the removal"
+ls /etc/transit-relay.conf /var/lib/transit-relay/usage.sqlite
+dpkg --purge transit-relay
+mv /sbin/runlevel.true /sbin/runlevel
+list_files >/after
+diff /before /after && echo "nothing is left"
