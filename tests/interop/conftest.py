@@ -10,18 +10,15 @@ import base64
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
+import tools
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-BUILD = ROOT / "build"
-REQUIREMENTS = HERE / "requirements.txt"
+Tool = TypeVar("Tool")
 REQUIRED = os.environ.get("RELAY_INTEROP_REQUIRED") == "1"
 
 
@@ -31,12 +28,12 @@ def _missing(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _run(argv: Sequence[str | Path], cwd: Path = ROOT) -> None:
-    """Run one step of getting a tool; where it fails, the tool is missing."""
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        _missing(f"{' '.join(map(str, argv))}: {said[-1]}")
+def _have(get: Callable[..., Tool], *arguments: object) -> Tool:
+    """Get something, or say that it is missing."""
+    try:
+        return get(*arguments)
+    except tools.Missing as error:
+        _missing(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -48,72 +45,43 @@ def missing() -> Callable[[str], NoReturn]:
 @pytest.fixture(scope="session")
 def python_tools() -> Path:
     """The bin folder of a venv with the Twisted relay, the mailbox server and Python's client."""
-    venv = BUILD / "interop-venv"
-    wanted = f"{sys.version}\n{REQUIREMENTS.read_text()}"
-    made_from = venv / "made-from"
-    if not made_from.exists() or made_from.read_text() != wanted:
-        _run([sys.executable, "-m", "venv", "--clear", venv])
-        _run([venv / "bin" / "pip", "install", "--quiet", "--requirement", REQUIREMENTS])
-        made_from.write_text(wanted)  # last, so that a venv left half made is made anew
-    return venv / "bin"
+    return _have(tools.python_tools)
 
 
 @pytest.fixture(scope="session")
 def go_client() -> Path:
     """wormhole-william: the machine's, or the one in Debian's package, unpacked."""
-    installed = shutil.which("wormhole-william")
-    if installed:
-        return Path(installed)
-    folder = BUILD / "wormhole-william"
-    client = folder / "usr" / "bin" / "wormhole-william"
-    if not client.exists():
-        for tool in "apt-get", "dpkg-deb":
-            if not shutil.which(tool):
-                _missing(f"no wormhole-william, and no {tool} to get it")
-        shutil.rmtree(folder, ignore_errors=True)  # an older package, or a half unpacked one
-        folder.mkdir(parents=True)
-        _run(["apt-get", "download", "--quiet", "wormhole-william"], folder)
-        (package,) = folder.glob("*.deb")
-        _run(["dpkg-deb", "-x", package, folder])
-    return client
-
-
-def _program(name: str, package: str) -> Path:
-    """A program of Debian's; its servers are where not every PATH leads."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin")
-    if not found:
-        _missing(f"no {name}: apt-get install --no-install-recommends {package}")
-    return Path(found)
+    return _have(tools.go_client)
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Path:
-    return _program("chromium", "chromium")
+    return _have(tools.program, "chromium", "chromium")
 
 
 @pytest.fixture(scope="session")
 def nginx() -> Path:
-    return _program("nginx", "nginx-light")
+    return _have(tools.program, "nginx", "nginx-light")
 
 
 @pytest.fixture(scope="session")
 def haproxy() -> Path:
-    return _program("haproxy", "haproxy")
+    return _have(tools.program, "haproxy", "haproxy")
 
 
 @pytest.fixture(scope="session")
 def caddy() -> Path:
-    return _program("caddy", "caddy")
+    return _have(tools.program, "caddy", "caddy")
 
 
 @pytest.fixture(scope="session")
 def stunnel() -> Path:
-    return _program("stunnel4", "stunnel4")
+    return _have(tools.program, "stunnel4", "stunnel4")
 
 
 @pytest.fixture(scope="session")
 def curl() -> Path:
-    return _program("curl", "curl")
+    return _have(tools.program, "curl", "curl")
 
 
 @pytest.fixture(scope="session")
@@ -122,10 +90,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     fullchain.pem, privkey.pem, both.pem, and in spki the digest that Chromium knows the key by.
     """
-    openssl = _program("openssl", "openssl")
+    openssl = _have(tools.program, "openssl", "openssl")
     folder = tmp_path_factory.mktemp("certificate")
     name = "relay.example.org"
-    _run(
+    _have(
+        tools.run,
         [
             *[openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
             *["-nodes", "-days", "2", "-subj", f"/CN={name}"],
@@ -134,7 +103,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder,
     )
-    _run([openssl, "pkey", "-in", "privkey.pem", "-pubout", "-outform", "DER", "-out", "p"], folder)
+    public = ["-in", "privkey.pem", "-pubout", "-outform", "DER", "-out", "p"]
+    _have(tools.run, [openssl, "pkey", *public], folder)
     digest = hashlib.sha256((folder / "p").read_bytes()).digest()
     (folder / "spki").write_text(base64.b64encode(digest).decode())
     both = [(folder / file).read_text() for file in ("fullchain.pem", "privkey.pem")]
@@ -148,13 +118,13 @@ def npm_ws() -> Path:
     for tool in "node", "npm":
         if not shutil.which(tool):
             _missing(f"no {tool}")
-    folder = BUILD / "npm-ws"
+    folder = tools.BUILD / "npm-ws"
     wanted = "ws@8.23.0"  # a change makes the folder anew
     made_from = folder / "made-from"
     if not made_from.exists() or made_from.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _run(["npm", "install", "--loglevel=error", "--prefix", folder, wanted])
+        _have(tools.run, ["npm", "install", "--loglevel=error", "--prefix", folder, wanted])
         made_from.write_text(wanted)
     return folder / "node_modules"
 
@@ -162,7 +132,7 @@ def npm_ws() -> Path:
 @pytest.fixture(scope="session")
 def our_relay() -> list[str]:
     """The command that runs our relay, without its options."""
-    return [sys.executable, str(ROOT / "transit_relay.py")]
+    return [sys.executable, str(tools.ROOT / "transit_relay.py")]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -31,10 +31,11 @@ class Unavailable(Exception):
 
 def inside(host: str, argv: Sequence[str]) -> list[str]:
     """The command that runs argv on one of the hosts: "server", "a" or "b"."""
-    return ["ip", "netns", "exec", _namespace(host), *argv]
+    return ["ip", "netns", "exec", namespace(host), *argv]
 
 
-def _namespace(host: str) -> str:
+def namespace(host: str) -> str:
+    """The name of a host's network namespace."""
     return f"relay-interop-{os.getpid()}-{host}"
 
 
@@ -66,19 +67,19 @@ def three_hosts() -> Iterator[None]:
             ETC_NETNS.mkdir(exist_ok=True)
         for host in "server", *CLIENTS:
             # First, as this run may be told to stop in the middle of the command.
-            teardown.callback(_delete_if_there, _namespace(host))
+            teardown.callback(_delete_if_there, namespace(host))
             try:
-                _ip("netns", "add", _namespace(host))
+                _ip("netns", "add", namespace(host))
             except subprocess.CalledProcessError as error:
                 raise Unavailable(f"ip netns add: {error.stderr.strip()}") from error
-            _ip("-n", _namespace(host), "link", "set", "lo", "up")
-        server = _namespace("server")
+            _ip("-n", namespace(host), "link", "set", "lo", "up")
+        server = namespace("server")
         no_router = "echo 0 > /proc/sys/net/ipv4/ip_forward"
         subprocess.run(inside("server", ["sh", "-c", no_router]), check=True)
         for address in SERVER, OTHER:
             _ip("-n", server, "addr", "add", f"{address}/32", "dev", "lo")
         for number, (host, address) in enumerate(CLIENTS.items()):
-            client = _namespace(host)
+            client = namespace(host)
             gateway = f"198.51.100.{4 * number + 1}"
             port = f"to-{host}"
             _ip("link", "add", "eth0", "netns", client, "type", "veth",

@@ -7,48 +7,24 @@ way to point the Go client anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import netns
 import pytest
 from children import Child, Record, Relay
-
-MEBIBYTE = 1 << 20
-PROGRAMS = ["python", "go"]
-
-
-class Program(NamedTuple):
-    """A client program's command lines."""
-
-    send: list[str]  # the code and the file come behind
-    receive: list[str]  # the code comes behind
-    answer: str = ""  # to what the receiver asks
+from transfers import MEBIBYTE, PROGRAMS, Program, Transfer, client_programs, mailbox_server
 
 
 @pytest.fixture(scope="module")
 def programs(python_tools: Path, go_client: Path) -> Mapping[str, Program]:
-    python, go = str(python_tools / "wormhole"), str(go_client)
-    return {
-        "python": Program(
-            [python, "send", "--hide-progress", "--code"],
-            [python, "receive", "--hide-progress", "--accept-file"],
-        ),
-        "go": Program(
-            [go, "send", "--hide-progress", "--code"],
-            [go, "receive", "--hide-progress"],
-            answer="y\n",
-        ),
-    }
+    return client_programs(python_tools, go_client)
 
 
 @pytest.fixture(scope="module")
@@ -73,78 +49,8 @@ def mailbox(
     hosts: None, python_tools: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The URL of a mailbox server on the server."""
-    database = tmp_path_factory.mktemp("mailbox") / "mailbox.sqlite"
-    command = [
-        *[str(python_tools / "twist"), "--log-format=text", "wormhole-mailbox"],
-        *[f"--port=tcp:4000:interface={netns.SERVER}", f"--channel-db={database}"],
-    ]
-    with Child(netns.inside("server", command)) as server:
-        server.lines.until(r"starting on 4000$")
-        yield f"ws://{netns.SERVER}:4000/v1"
-
-
-class Transfer:
-    """One file on its way from host a to host b."""
-
-    _nameplates = itertools.count(1)
-
-    def __init__(self, mailbox: str, folder: Path, size: int) -> None:
-        self.size = size
-        self._file = folder / "sent" / "file.bin"
-        self._file.parent.mkdir(parents=True)
-        self._file.write_bytes(os.urandom(size))
-        self._received = folder / "received"
-        self._received.mkdir()
-        self._environment = {
-            "HOME": str(folder),
-            "LC_ALL": "C.UTF-8",
-            "PATH": os.environ["PATH"],
-            "WORMHOLE_RELAY_URL": mailbox,
-        }
-
-    def start(self, running: ExitStack, sender: Program, receiver: Program) -> None:
-        """Start both programs; they are ended with `running`, if not before."""
-        self._start_again = partial(self.start, running, sender, receiver)
-        code = f"{next(self._nameplates)}-interop-test"
-        self._sending = running.enter_context(
-            Child(
-                netns.inside("a", [*sender.send, code, str(self._file)]),
-                env=self._environment,
-                cwd=self._file.parent,
-            )
-        )
-        self._receiving = running.enter_context(
-            Child(
-                netns.inside("b", [*receiver.receive, code]),
-                env=self._environment,
-                cwd=self._received,
-                stdin=receiver.answer,
-            )
-        )
-
-    def finish(self) -> None:
-        """Wait until both programs have ended well; then the file must be there, and the same."""
-        if self._keys_differ():
-            self._start_again()
-        self._receiving.succeed()
-        self._sending.succeed()
-        assert _sha256(self._received / self._file.name) == _sha256(self._file)
-
-    def _keys_differ(self) -> bool:
-        """Whether one program found, before there was any transfer, the other's key to be wrong.
-
-        Of 3,000 text messages from Python to Go, which no relay has a part in, 8 ended so. Only
-        Python's program says it so that it cannot be anything else, a damaged transfer least of
-        all: that one knows its partner by then.
-        """
-        self._receiving.wait()
-        self._sending.wait()
-        programs = self._receiving, self._sending
-        return any("Key confirmation failed" in " ".join(one.lines.rest()) for one in programs)
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with mailbox_server(python_tools, tmp_path_factory.mktemp("mailbox")) as url:
+        yield url
 
 
 class OurRelay(Relay):

@@ -1,15 +1,18 @@
-"""Clients of a relay that runs in a booted system, whose addresses and tokens nobody may log."""
+"""Clients of a relay that runs in a booted system, and what it has recorded of them."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import threading
+from typing import Any
 
 from children import TIMEOUT
 from helpers import Client, WebSocketClient, digest, handshake
 from nspawn import Machine
 
+SERVICE, STATE = "transit-relay.service", "/var/lib/private/transit-relay"
 PORTS = {"tcp": 4001, "ws": 4002}
 MEBIBYTE = 1 << 20
 
@@ -73,6 +76,21 @@ def transfer(
         pass_bytes(other, one, chance.randbytes(size // 4))
         one.half_close()
         assert other.read_to_end() == b""
+
+
+ROWS = """\
+import json, sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+database.row_factory = sqlite3.Row
+print(json.dumps([dict(row) for row in database.execute("SELECT * FROM usage ORDER BY rowid")]))
+"""
+
+
+def rows(machine: Machine) -> list[dict[str, Any]]:
+    """What the usage database has, once the relay has written all it knows."""
+    machine.run("systemctl", "restart", SERVICE)
+    found: list[dict[str, Any]] = json.loads(machine.python(ROWS, f"{STATE}/usage.sqlite"))
+    return found
 
 
 class Knocking:

@@ -16,18 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests import FAMILIES, SECRETS, Knocking, connect, introduce, pass_bytes, prepare, transfer
+from guests import (
+    FAMILIES,
+    SECRETS,
+    SERVICE,
+    STATE,
+    Knocking,
+    connect,
+    introduce,
+    pass_bytes,
+    prepare,
+    rows,
+    transfer,
+)
 from nspawn import Machine
 from packages import build_version
 
 from transit_relay import __version__
 
 ROOT = Path(__file__).parent.parent.parent
-SERVICE, SOCKET, WEB_SOCKET = (
-    f"transit-relay{kind}" for kind in (".service", ".socket", "-ws.socket")
-)
+SOCKET, WEB_SOCKET = "transit-relay.socket", "transit-relay-ws.socket"
 CONFIG = "/etc/transit-relay.conf"
-STATE = "/var/lib/private/transit-relay"
 OWN_LISTENERS = "/usr/share/doc/transit-relay/examples/own-listeners.conf"
 KIBIBYTE = 1 << 10
 
@@ -69,21 +78,6 @@ def logs(machine: Machine) -> Iterator[tuple[str, bytes]]:
         for file in machine.path(folder).rglob("*"):
             if file.is_file():
                 yield str(file), file.read_bytes()
-
-
-ROWS = """\
-import json, sqlite3, sys
-database = sqlite3.connect(sys.argv[1])
-database.row_factory = sqlite3.Row
-print(json.dumps([dict(row) for row in database.execute("SELECT * FROM usage ORDER BY rowid")]))
-"""
-
-
-def rows(machine: Machine) -> list[dict[str, Any]]:
-    """What the usage database has, once the relay has written all it knows."""
-    machine.run("systemctl", "restart", SERVICE)
-    found: list[dict[str, Any]] = json.loads(machine.python(ROWS, f"{STATE}/usage.sqlite"))
-    return found
 
 
 def main_pid(machine: Machine) -> int:
