@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help test fuzz interop check-packaging bench bench-quick lint install uninstall onefile deb clean
+.PHONY: help pytest test fuzz interop check-packaging bench bench-quick lint install uninstall onefile deb clean
 
 help: ## list these verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ if ! "$$python" -c 'import pytest' 2>/dev/null; then \
 	} || exit 1; \
 fi
 endef
+
+pytest: # only that; nobody else may be about to do the same
+	@$(find_pytest)
 
 test: ## run the tests; PYTHON=python3.9 make test for another Python
 	@$(find_pytest); "$$python" -m pytest -q tests
