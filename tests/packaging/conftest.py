@@ -60,12 +60,16 @@ class FreshRoot:
         self._folder = BUILD / "roots" / name
         self._log = self._folder.with_suffix(".log")
         self._stamp = self._folder.with_suffix(".made")
-        self._packages = ",".join(packages)
+        self._command = [
+            *("mmdebstrap", "--variant=apt", "--mode=root", "--quiet"),
+            *("--aptopt=Acquire::Languages none", "--aptopt=APT::Install-Recommends no"),
+            *("--include", ",".join(packages), suite, str(self._folder), "-"),
+        ]
         self._making: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
         """Begin to make it, if it is not there."""
-        if self._stamp.exists() and self._stamp.read_text() == self._packages:
+        if self._stamp.exists() and self._stamp.read_text() == str(self._command):
             return
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._stamp.unlink(missing_ok=True)
@@ -73,14 +77,7 @@ class FreshRoot:
         sources = SOURCES.read_text().replace("bookworm", self.suite)
         with self._log.open("wb") as log:
             self._making = subprocess.Popen(
-                [
-                    *("mmdebstrap", "--variant=apt", "--mode=root", "--quiet"),
-                    *("--aptopt=Acquire::Languages none", "--aptopt=APT::Install-Recommends no"),
-                    *("--dpkgopt=path-exclude=/usr/share/doc/*", "--include", self._packages),
-                    # What is installed there later comes with its documents.
-                    '--customize-hook=rm "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap"',
-                    *(self.suite, str(self._folder), "-"),
-                ],
+                self._command,
                 env={**os.environ, "PATH": DEBIAN_PATH},
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -96,7 +93,7 @@ class FreshRoot:
             code = self._making.wait(10 * TIMEOUT)
             assert code == 0, f"mmdebstrap {self.suite}: {code}\n{self._log.read_text()}"
             self._making = None
-            self._stamp.write_text(self._packages)
+            self._stamp.write_text(str(self._command))
         return self._folder
 
     def run(self, *argv: str, binds: Sequence[str] = (), network: bool = False) -> str:
