@@ -7,6 +7,8 @@ session begins and kept in build/roots for the next one; `make clean` removes th
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -50,6 +52,15 @@ def run(
         f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
     )
     return done.stdout
+
+
+_numbers = itertools.count(1)
+
+
+def remove_traces(machine: str) -> None:
+    """What nspawn leaves behind where /run is no tmpfs."""
+    with contextlib.suppress(OSError):
+        Path("/run/systemd/nspawn/propagate", machine).rmdir()
 
 
 class FreshRoot:
@@ -99,19 +110,25 @@ class FreshRoot:
     def run(self, *argv: str, binds: Sequence[str] = (), network: bool = False) -> str:
         """Run a command in a copy of it that is thrown away, with systemd-nspawn but no systemd.
 
-        `binds` are folders of ours as FOLDER:FOLDER_THERE; without `network` there is loopback.
+        `binds` are files and folders of ours as FOLDER:FOLDER_THERE; without `network` there is loopback.
         """
-        return run(
-            [
-                *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--as-pid2"),
-                *("--pipe", "--volatile=overlay", f"--directory={self.folder()}"),
-                "--resolv-conf=bind-host" if network else "--private-network",
-                *(f"--bind={bind}" for bind in binds),
-                *(f"--setenv={name}" for name in ("LC_ALL=C.UTF-8", "HOME=/root")),
-                *argv,
-            ],
-            timeout=8 * TIMEOUT,
-        )
+        name = f"relay-{self._folder.name}-{os.getpid()}-{next(_numbers)}"
+        try:
+            return run(
+                [
+                    *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--as-pid2"),
+                    *("--pipe", "--volatile=overlay", f"--directory={self.folder()}"),
+                    *(f"--machine={name}", "--timezone=off"),
+                    "--resolv-conf=bind-host" if network else "--private-network",
+                    *(f"--bind={bind}" for bind in binds),
+                    *(f"--setenv={variable}" for variable in ("LC_ALL=C.UTF-8", "HOME=/root")),
+                    *("env", "--unset=NOTIFY_SOCKET"),  # nspawn's own
+                    *argv,
+                ],
+                timeout=8 * TIMEOUT,
+            )
+        finally:
+            remove_traces(name)
 
     def abandon(self) -> None:
         """Nobody wants it any more."""
@@ -124,11 +141,14 @@ BOOTABLE = ("systemd-sysv", "dbus", "python3")
 ROOTS = {
     "bookworm": FreshRoot("bookworm", "bookworm", BOOTABLE),
     "trixie": FreshRoot("trixie", "trixie", BOOTABLE),
-    # Where trixie's packages are built and judged.
+    # Where trixie's packages are built and judged, and the README's recipes tried.
     "trixie-build": FreshRoot(
         "trixie",
         "trixie-build",
-        ("build-essential", "debhelper", "dh-python", "fakeroot", "lintian", "python3-pytest"),
+        (
+            *("build-essential", "debhelper", "dh-python", "fakeroot", "lintian", "python3-pytest"),
+            *("cron", "daemontools", "runit", "logrotate"),
+        ),
     ),
 }
 

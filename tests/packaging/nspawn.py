@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from children import TIMEOUT
+from conftest import remove_traces
 
 _ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -102,9 +103,7 @@ class Machine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        # nspawn removes it itself, but only where /run is a tmpfs.
-        with contextlib.suppress(OSError):
-            Path("/run/systemd/nspawn/propagate", self._name).rmdir()
+        remove_traces(self._name)
 
     # Commands.
 

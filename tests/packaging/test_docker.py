@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, run
+from conftest import DEBIAN_PATH, HERE, ROOT, TIMEOUT, FreshRoot, run
 
 DOCKERFILE = ROOT / "packaging/docker/Dockerfile"
 COMPOSE = ROOT / "packaging/docker/compose.yaml"
@@ -35,25 +35,7 @@ driver = "overlay"
 graphroot = "{folder}/images"
 runroot = "{folder}/run"
 """
-TRANSFER = """\
-import os, socket
-
-def read(sock, size):
-    data = b""
-    while len(data) < size and (more := sock.recv(size - len(data))):
-        data += more
-    return data
-
-data, token = os.urandom(3_000_000), os.urandom(32).hex()
-one, other = (socket.create_connection(("127.0.0.1", 4001), 60) for _ in range(2))
-for sock, side in (one, "1" * 16), (other, "2" * 16):
-    sock.sendall(f"please relay {token} for side {side}\\n".encode())
-assert read(one, 3) == read(other, 3) == b"ok\\n"
-one.sendall(data)
-one.shutdown(socket.SHUT_WR)
-assert read(other, len(data) + 1) == data
-print("transferred")
-"""
+TRANSFER = (HERE / "transfer.py").read_text()
 
 
 class Podman:
