@@ -110,7 +110,7 @@ class FreshRoot:
     def run(self, *argv: str, binds: Sequence[str] = (), network: bool = False) -> str:
         """Run a command in a copy of it that is thrown away, with systemd-nspawn but no systemd.
 
-        `binds` are files and folders of ours as FOLDER:FOLDER_THERE; without `network` there is loopback.
+        `binds` are files and folders of ours, as OURS:THERE; without `network` there is loopback.
         """
         name = f"relay-{self._folder.name}-{os.getpid()}-{next(_numbers)}"
         try:

@@ -218,8 +218,9 @@ def test_piuparts(job: Job) -> None:
     assert "WARN" not in said
 
 
-# Apart from this machine: a root that may be written to, with devices, processes and loopback.
-APART = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
+# Apart from this machine: a root that may be written to, with devices and loopback. Its processes
+# are not, as they need somebody who reaps them.
+APART = ["unshare", "--mount", "--net"]
 AUTOPKGTEST = """\
 cp -a "$1" "$2"
 mount --rbind /dev "$2/dev"

@@ -1,195 +1,331 @@
-"""The Dockerfile, built and run: no privileges, nothing written but the database.
+"""The container: built by its Dockerfile, and run as its compose.yaml says, but on no network.
 
-The base image is a stand-in, made of a fresh bookworm, under the name that the Dockerfile asks for.
-Images and containers are kept in a folder of this run.
+In place of the public image that it begins with stands a local one of the same name, which is
+bookworm and its Python, with none of Python's modules compiled, as there. All that the engine
+keeps is in a folder of ours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
+import shlex
+import shutil
+import signal
+import sqlite3
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEBIAN_PATH, HERE, ROOT, TIMEOUT, FreshRoot, run
+from children import Child
+from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, run
+from guests import SECRETS, prepare, transfer
+from nspawn import Machine
 
-DOCKERFILE = ROOT / "packaging/docker/Dockerfile"
-COMPOSE = ROOT / "packaging/docker/compose.yaml"
-IMAGE = "localhost/transit-relay"
-# Where a container may not raise limits, as in one.
-CONTAINERS_CONF = """\
+import transit_relay
+
+DOCKER = ROOT / "packaging" / "docker"
+DOCKERFILE = DOCKER / "Dockerfile"
+COMPOSE = DOCKER / "compose.yaml"
+CONFIG = "/etc/transit-relay.conf"
+STATE = "/var/lib/transit-relay"
+UNWANTED = ("__pycache__", "./var/lib/apt", "./var/cache", "./usr/share/locale")
+
+# Limits must be told, as the engine's own may be more than this machine has to give.
+CONFIGURATION = {
+    "CONTAINERS_CONF": """\
 [containers]
-default_ulimits = ["nofile=10000:20000", "nproc=10000:10000"]
+default_ulimits = ["nofile=1024:{files}", "nproc=1024:1024"]
+log_driver = "k8s-file"
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
-"""
-STORAGE_CONF = """\
+""",
+    "CONTAINERS_STORAGE_CONF": """\
 [storage]
 driver = "overlay"
-graphroot = "{folder}/images"
+graphroot = "{folder}/storage"
 runroot = "{folder}/run"
-"""
-TRANSFER = (HERE / "transfer.py").read_text()
+""",
+}
+MOST_FILES = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
-class Podman:
-    """Stands in for Docker, with a store of its own."""
+class Engine:
+    """Podman and buildah, with all that they keep in a folder of theirs."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "containers.conf").write_text(CONTAINERS_CONF)
-        (folder / "storage.conf").write_text(STORAGE_CONF.format(folder=folder))
-        self._env = {
-            "CONTAINERS_CONF": str(folder / "containers.conf"),
-            "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
-        }
+        self._env = {**os.environ, "PATH": DEBIAN_PATH}
+        for variable, text in CONFIGURATION.items():
+            file = folder / f"{variable}.conf"
+            file.write_text(text.format(folder=folder, files=MOST_FILES))
+            self._env[variable] = str(file)
 
-    def __call__(self, *argv: str, program: str = "podman") -> str:
-        """Run a command that must succeed; give what it said on stdout."""
-        return run([program, *argv], env=self._env)
+    def run(self, *argv: str | Path) -> str:
+        """Run a command of theirs, which must succeed."""
+        return run(argv, env=self._env)
 
-    def fails(self, *argv: str) -> bool:
-        """Whether a command does."""
-        env = {**os.environ, "PATH": DEBIAN_PATH, **self._env}
-        done = subprocess.run(["podman", *argv], env=env, capture_output=True, timeout=2 * TIMEOUT)
-        return done.returncode != 0
+    def begin(self, *argv: str) -> Child:
+        """Run a command of theirs in the `with` block, as long as it takes."""
+        return Child(argv, env=self._env)
 
-    def logs(self, container: str) -> str:
-        """What the container has said, on either stream."""
-        env = {**os.environ, "PATH": DEBIAN_PATH, **self._env}
+    def try_(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of theirs, whatever comes of it. Its stdout holds its stderr too."""
         return subprocess.run(
-            ["podman", "logs", container],
-            env=env,
+            argv,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=True,
-            timeout=2 * TIMEOUT,
-        ).stdout
+            timeout=TIMEOUT,
+        )
+
+    def inspect(self, what: str, name: str) -> dict[str, Any]:
+        """All that is known of an image, a container or a volume."""
+        (found,) = json.loads(self.run("podman", what, "inspect", name))
+        assert isinstance(found, dict)
+        return found
 
 
-@pytest.fixture(scope="module")
-def podman(
-    roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Podman]:
-    """Where the image has been built."""
-    folder = tmp_path_factory.mktemp("containers")
-    podman = Podman(folder)
-    (base,) = re.findall(r"^FROM (\S+)$", DOCKERFILE.read_text(), re.M)
-    run(["tar", "-C", roots["bookworm"].folder(), "-cf", folder / "base.tar", "."])
-    podman("import", "--quiet", str(folder / "base.tar"), base)
-    (folder / "base.tar").unlink()
-    podman(
-        *("build", "--pull=never", "--isolation=chroot", "--format=docker", f"--tag={IMAGE}"),
-        *(f"--file={DOCKERFILE}", str(ROOT)),
-        program="buildah",
-    )
-    yield podman
-    podman("rm", "--all", "--force")
-    podman("rmi", "--all", "--force")
-
-
-@pytest.fixture(scope="module")
-def image(podman: Podman) -> dict[str, Any]:
-    """What the image says of itself."""
-    (config,) = json.loads(podman("inspect", IMAGE))
-    found: dict[str, Any] = config
-    return found
-
-
-@pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
     """What compose.yaml says."""
-    read = "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))"
-    with COMPOSE.open() as file:
-        said = subprocess.check_output(["/usr/bin/python3", "-c", read], stdin=file)
-    found: dict[str, Any] = json.loads(said)
-    return found
+    to_json = "import json, sys, yaml; json.dump(yaml.safe_load(open(sys.argv[1])), sys.stdout)"
+    told = json.loads(run(["/usr/bin/python3", "-c", to_json, COMPOSE]))
+    assert isinstance(told, dict)
+    return told
+
+
+def service() -> dict[str, Any]:
+    """What it says of its one service."""
+    (service,) = compose()["services"].values()
+    assert isinstance(service, dict)
+    return service
 
 
 @pytest.fixture(scope="module")
-def service(compose: dict[str, Any]) -> dict[str, Any]:
-    """What compose.yaml says of the container."""
-    found: dict[str, Any] = compose["services"]["transit-relay"]
-    return found
-
-
-@pytest.fixture
-def container(podman: Podman, service: dict[str, Any]) -> str:
-    """A container as compose.yaml has it run, but in a network of its own."""
-    assert service["read_only"] is True
-    options = [
-        "--read-only",
-        *(f"--cap-drop={one}" for one in service["cap_drop"]),
-        *(f"--security-opt={one.replace(':true', '')}" for one in service["security_opt"]),
-        *(f"--volume={one}" for one in service["volumes"]),
-    ]
-    isolated = ["--pull=never", "--network=none", "--no-healthcheck"]
-    return podman("run", "--detach", *isolated, *options, IMAGE).strip()
+def engine(
+    roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An engine that has an image with the name of the public one."""
+    folder = tmp_path_factory.mktemp("engine")
+    engine = Engine(folder)
+    base = re.findall(r"^FROM (\S+)$", DOCKERFILE.read_text(), re.M)
+    assert len(base) == 1
+    bookworm = roots["bookworm"].folder()
+    left_out = [f"--exclude={name}" for name in UNWANTED]
+    run(["tar", "-cf", folder / "base", f"--directory={bookworm}", *left_out, "."])
+    try:
+        engine.run("podman", "import", "--quiet", folder / "base", base[0])
+        yield engine
+    finally:
+        engine.run("podman", "rm", "--all", "--force", "--time=0", "--volumes")
+        engine.run("podman", "rmi", "--all", "--force")
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
-def healthcheck(image: dict[str, Any]) -> list[str]:
-    """The command by which Docker asks whether it is well."""
-    kind, *command = image["Healthcheck"]["Test"]
+def image(engine: Engine) -> str:
+    """The image, built where compose.yaml says."""
+    build = service()["build"]
+    context = (DOCKER / build["context"]).resolve()
+    assert (context, context / build["dockerfile"]) == (ROOT, DOCKERFILE)
+    options = ["--pull=never", "--isolation=chroot", "--format=docker", "--no-cache", "--quiet"]
+    name: str = service()["image"]
+    engine.run("buildah", "build", *options, f"--tag={name}", f"--file={DOCKERFILE}", context)
+    return name
+
+
+def options_of(service: Mapping[str, Any]) -> Iterator[str]:
+    """The options of `podman run` for what compose.yaml says; it may say nothing else."""
+    for key, value in service.items():
+        if key in ("image", "build"):
+            continue
+        elif key == "read_only":
+            yield f"--read-only={value}".lower()
+        elif key == "restart":
+            yield f"--restart={value}"
+        elif key == "cap_drop":
+            yield from (f"--cap-drop={name}" for name in value)
+        elif key == "security_opt":
+            yield from (f"--security-opt={name}" for name in value)
+        elif key == "volumes":
+            yield from (f"--volume={volume}" for volume in value)
+        elif key == "ulimits":
+            yield from (f"--ulimit={name}={min(n, MOST_FILES)}" for name, n in value.items())
+            yield "--ulimit=nproc=1024"  # or all that the engine thinks it may have
+        elif key == "stop_grace_period":
+            yield f"--stop-timeout={value.rstrip('s')}"
+        elif key == "ports":
+            yield "--network=none"
+        else:
+            raise AssertionError(f"nobody tries what compose.yaml says of {key}")
+
+
+class Container:
+    """A container that runs in the `with` block, as compose.yaml says if nobody says otherwise."""
+
+    # Its network is reached as that of a booted system is.
+    network = Machine.network
+    connect = Machine.connect
+    add_address = Machine.add_address
+
+    def __init__(
+        self, engine: Engine, *arguments: str, options: Sequence[str] = (), entrypoint: str = ""
+    ) -> None:
+        self._engine = engine
+        options = [*(options or options_of(service())), "--pull=never", "--no-healthcheck"]
+        if entrypoint:
+            options.append(f"--entrypoint={entrypoint}")
+        self.name = engine.run("podman", "run", "--detach", *options, *arguments).strip()
+        self.leader: int = engine.inspect("container", self.name)["State"]["Pid"]
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.run("podman", "rm", "--force", "--time=0", self.name)
+
+    def log(self) -> str:
+        """What it has said."""
+        return self._engine.try_("podman", "logs", self.name).stdout
+
+    def await_start(self) -> None:
+        """Wait until it listens."""
+        with self._engine.begin("podman", "logs", "--follow", self.name) as following:
+            following.lines.until("^Transit starting on ")
+
+    def inside(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in there."""
+        return self._engine.try_("podman", "exec", self.name, *argv)
+
+    def stop(self) -> int:
+        """Have the engine stop it; its exit code."""
+        self._engine.run("podman", "stop", self.name)
+        code: int = self._engine.inspect("container", self.name)["State"]["ExitCode"]
+        return code
+
+
+@contextlib.contextmanager
+def relay(engine: Engine, *arguments: str, options: Sequence[str] = ()) -> Iterator[Container]:
+    """A relay that listens, and has stopped well in the end; no log tells who its clients were."""
+    with Container(engine, *arguments, options=options) as container:
+        container.await_start()
+        prepare(container)  # type: ignore[arg-type]
+        yield container
+        assert container.stop() == 0
+        said = container.log()
+        assert said.endswith("\nSIGTERM: stopping\nstopped\n"), said
+        assert not any(secret in said for secret in SECRETS), said
+
+
+def health_check(engine: Engine, image: str) -> list[str]:
+    """The image's command for it."""
+    kind, *command = engine.inspect("image", image)["Healthcheck"]["Test"]
     assert kind == "CMD"
-    return [str(word) for word in command]
+    return command
 
 
-# What of /proc/1/status tells that it may do nothing.
-POWERLESS = {"Uid": "4001", "CapPrm": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1"}
-ROWS = """\
-import sqlite3
-print(*sqlite3.connect("usage.sqlite").execute("SELECT result, total_bytes FROM usage"))
-"""
+def recorded(engine: Engine) -> list[tuple[object, ...]]:
+    """The rows of the usage database, in the volume that compose.yaml names."""
+    ((volume, _),) = compose()["volumes"].items()
+    folder = engine.inspect("volume", volume)["Mountpoint"]
+    with contextlib.closing(sqlite3.connect(f"{folder}/usage.sqlite")) as db:
+        return db.execute("SELECT started % 3600, result FROM usage").fetchall()
 
 
-def test_it_relays_without_privileges(
-    podman: Podman, container: str, healthcheck: list[str]
-) -> None:
-    tries = 100  # each takes its time
-    while podman.fails("exec", container, *healthcheck):
-        tries -= 1
-        assert tries, podman.logs(container)
-    assert podman("exec", container, "python3", "-c", TRANSFER) == "transferred\n"
-    status = podman("exec", container, "cat", "/proc/1/status")
-    for name, value in POWERLESS.items():
-        assert re.search(rf"^{name}:\s+{value}\b", status, re.M), status
-    assert podman.fails("exec", container, "touch", "/usr/share/transit-relay/x")
-
-    podman("stop", "--time=60", container)
-    assert podman("inspect", "--format={{.State.ExitCode}}", container) == "0\n"
-    assert podman.logs(container).splitlines()[-2:] == ["SIGTERM: stopping", "stopped"]
-    stored = ["--volume=usage:/data", "--workdir=/data", "--entrypoint=python3"]
-    found = podman("run", "--rm", "--network=none", *stored, IMAGE, "-c", ROWS)
-    assert found == "('happy', 3000000)\n"
-
-
-def test_options_may_be_given(podman: Podman) -> None:
-    assert podman("run", "--rm", "--network=none", IMAGE, "--version").startswith("transit-relay ")
-
-
-def test_who_is_not_well_is_noticed(podman: Podman, healthcheck: list[str]) -> None:
-    """The healthcheck, where nobody listens."""
-    entry = [f"--entrypoint={healthcheck[0]}", IMAGE, *healthcheck[1:]]
-    assert podman.fails("run", "--rm", "--network=none", *entry)
-
-
-def test_what_the_image_says(image: dict[str, Any]) -> None:
-    config = image["Config"]
-    assert config["User"] == "4001:4001"
+def test_what_the_image_says(engine: Engine, image: str) -> None:
+    config = engine.inspect("image", image)["Config"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"])
     assert list(config["ExposedPorts"]) == ["4001/tcp"]
-    assert list(config["Volumes"]) == ["/var/lib/transit-relay"]
+    assert service()["ports"] == ["4001:4001"]
+    assert [volume.split(":")[1] for volume in service()["volumes"]] == [STATE]
+    assert list(config["Volumes"]) == [STATE]
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Labels"]["org.opencontainers.image.title"] == transit_relay.PROGRAM
 
 
-def test_compose_uses_it(compose: dict[str, Any], service: dict[str, Any]) -> None:
-    build = service["build"]
-    assert (COMPOSE.parent / build["context"]).resolve() == ROOT
-    assert ROOT / build["dockerfile"] == DOCKERFILE
-    assert service["ports"] == ["4001:4001"]
-    assert list(compose["volumes"]) == ["usage"]
+def test_all_is_compiled(engine: Engine, image: str) -> None:
+    """Neither the relay nor its health check compiles anything when it is started."""
+    _, *relay = engine.inspect("image", image)["Config"]["Entrypoint"]
+    _, *health = health_check(engine, image)
+    for arguments in [*relay, "--version"], health:
+        command = ["podman", "run", "--rm", "--read-only", "--network=none", "--entrypoint=python3"]
+        said = engine.try_(*command, "--no-healthcheck", image, "-v", *arguments).stdout
+        loaded = re.findall(r"^# code object from '(.*)'$", said, re.M)
+        assert len(loaded) > 20, said
+        assert [name for name in loaded if not name.endswith(".pyc")] == []
+
+
+def test_it_relays_with_no_privilege(engine: Engine, image: str) -> None:
+    with relay(engine, image) as container:
+        status = Path(f"/proc/{container.leader}/status").read_text()
+        fields = dict(re.findall(r"^(\w+):\t(.*)$", status, re.M))
+        assert set(fields["Uid"].split()) & {"0"} == set()
+        assert {fields[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+        assert fields["NoNewPrivs"] == "1"
+        assert "Read-only file system" in container.inside("touch", "/usr/share/it").stdout
+        for family in "IPv4", "IPv6":
+            transfer(container, family=family)  # type: ignore[arg-type]
+        healthy = container.inside(*health_check(engine, image))
+        assert (healthy.returncode, healthy.stdout) == (0, "")
+    assert recorded(engine) == [(0, "happy"), (0, "happy")]
+
+
+def test_options_stand_behind_the_image(engine: Engine, image: str) -> None:
+    """They win over the file's, and the volume has the records of all containers before."""
+    before = recorded(engine)
+    more = ["--port=tcp:4001", "--websocket=tcp:4002", "--blur-usage=1800"]
+    with relay(engine, image, *more) as container:
+        assert "to 1800 seconds" in container.log()
+        transfer(container, "tcp", "ws")  # type: ignore[arg-type]
+        transfer(container, "ws", "ws")  # type: ignore[arg-type]
+    assert [mood for _, mood in recorded(engine)[len(before) :]] == ["happy", "happy"]
+
+
+def test_the_commands_of_readme(engine: Engine, image: str) -> None:
+    """They build the same image, and what compose.yaml adds is not needed."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    build, run_it = (shlex.split(line) for line in lines if line.startswith("    docker "))
+    file = str(DOCKERFILE.relative_to(ROOT))
+    assert build == ["docker", "build", "--tag", image, "--file", file, "."]
+    assert run_it[:4] == ["docker", "run", "--publish", "4001:4001"]
+    *options, name = run_it[4:]
+    with relay(engine, name, options=["--network=none", *options]) as container:
+        transfer(container)  # type: ignore[arg-type]
+
+
+def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> None:
+    """compose.yaml shows how: in the line that it has commented out."""
+    (tmp_path / "transit-relay.conf").write_text("port tcp:4001\nusage-db :memory:\n")
+    shown = re.findall(r"^ +# - \.(/transit-relay\.conf:\S+)$", COMPOSE.read_text(), re.M)
+    mounted = f"--volume={tmp_path}{''.join(shown)}"
+    command = ["podman", "run", "--rm", "--network=none", "--no-healthcheck", mounted, image]
+    assert engine.run(*command, "--version") == f"transit-relay {transit_relay.__version__}\n"
+    (tmp_path / "transit-relay.conf").write_text("\nno such option\n")
+    refused = engine.try_(*command)
+    assert refused.returncode == 2
+    assert f"{CONFIG}, line 2: " in refused.stdout
+
+
+def test_it_is_unhealthy_without_a_relay(engine: Engine, image: str) -> None:
+    with Container(engine, image, "infinity", entrypoint="sleep") as container:
+        unhealthy = container.inside(*health_check(engine, image))
+        assert unhealthy.returncode == 1
+        assert "ConnectionRefusedError" in unhealthy.stdout
+
+
+def test_it_is_unhealthy_when_the_relay_hangs(engine: Engine, image: str) -> None:
+    with Container(engine, image) as container:
+        container.await_start()
+        os.kill(container.leader, signal.SIGSTOP)
+        unhealthy = container.inside(*health_check(engine, image))
+        os.kill(container.leader, signal.SIGCONT)
+        assert unhealthy.returncode == 1
+        assert "TimeoutError" in unhealthy.stdout
