@@ -1,95 +1,188 @@
-"""The rpm: built where there is no Fedora, looked into, and its program run."""
+"""The RPM, built here from what is committed: what is in it, what it asks for, and what it does.
+
+There is no Fedora here. So that what is written for its macros is read at least once, a second one
+is built with macros of their names.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, FreshRoot, run
 
-from transit_relay import __version__
+import transit_relay
 
-SPEC = "packaging/rpm/transit-relay.spec"
-# Mode and place of all that is in it; compiled modules are named for the Python that made them.
-FILES = r"""
--rw-r--r-- /etc/transit-relay.conf
--rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
--rw-r--r-- /usr/lib/systemd/system/transit-relay-ws.socket
--rw-r--r-- /usr/lib/systemd/system/transit-relay.service
--rw-r--r-- /usr/lib/systemd/system/transit-relay.socket
--rwxr-xr-x /usr/sbin/transit-relay
-drwxr-xr-x /usr/share/doc/transit-relay
--rw-r--r-- /usr/share/doc/transit-relay/NEWS.md
--rw-r--r-- /usr/share/doc/transit-relay/README.md
--rw-r--r-- /usr/share/doc/transit-relay/own-listeners.conf
-drwxr-xr-x /usr/share/licenses/transit-relay
--rw-r--r-- /usr/share/licenses/transit-relay/LICENSE
--rw-r--r-- /usr/share/man/man8/transit-relay.8
-drwxr-xr-x /usr/share/transit-relay
-drwxr-xr-x /usr/share/transit-relay/__pycache__
--rw-r--r-- /usr/share/transit-relay/__pycache__/transit_relay.pyc
--rw-r--r-- /usr/share/transit-relay/__pycache__/ws_frames.pyc
--rw-r--r-- /usr/share/transit-relay/transit_relay.py
--rw-r--r-- /usr/share/transit-relay/ws_frames.py
-"""
+SPEC = ROOT / "packaging" / "rpm" / "transit-relay.spec"
+VERSION = transit_relay.__version__
+UNITS, FIREWALLD = "/usr/lib/systemd/system", "/usr/lib/firewalld/services"
+DOC = "/usr/share/doc/transit-relay"
+ALL = "transit-relay.socket transit-relay-ws.socket transit-relay.service"
+
+# What is installed beside what `make install` installs.
+BESIDE = {
+    "packaging/transit-relay.conf": "/etc/transit-relay.conf",
+    "packaging/firewalld/transit-relay.xml": f"{FIREWALLD}/transit-relay.xml",
+    "packaging/systemd/transit-relay.service": f"{UNITS}/transit-relay.service",
+    "packaging/systemd/transit-relay.socket": f"{UNITS}/transit-relay.socket",
+    "packaging/systemd/transit-relay-ws.socket": f"{UNITS}/transit-relay-ws.socket",
+    "packaging/systemd/own-listeners.conf": f"{DOC}/examples/own-listeners.conf",
+    "README.md": f"{DOC}/README.md",
+    "NEWS.md": f"{DOC}/NEWS.md",
+    "LICENSE": f"/usr/share/licenses/transit-relay-{VERSION}/LICENSE",
+}
+
+MACROS = {
+    "_sbindir": "/usr/bin",
+    "_unitdir": "/units",
+    "systemd_requires": "Requires: the-systemd-of-fedora",
+    "systemd_post()": "fedora post %*",
+    "systemd_preun()": "fedora preun %*",
+    "systemd_postun_with_restart()": "fedora postun %*",
+    "python3": "/usr/bin/python3",
+    "py_byte_compile()": "%1 -m compileall -q %2",
+}
 
 
 @pytest.fixture(scope="module")
-def rpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, built of what is committed."""
-    folder = tmp_path_factory.mktemp("rpm")
-    (folder / "SOURCES").mkdir()
-    name = f"transit-relay-{__version__}"
-    run(["git", "archive", f"--prefix={name}/", f"--output={folder}/SOURCES/{name}.tar.gz", "HEAD"])
-    # With --nodeps, as no rpm has brought make here.
-    run(["rpmbuild", "--quiet", "--nodeps", f"--define=_topdir {folder}", "-ba", SPEC])
-    assert list((folder / "SRPMS").glob("*.src.rpm"))
-    (package,) = (folder / "RPMS").glob(f"noarch/{name}-1*.noarch.rpm")
+def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source, made as the spec says."""
+    folder = tmp_path_factory.mktemp("source")
+    name = f"transit-relay-{VERSION}"
+    archive = f"git archive --prefix={name}/ --output={name}.tar.gz HEAD"
+    build = f"rpmbuild -tb {name}.tar.gz"
+    assert [f"#   {archive}", f"#   {build}"] == re.findall("^#   .*", SPEC.read_text(), re.M)
+    run([*archive.replace("--output=", f"--output={folder}/").split()])
+    return folder / f"{name}.tar.gz"
+
+
+def build_rpm(tarball: Path, folder: Path, macros: Mapping[str, str]) -> Path:
+    """Build it, with these macros too. Debian has no RPMs that it could depend on."""
+    defined = [f"--define={name} {text}" for name, text in {"_topdir": folder, **macros}.items()]
+    run(["rpmbuild", "-tb", "--nodeps", *defined, tarball])
+    (package,) = folder.glob("RPMS/noarch/*.rpm")
     return package
 
 
-def query(rpm: Path, *question: str) -> str:
-    return run(["rpm", "--query", "--package", *question, rpm])
+@pytest.fixture(scope="module")
+def rpm(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it comes out here."""
+    return build_rpm(tarball, tmp_path_factory.mktemp("rpm"), {})
 
 
-def test_its_version_is_the_program_s() -> None:
-    assert re.findall(r"^Version: +(\S+)$", (ROOT / SPEC).read_text(), re.M) == [__version__]
+@pytest.fixture(scope="module")
+def fedoras(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as other macros have it."""
+    return build_rpm(tarball, tmp_path_factory.mktemp("fedoras"), MACROS)
 
 
-def test_what_is_in_it(rpm: Path) -> None:
-    listed = query(rpm, "--list", "--verbose")
-    found = re.findall(r"^(\S+) +\d+ root +root +\d+ .* (/.*)$", listed, re.M)
-    assert len(found) == len(listed.splitlines())
-    # As Fedora has them: Debian's rpm names folders of documents for the version.
-    other = re.compile(rf"(?<=/transit-relay)-{re.escape(__version__)}|\.cpython-\d+(?=\.pyc$)")
-    told = [f"{mode} {other.sub('', place)}" for mode, place in found]
-    assert sorted(told, key=lambda line: line.split()[1]) == FILES.split("\n")[1:-1]
-    assert query(rpm, "--configfiles").split() == ["/etc/transit-relay.conf"]
+def ask(package: Path, template: str) -> list[str]:
+    """What its header says, line by line."""
+    return run(["rpm", "-qp", "--queryformat", template, package]).splitlines()
 
 
-def test_what_it_needs(rpm: Path) -> None:
-    needed = {line for line in query(rpm, "--requires").splitlines() if "rpmlib(" not in line}
-    assert "python3 >= 3.9" in needed
-    # What rpm adds by itself: interpreters, and itself for the configuration file.
-    itself = f"config(transit-relay) = {__version__}-1"
-    assert needed <= {"python3 >= 3.9", "/usr/bin/python3", "/bin/sh", itself}
+def requires(package: Path) -> set[str]:
+    """What it asks for, but not what every RPM asks of rpm."""
+    found = ask(package, "[%{REQUIRENEVRS}\n]")
+    return {name for name in found if not name.startswith(("rpmlib(", "config("))}
 
 
-def test_it_runs(rpm: Path, tmp_path: Path) -> None:
-    options = ["--force-debian", "--nodeps", "--noscripts", f"--root={tmp_path}"]
-    run(["rpm", "--install", *options, rpm])
-    entry = tmp_path / "usr/sbin/transit-relay"
-    assert entry.read_text().startswith("#!/usr/bin/python3\n")
-    assert run([entry, "--version"]) == f"transit-relay {__version__}\n"
+def scriptlets(package: Path) -> list[str]:
+    """What runs when it is installed, before it is removed, and after that."""
+    return ["\n".join(ask(package, f"%{{{tag}}}")).strip() for tag in ("POSTIN", "PREUN", "POSTUN")]
 
 
-def test_its_units_are_told_of_where_systemd_s_macros_are(rpm: Path, tmp_path: Path) -> None:
-    """As on Fedora, which this machine is not: the macros are stand-ins that tell their names."""
-    names = ("systemd_post", "systemd_preun", "systemd_postun_with_restart")
-    defined = [f"--define={name}() {name}: %{{?*}}" for name in names]
-    said = run(["rpmspec", "--parse", *defined, SPEC])
-    sockets = "transit-relay.socket transit-relay-ws.socket"
-    for name in names[:2]:
-        assert f"\n{name}: {sockets} transit-relay.service\n" in said
-    assert f"\n{names[2]}: transit-relay.service\n" in said
+def test_it_is_the_version_that_the_program_is(rpm: Path) -> None:
+    (told,) = ask(rpm, "%{NAME} %{VERSION} %{ARCH} %{LICENSE}\n")
+    assert told == f"transit-relay {VERSION} noarch MIT"
+    (latest, *_) = ask(rpm, "[%{CHANGELOGNAME}\n]")
+    assert latest.endswith(f" - {VERSION}-1")
+
+
+def test_it_is_small(rpm: Path) -> None:
+    assert rpm.stat().st_size < 100_000
+
+
+def test_what_is_in_it(rpm: Path, tarball: Path, tmp_path: Path) -> None:
+    """All that `make install` installs, what is listed above, and their folders; all of root's."""
+    run(["tar", "-xf", tarball, "--strip-components=1"], cwd=tmp_path)
+    stage = tmp_path / "stage"
+    run(["make", "-s", "install", f"DESTDIR={stage}", "prefix=/usr"], cwd=tmp_path)
+    for source, target in BESIDE.items():
+        run(["install", "-D", "-m", "644", source, f"{stage}{target}"], cwd=tmp_path)
+    expected = {f"/{file.relative_to(stage)}": file for file in stage.rglob("*") if file.is_file()}
+
+    template = "[%{FILEMODES:perms} %{FILEUSERNAME}:%{FILEGROUPNAME} %{FILENAMES}\n]"
+    found = {name: rest for *rest, name in map(str.split, ask(rpm, template))}
+    files = {name: rest for name, rest in found.items() if not rest[0].startswith("d")}
+    assert files == {
+        name: ["-rwxr-xr-x" if file.stat().st_mode & 0o100 else "-rw-r--r--", "root:root"]
+        for name, file in expected.items()
+    }
+    for name in found.keys() - files.keys():
+        assert found[name] == ["drwxr-xr-x", "root:root"]
+        assert any(file.startswith(f"{name}/") for file in files)
+
+
+def test_its_configuration_is_the_administrators(rpm: Path) -> None:
+    flags = dict(map(str.split, ask(rpm, "[%{FILENAMES} .%{FILEFLAGS:fflags}\n]")))
+    assert [name for name, flag in flags.items() if "c" in flag] == ["/etc/transit-relay.conf"]
+    assert flags["/etc/transit-relay.conf"] == ".cn"  # noreplace
+
+
+def test_it_needs_python_alone(rpm: Path) -> None:
+    assert requires(rpm) == {"python3 >= 3.9", "/usr/bin/python3", "/bin/sh"}
+
+
+def test_what_fedoras_macros_make_of_it(fedoras: Path) -> None:
+    assert "the-systemd-of-fedora" in requires(fedoras)
+    assert scriptlets(fedoras) == [
+        "fedora post transit-relay.service transit-relay.socket",
+        f"fedora preun {ALL}",
+        "fedora postun transit-relay.service",
+    ]
+    names = ask(fedoras, "[%{FILENAMES}\n]")
+    assert "/usr/bin/transit-relay" in names
+    assert "/units/transit-relay.service" in names
+    compiled = [name for name in names if name.endswith(".pyc")]
+    assert len(compiled) == 2
+    assert all(name.startswith("/usr/share/transit-relay/__pycache__/") for name in compiled)
+
+
+# A life in a copy of a system that is not running; its systemctl tells what it is told.
+LIFE = """\
+mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root"
+root=$2/root
+say() { printf '#!/bin/sh\\necho systemctl "$@"\\n' >"$root$1"; chmod 755 "$root$1"; }
+rm "$root/bin/systemctl"
+say /bin/systemctl
+cd /
+rpm --root="$root" --install --nodeps "$3"
+echo "$(PYTHONDONTWRITEBYTECODE=1 chroot "$root" transit-relay --version) is installed"
+rpm --root="$root" --verify --nodeps transit-relay && echo "all is as it was packed"
+echo "# changed" >>"$root/etc/transit-relay.conf"
+rpm --root="$root" --upgrade --nodeps --force "$3"
+tail -n 1 "$root/etc/transit-relay.conf"
+rpm --root="$root" --erase transit-relay
+find "$root" -xdev -path "*transit*relay*" -printf '/%P is left\\n'
+"""
+
+
+def test_its_life(rpm: Path, roots: Mapping[str, FreshRoot], tmp_path: Path) -> None:
+    for name in "upper", "work", "root":
+        (tmp_path / name).mkdir()
+    bookworm = roots["bookworm"].folder()
+    said = run(["unshare", "--mount", "sh", "-ec", LIFE, "sh", bookworm, tmp_path, rpm])
+    assert said.splitlines() == [
+        "systemctl --no-reload preset transit-relay.service transit-relay.socket",
+        f"transit-relay {VERSION} is installed",
+        "all is as it was packed",
+        "systemctl daemon-reload",
+        "systemctl try-restart transit-relay.service",
+        "# changed",
+        f"systemctl --no-reload disable --now {ALL}",
+        "systemctl daemon-reload",
+        "/etc/transit-relay.conf.rpmsave is left",
+    ]
