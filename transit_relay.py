@@ -3113,7 +3113,7 @@ def read_config(path: str, parser: Parser) -> argparse.Namespace:
     """
     configured = argparse.Namespace()
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read().split("\n")
     except OSError as error:
         parser.error(f"argument --config: {path}: {reason(error)}")
@@ -3195,9 +3195,10 @@ def serve(options: argparse.Namespace) -> int:
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
-        if ws_frames is None and (options.websocket or options.websocket_url):
+        endpoints = choose_endpoints(options, passed)
+        if ws_frames is None and (options.websocket_url or any(one.web for one in endpoints)):
             raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
-        listeners = open_listeners(choose_endpoints(options, passed), passed)
+        listeners = open_listeners(endpoints, passed)
         for listener in listeners:
             undo.callback(listener.close)
         if options.user:

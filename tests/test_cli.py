@@ -401,6 +401,16 @@ def test_websocket_without_ws_frames_is_refused(
     assert said == f"transit-relay: {expected}"
 
 
+def test_a_socket_called_websocket_without_ws_frames_is_refused(lonely_copy: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        why = failed_start(
+            env={"LISTEN_FDNAMES": "websocket"},
+            pass_fds=[passed.fileno()],
+            program=[*activated(passed)[:-1], lonely_copy[-1]],
+        )
+    assert "no ws_frames.py" in why
+
+
 def test_a_broken_ws_frames_is_not_taken_for_none(lonely_copy: list[str]) -> None:
     Path(lonely_copy[1]).with_name("ws_frames.py").write_text("import no_such_module\n")
     with RelayProcess(*LOCAL, program=lonely_copy) as running:

@@ -41,6 +41,7 @@ def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
         "  blur-usage   3600  ",
         "blur-usage 3600  # an hour",
         "blur-usage 3600\r",
+        "\ufeffblur-usage 3600",  # as some editors save it
     ],
 )
 def test_ways_to_write_an_option(conf: Path, line: str) -> None:
