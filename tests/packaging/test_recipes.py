@@ -123,36 +123,30 @@ chmod 755 run
 """
 
 
-def test_daemontools(host: Host) -> None:
+# What supervises the folder one is in; what stops the relay and waits for its end; what starts it
+# again; what ends all.
+SUPERVISORS = {
+    "daemontools": (
+        "supervise .",
+        "svc -d .; wait_until sh -c 'svstat . | grep \": down\"'",
+        "svc -u .",
+        "svc -dx .",
+    ),
+    "runit": ("runsv .", "sv -w 20 stop .", "sv -w 20 start .", "sv -w 20 exit ."),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISORS)
+def test_supervisors(host: Host, name: str) -> None:
+    supervise, stop, start, end = SUPERVISORS[name]
     said = host.run(
         f"""\
         {SERVICE}
-        supervise . >log 2>&1 &
+        {supervise} >log 2>&1 &
         transfer
-        svc -d .
-        wait_until sh -c 'svstat . | grep ": down"' >&2
-        svc -u .
+        {{ {stop}; {start}; }} >&2
         transfer
-        svc -dx .
-        wait
-        happy {DATABASE}
-        grep -cx stopped log
-        """,
-        run=RUN,
-    )
-    assert said == ["transferred", "transferred", f"{ROW} {ROW}", "2"]
-
-
-def test_runit(host: Host) -> None:
-    said = host.run(
-        f"""\
-        {SERVICE}
-        runsv . >log 2>&1 &
-        transfer
-        sv -w 20 stop . >&2
-        sv -w 20 start . >&2
-        transfer
-        sv -w 20 exit . >&2
+        {end} >&2
         wait
         happy {DATABASE}
         grep -cx stopped log
