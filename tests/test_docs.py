@@ -112,6 +112,17 @@ def test_exit_codes() -> None:
         assert item[2:].startswith(codes[item[0]])
 
 
+def test_commands_for_the_administrator() -> None:
+    """What is to be typed for systemd: the same in the man page."""
+    section = README.partition("\n## With systemd\n")[2].partition("\n## ")[0]
+    in_readme = re.findall(r"(?m)(?:^ {4}.*\n)+", section)
+    in_man = re.findall(r"\.Bd -literal -offset indent\n(.*?)\.Ed\n", MAN, re.S)
+    spelled = [block.replace(r"\-", "-").replace(r"\e", "\\") for block in in_man]
+    told = [re.sub("(?m)^ {4}", "", block) for block in in_readme]
+    assert len(told) == 2
+    assert told == [block for block in spelled if "systemctl" in block]
+
+
 # What packages put at /etc/transit-relay.conf.
 
 
