@@ -237,6 +237,25 @@ def test_a_mistake_in_its_configuration(installed: Machine) -> None:
     transfer(installed)
 
 
+def test_a_mistake_while_clients_come(installed: Machine) -> None:
+    """They would have it started again and again: that ends. Mended, it needs a reset-failed."""
+    config, cursor = installed.path(CONFIG), installed.cursor()
+    good = config.read_text()
+    config.write_text(f"{good}no-such-option 1\n")
+    installed.fails("systemctl", "restart", SERVICE)
+    with connect(installed) as client, pytest.raises(ConnectionResetError):
+        client.read(1)  # until systemd closes the socket
+    tries = installed.journal(cursor).count(f"{SERVICE}: Main process exited")
+    burst = int(installed.show(SERVICE, "StartLimitBurst"))
+    assert burst / 2 < tries <= burst
+
+    config.write_text(good)
+    installed.run("systemctl", "reset-failed", SERVICE)
+    installed.run("systemctl", "restart", SERVICE)
+    assert installed.state(SERVICE) == installed.state(SOCKET) == ("active", "enabled")
+    transfer(installed)
+
+
 # What it may do.
 
 PROBE = """\
@@ -264,14 +283,14 @@ print("probe:", json.dumps({
 """
 
 
-def probe(machine: Machine, relaxed: str = "") -> dict[str, Any]:
+def probe(machine: Machine, *relaxed: str) -> dict[str, Any]:
     """What a program can do that runs as the relay does, in the same sandbox.
 
     `relaxed` are lines for the unit that take something back.
     """
     machine.path("/run/probe.py").write_text(PROBE)
-    command = f"ExecStartPost=/usr/bin/python3 /run/probe.py\n{relaxed}"
-    machine.add_drop_in(SERVICE, "probe", f"[Service]\n{command}")
+    lines = ["[Service]", "ExecStartPost=/usr/bin/python3 /run/probe.py", *relaxed, ""]
+    machine.add_drop_in(SERVICE, "probe", "\n".join(lines))
     cursor = machine.cursor()
     machine.run("systemctl", "restart", SERVICE)
     found = re.search(r" probe: (.*)$", machine.journal(cursor), re.M)
@@ -296,6 +315,13 @@ def test_its_sandbox(installed: Machine) -> None:
         os.readlink(installed.path(f"/proc/{pid}/ns/net")) for pid in (1, main_pid(installed))
     ]
     assert networks[0] != networks[1]
+
+
+def test_it_dials_nobody(installed: Machine) -> None:
+    """Even with sockets, and in the network of its host, nothing gets out; what lets it is seen."""
+    relaxed = ("RestrictAddressFamilies=AF_INET", "PrivateNetwork=no")
+    assert probe(installed, *relaxed)["send"] == "PermissionError"
+    assert probe(installed, *relaxed, "IPAddressDeny=")["send"] == "done"
 
 
 def exposure(machine: Machine) -> float:
@@ -361,20 +387,30 @@ def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> 
     assert restarts(machine) == 0
 
 
-# What is not on a disk, and dpkg's own diary.
-NOT_OURS = re.compile(r"(proc|sys|dev|run|tmp)(/.*)?|var/log/dpkg\.log")
+# What may differ, and why.
+MAY_DIFFER = {
+    r"var/lib/dpkg/(lock|lock-frontend|status|status-old|triggers/Lock)": "dpkg works with them",
+    r"var/log/dpkg\.log": "dpkg's diary",
+    r"(var|run)/log/journal/.*": "the journal",
+    r"run/systemd/generator/.*|run/systemd/systemd-units-load": "made anew by a daemon-reload",
+    r"run/systemd/dynamic-uid": "systemd's own folder, once there was a DynamicUser=",
+}
+NOT_OURS = re.compile("|".join(MAY_DIFFER))
 
 
-def files(machine: Machine) -> set[str]:
-    """Everything on the system's disk."""
-    root = machine.path("/")
+def files(machine: Machine) -> dict[str, str]:
+    """Everything in the system: its kind, its owner, and of a file its size and when it changed."""
+    disk = machine.path("/")
+    folder = ["-type", "d", "-printf", "%p\\t%y %m %U %G\\n"]
+    other = ["-printf", "%p\\t%y %m %U %G %s %l %T@\\n"]
     found = subprocess.run(
-        ["find", f"{root}/", "-xdev", "-mindepth", "1", "-printf", "%P\\n"],
+        ["find", f"{disk}/", f"{disk}/run/", "-xdev", *folder, "-o", *other],
         capture_output=True,
         text=True,
         check=True,
     )
-    return {name for name in found.stdout.splitlines() if not NOT_OURS.fullmatch(name)}
+    listed = (line.split("\t") for line in found.stdout.replace(f"{disk}/", "").splitlines())
+    return {name: known for name, known in listed if not NOT_OURS.fullmatch(name)}
 
 
 def test_remove_and_purge(machine: Machine, deb: Path) -> None:
@@ -382,7 +418,7 @@ def test_remove_and_purge(machine: Machine, deb: Path) -> None:
     machine.install(deb)
     follow(machine, documented(f"enable --now {WEB_SOCKET}"))
     transfer(machine, "tcp", "ws")
-    installed = files(machine) - before
+    installed = files(machine).keys() - before.keys()
     assert {CONFIG[1:], "usr/sbin/transit-relay", f"{STATE[1:]}/usage.sqlite"} <= installed
 
     machine.run("dpkg", "--remove", "transit-relay")
@@ -394,8 +430,11 @@ def test_remove_and_purge(machine: Machine, deb: Path) -> None:
     assert not machine.path("/usr/share/transit-relay").exists()
 
     machine.run("dpkg", "--purge", "transit-relay")
-    assert files(machine) == before
-    assert "\n0 loaded units" in machine.run("systemctl", "list-units", "--all", "transit-relay*")
+    differing = files(machine).items() ^ before.items()
+    assert sorted({name for name, _ in differing}) == []
+    assert "transit-relay" not in machine.path("/var/lib/dpkg/status").read_text()
+    for unit in SERVICE, SOCKET, WEB_SOCKET:
+        assert machine.show(unit, "LoadState") == "not-found"
 
 
 def test_installed_again_it_has_its_records(installed: Machine, deb: Path) -> None:
