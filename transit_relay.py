@@ -154,7 +154,8 @@ HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledg
 FOLDER_LOCK_SECONDS = 5  # a start waits this long for another one in a unix socket's folder
 CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
 STATUS_SECONDS = 10  # how often systemd is told how things stand
-NOTIFY_SECONDS = 5  # it may take as long to take in that we are ready; all else it may miss
+MAX_CONFIG_CHARACTERS = 1024 * 1024  # more is no configuration
+MAX_COMPLAINT_CHARACTERS = 1000  # it may repeat what is wrong
 COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
@@ -249,7 +250,7 @@ class Snapshot(NamedTuple):
     """How things stand now, for people: all that is told of a relay that runs."""
 
     pairs: int  # running, or not yet recorded
-    waiting: int  # tokens that wait for a partner
+    waiting: int  # clients without a partner yet
     connections: int  # open ones, whatever for
     pairs_ended: int  # since the start
     relayed_bytes: int  # since the start, by pairs that run too
@@ -1554,7 +1555,7 @@ class Server:
         """How things stand, for people."""
         return Snapshot(
             pairs=len(self.rendezvous.paired) // 2,
-            waiting=len(self.rendezvous.waiting),
+            waiting=sum(map(len, self.rendezvous.waiting.values())),
             connections=len(self.connections),
             pairs_ended=self.rendezvous.pairs_ended,
             relayed_bytes=self.rendezvous.relayed_bytes(),
@@ -2215,7 +2216,7 @@ class UsageDatabase(Sink):
 def status_line(now: Snapshot) -> str:
     """One line for `systemctl status`."""
     return (
-        f"{count_text(now.pairs, 'pair')}, {now.waiting} waiting,"
+        f"{count_text(now.pairs, 'pair')}, {now.waiting:,} waiting,"
         f" {count_text(now.connections, 'connection')}; since the start"
         f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
     )
@@ -2304,6 +2305,11 @@ class PassedSockets(NamedTuple):
             )
             for n in range(self.total)
         ]
+
+    def unused(self, endpoints: Sequence[Endpoint]) -> int:
+        """How many of them no endpoint means. Raises StartupError."""
+        used = {self.find(endpoint) for endpoint in endpoints}
+        return len({FIRST_PASSED_FD + n for n in range(self.total)} - used)
 
     def find(self, endpoint: Endpoint) -> int | None:
         """Which descriptor an endpoint means; None if it is to be opened. Raises StartupError."""
@@ -2734,6 +2740,8 @@ class ServiceManager:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._watchdog_seconds = watchdog_seconds
         self._socket: socket.socket | None = None  # kept, lest descriptors lack for it one day
+        self._owed = ""  # what must be said and was not taken yet
+        self._phase = ""  # in front of the status
         self._complaints = Throttle()
 
     @classmethod
@@ -2751,23 +2759,39 @@ class ServiceManager:
         """Have the loop itself tell that it is alive, and how things stand."""
 
         def tell_status() -> None:
-            self.tell(f"STATUS={status_line(server.snapshot())}")
+            self.tell(f"STATUS={self._phase}{status_line(server.snapshot())}")
 
         if self._address:
             server.every(STATUS_SECONDS, tell_status)
         if self._watchdog_seconds:
             server.every(self._watchdog_seconds / 2, lambda: self.tell("WATCHDOG=1"))
 
-    def tell(self, message: str, patience: float = 0) -> None:
-        """Send variables, a line each; wait at most `patience` seconds until it takes them."""
+    def ready(self) -> None:
+        """Tell that clients are served."""
+        self.tell("READY=1", must_arrive=True)
+
+    def stopping(self) -> None:
+        """Tell that a stop has begun."""
+        self._phase = "stopping; "
+        self.tell("STOPPING=1\nSTATUS=stopping", must_arrive=True)
+
+    def tell(self, message: str, must_arrive: bool = False) -> None:
+        """Send variables, a line each, if it takes them at once.
+
+        `must_arrive`: if it does not, they are sent again before what is told next.
+        """
         if not self._address:
             return
+        message = self._owed + message
         try:
             if self._socket is None:
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(patience)
+                self._socket.setblocking(False)
             self._socket.sendto(message.encode(), self._address)
+            self._owed = ""
         except OSError as error:
+            if must_arrive:
+                self._owed = message + "\n"
             if self._complaints.lets_through(time.monotonic()):
                 log.warning("the service manager cannot be told: %s", reason(error))
 
@@ -2933,7 +2957,9 @@ def complain(message: str, stream: TextIO | None) -> None:
     """Say in one line why we do not start, if anybody is there to hear it."""
     if stream is None:
         return
-    line = f"{PROGRAM}: {' '.join(message.split())}"
+    text = " ".join(message[:MAX_COMPLAINT_CHARACTERS].split())
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = f"{PROGRAM}: {plain}"
     with contextlib.suppress(OSError):
         encoded = line.encode(stream.encoding, "backslashreplace")
         print(encoded.decode(stream.encoding), file=stream, flush=True)
@@ -3044,7 +3070,10 @@ def make_parser() -> Parser:
         "--config",
         metavar="FILE",
         type=nonempty,
-        help="read more options from this file; those given here win (default: none)",
+        action="append",
+        default=[],
+        help="read more options from this file, where those given here win; may be given several"
+        " times (default: none)",
     )
     running.add_argument(
         "--daemonize",
@@ -3090,50 +3119,51 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, and the file it names. Exits with code 2, and one line, if wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.config:
-        configured = read_config(options.config, parser)
-        for name in ("port", "websocket"):  # lists, to which argparse would add
-            if getattr(options, name):
-                vars(configured).pop(name, None)
-        options = parser.parse_args(arguments, configured)
+    configured = argparse.Namespace()
+    for path in options.config:
+        read_config(path, parser, configured)
+    for name in ("port", "websocket"):  # lists, to which argparse would add
+        if getattr(options, name):
+            vars(configured).pop(name, None)
+    options = parser.parse_args(arguments, configured)
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
     return options
 
 
-CONFIG_LINE = re.compile(r"(?:--)?([a-z][a-z-]*)(?:(?:\s*=\s*|\s+)(.*))?")
+CONFIG_LINE = re.compile(r"(?:--)?([^\s=-][^\s=]*)(?:(?:\s*=\s*|\s+)([^\0]*))?")
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
-def read_config(path: str, parser: Parser) -> argparse.Namespace:
-    """Read the options in a file; nothing else is in what this gives. Exits if it is wrong.
+def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> None:
+    """Put the options of a file, and nothing else, into `configured`. Exits if it is wrong.
 
     Each line is parsed as if it stood alone on the command line.
     """
-    configured = argparse.Namespace()
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
+            text = file.read(MAX_CONFIG_CHARACTERS)
     except OSError as error:
         parser.error(f"argument --config: {path}: {reason(error)}")
-    for number, line in enumerate(lines, 1):
-        text = COMMENT.sub("", line).strip()
-        if text:
+    if len(text) == MAX_CONFIG_CHARACTERS:
+        parser.error(f"argument --config: {path}: too long for a configuration")
+    for number, line in enumerate(text.split("\n"), 1):
+        line = COMMENT.sub("", line).strip()
+        if line:
             parser.place = f"{path}, line {number}: "
-            name, value = _read_option(text, parser)
+            name, value = _read_option(line, parser)
             if isinstance(value, list):
                 value = [*getattr(configured, name, []), *value]
             setattr(configured, name, value)
     parser.place = ""
-    return configured
 
 
-def _read_option(text: str, parser: Parser) -> tuple[str, object]:
+def _read_option(line: str, parser: Parser) -> tuple[str, object]:
     """Read one line of a configuration: its name in a Namespace, and its value."""
-    match = CONFIG_LINE.fullmatch(text)
+    match = CONFIG_LINE.fullmatch(line)
     if not match:
-        parser.error(f"{text!r} is not of the form `option value`")
+        parser.error(f"{line!r} is not of the form `option value`")
     option, value = match.groups()
     if option in ("config", "help", "version"):
         parser.error(f"{option} is for the command line only")
@@ -3199,6 +3229,7 @@ def serve(options: argparse.Namespace) -> int:
         if ws_frames is None and (options.websocket_url or any(one.web for one in endpoints)):
             raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
         listeners = open_listeners(endpoints, passed)
+        unused = passed.unused(endpoints)
         for listener in listeners:
             undo.callback(listener.close)
         if options.user:
@@ -3216,15 +3247,14 @@ def serve(options: argparse.Namespace) -> int:
         manager.attend(server)
 
         def ready() -> None:
+            if unused:
+                log.warning("sockets passed to us, but named by no endpoint: %d", unused)
             announce(options, listeners, limit)
-            manager.tell("READY=1", NOTIFY_SECONDS)
+            manager.ready()
             detach()
 
-        def stopping() -> None:
-            manager.tell("STOPPING=1\nSTATUS=stopping")
-
         crashed = False
-        for step in (partial(server.run, ready, stopping), server.close):
+        for step in (partial(server.run, ready, manager.stopping), server.close):
             try:
                 step()
             except Exception:

@@ -24,7 +24,7 @@ def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
     """What the options are that differ from the defaults."""
     conf.write_bytes(text.encode())
     options = vars(parse_arguments([*arguments, f"--config={conf}"]))
-    assert options.pop("config") == str(conf)
+    assert options.pop("config") == [str(conf)]
     defaults = vars(parse_arguments([]))
     return {name: value for name, value in options.items() if value != defaults[name]}
 
@@ -112,14 +112,20 @@ def test_the_command_line_wins(
         ("port tcp:99999", "argument --port: tcp:99999: port must be"),
         ("blur-usage an hour", "argument --blur-usage: 'an hour' is not a whole number"),
         ("no-splice yes", "argument --no-splice: ignored explicit argument 'yes'"),
-        ("Port tcp:4001", "'Port tcp:4001' is not of the form `option value`"),
+        ("Port tcp:4001", "unrecognized arguments: --Port=tcp:4001"),
+        ("usage_db file", "unrecognized arguments: --usage_db=file"),
+        ("port: tcp:4001", "unrecognized arguments: --port:=tcp:4001"),
         ("-h", "'-h' is not of the form"),
         ("--", "'--' is not of the form"),
+        ("=", "'=' is not of the form `option value`"),
         ("help", "help is for the command line only"),
         ("version", "version is for the command line only"),
         ("--config other.conf", "config is for the command line only"),
         ("port tcp:4001;", "argument --port: tcp:4001;: port must be"),
-        ("\0", r"'\x00' is not of the form"),
+        ("pidfile a\0b", r"'pidfile a\x00b' is not of the form"),  # no command line can say that
+        ("a=\x1b[31m", r"unrecognized arguments: --a=\x1b[31m"),
+        ("\0", r"unrecognized arguments: --\x00"),
+        (f"port {'x' * 5000}", "argument --port: 'xxx"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(
@@ -131,8 +137,23 @@ def test_what_is_wrong_is_named_with_its_place(
     said = capsys.readouterr()
     assert caught.value.code == 2
     assert said.out == ""
-    assert said.err.count("\n") == 1
+    assert said.err.count("\n") == 1 and len(said.err) < 1100
     assert said.err.startswith(f"transit-relay: {conf}, line 3: {complaint}")
+
+
+def test_several_files(conf: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.conf"
+    more.write_text("port unix:/run/x.sock\nblur-usage 60\n")
+    conf.write_text("port tcp:4001\nblur-usage 3600\nlog-fd 1\n")
+    options = parse_arguments([f"--config={conf}", f"--config={more}"])
+    assert (options.port, options.blur_usage, options.log_fd) == (PORTS, 60, 1)
+
+
+def test_a_file_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--config=/dev/zero"])
+    assert caught.value.code == 2
+    assert "/dev/zero: too long for a configuration" in capsys.readouterr().err
 
 
 def test_a_wrong_command_line_is_not_the_file_s_fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -129,7 +130,9 @@ def test_commands_for_the_administrator() -> None:
 def read_conf(text: str, tmp_path: Path) -> dict[str, object]:
     file = tmp_path / "relay.conf"
     file.write_text(text)
-    return vars(read_config(str(file), make_parser()))
+    configured = argparse.Namespace()
+    read_config(str(file), make_parser(), configured)
+    return vars(configured)
 
 
 def test_the_packages_configuration_records_blurred(tmp_path: Path) -> None:

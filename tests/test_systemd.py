@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 from helpers import TIMEOUT, Loop, handshake, read_to_end
-from processes import QuietRelay, ReachedRelay, activated, only_line, patched, transfer
+from processes import (
+    QuietRelay,
+    ReachedRelay,
+    activated,
+    locked,
+    only_line,
+    patched,
+    transfer,
+)
 
 from transit_relay import ServiceManager, Snapshot, size_text, status_line
 
@@ -80,7 +88,29 @@ def test_whoever_names_one_endpoint_names_all(passed: list[socket.socket], optio
     with start("a:b", *passed[:2], arguments=arguments) as relay:
         relay.wait_for("^Transit starting on .*systemd:index=1")
         assert b"systemd:index=0" not in relay.stderr
-        relay.stop_cleanly()
+        assert relay.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (("--port", "systemd:index=1"), 1),
+        (("--port", "systemd:index=1", "--websocket", "systemd:name=a"), 0),
+        (("--port", "fd:3", "--port", "fd:4"), 0),
+        (("--port", "tcp:0:interface=127.0.0.1"), 2),
+        ((), 0),
+    ],
+)
+def test_sockets_that_nobody_asked_for_are_told(
+    passed: list[socket.socket], arguments: tuple[str, ...], unused: int
+) -> None:
+    """Clients connect there, and wait for ever."""
+    with start("a:b", *passed[:2], arguments=arguments) as relay:
+        relay.wait_for("^Transit starting on")
+        said = b"warning: sockets passed to us, but named by no endpoint: %d\n" % unused
+        assert (said in relay.stderr) == (unused > 0)
+        assert relay.stderr.count(b"warning: ") == (unused > 0)
+        assert relay.stop() == 0
 
 
 def test_a_socket_that_does_not_listen_is_refused() -> None:
@@ -252,7 +282,7 @@ def test_a_service_manager_that_is_gone_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with contextlib.closing(ServiceManager(str(tmp_path / "none"))) as gone:
-        gone.tell("READY=1", 1)
+        gone.tell("READY=1")
         gone.tell("WATCHDOG=1")
     assert [record.getMessage() for record in caplog.records] == [
         "the service manager cannot be told: No such file or directory"
@@ -264,6 +294,50 @@ def test_a_service_manager_that_does_not_listen_delays_nothing(manager: Manager)
         for _ in range(10_000):  # more than any queue takes
             busy.tell("WATCHDOG=1")
     assert 0 < len(manager.rest()) < 10_000
+
+
+def fill(manager: Manager) -> socket.socket:
+    """Make its queue full. Gives what fills it."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    address = manager.address
+    sock.connect("\0" + address[1:] if address.startswith("@") else address)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(b"junk")
+    return sock
+
+
+def test_what_must_arrive_is_told_again(manager: Manager) -> None:
+    with fill(manager), contextlib.closing(ServiceManager(manager.address)) as busy:
+        busy.ready()
+        busy.tell("WATCHDOG=1")
+        assert set(manager.rest()) == {"junk"}
+        busy.tell("WATCHDOG=1")
+        busy.tell("WATCHDOG=1")
+        assert manager.rest() == ["READY=1\nWATCHDOG=1", "WATCHDOG=1"]
+
+
+def test_a_relay_whose_readiness_is_not_taken_serves_and_tells_it_later(manager: Manager) -> None:
+    program = patched(STATUS_SECONDS=0.05)
+    with fill(manager), QuietRelay(env=told(manager), program=program) as relay:
+        transfer(relay)
+        assert manager.until("READY=1").startswith("READY=1\nSTATUS=")
+        relay.process.send_signal(signal.SIGTERM)
+        manager.until("STOPPING=1")
+        assert relay.wait() == 0
+
+
+def test_a_stop_that_takes_its_time_is_still_a_stop(manager: Manager, tmp_path: Path) -> None:
+    program = patched(STATUS_SECONDS=0.05, STOP_RECORD_SECONDS=0.5)
+    database = tmp_path / "usage.sqlite"
+    with QuietRelay("--usage-db", str(database), env=told(manager), program=program) as relay:
+        manager.until("READY=1")
+        with locked(database):
+            relay.process.send_signal(signal.SIGTERM)
+            manager.until("STOPPING=1")
+            assert manager.next().startswith("STATUS=stopping; 0 pairs")
+            relay.wait()
 
 
 def test_without_a_service_manager_nothing_is_told() -> None:
@@ -304,15 +378,15 @@ def test_status_line() -> None:
 
 def test_snapshot_counts_all_that_was_relayed(loop: Loop) -> None:
     one, other = loop.pair()
-    lonely = loop.connect()
-    lonely.sendall(handshake("lonely"))
+    for _ in range(2):
+        loop.connect().sendall(handshake("lonely", "side"))
     one.sendall(b"abc")
     loop.pump()
-    assert loop.server.snapshot() == Snapshot(1, 1, 3, 0, 3)
+    assert loop.server.snapshot() == Snapshot(1, 2, 4, 0, 3)
     one.close()
     other.close()
     loop.pump()
-    assert loop.server.snapshot() == Snapshot(0, 1, 1, 1, 3)
+    assert loop.server.snapshot() == Snapshot(0, 2, 2, 1, 3)
 
 
 def test_a_chore_is_done_at_once_and_then_at_its_pace(loop: Loop) -> None:
