@@ -74,6 +74,18 @@ def play(name: str, kinds: Kinds, relay: Relay) -> Outcome:
         stage.abandon()
 
 
+def play_until_no_reset(name: str, kinds: Kinds, reference: Relay) -> Outcome:
+    """On a busy machine the reference's reset may overtake its Close: then once more.
+
+    One of hundreds does. Where it always resets, this gives that.
+    """
+    for _ in range(5):
+        outcome = play_reference(name, kinds, reference)
+        if all(seen.end != "reset" for seen in outcome.clients.values()):
+            break
+    return outcome
+
+
 def play_reference(name: str, kinds: Kinds, reference: Relay) -> Outcome:
     return without_resets_behind_a_close(play(name, kinds, reference))
 
@@ -95,7 +107,7 @@ def test_same_as_the_reference(case: str, ours: Relay, reference: Relay) -> None
     name, kinds = CASES[case]
     mine = play(name, kinds, ours)
     if (name, kinds) not in DIFFERENCES:
-        assert mine == play_reference(name, kinds, reference)
+        assert mine == play_until_no_reset(name, kinds, reference)
         return
     row, expected = DIFFERENCES[name, kinds]
     assert mine == expected, row
