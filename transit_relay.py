@@ -1511,7 +1511,7 @@ class Server:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self._signals.append(number))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can replace the relay
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a reload
         try:
             ready()
             while self._flush_until is None:
@@ -1525,8 +1525,8 @@ class Server:
     def run_once(self, timeout: float | None) -> None:
         """One turn: wait at most `timeout` seconds (None: as long as it takes), then work.
 
-        Whoever has little is served at once. Of the line of those who have bulk it is a quarter:
-        all of it would keep the others waiting, and much less would cost too many selects.
+        Whoever has little is served at once. Of those lined up with bulk a quarter is: all would
+        keep the others waiting, and much less would cost too many selects.
         """
         for key, mask in self._selector.select(0 if self._line else timeout):
             key.data.on_ready(mask)
@@ -1548,7 +1548,7 @@ class Server:
         self._waker.close()
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do `work` now and every `seconds`, in the loop: it must not block."""
+        """Do `work` in the next turn, and then every `seconds`: it must not block."""
         self._timers.chores.append(Chore(seconds, work))
 
     def snapshot(self) -> Snapshot:
@@ -2589,7 +2589,7 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
 # Daemon
 #
 # What makes a program one that init scripts, cron, logrotate and systemd can live with. All but
-# what is told to the last happens once, at the start or the end, and says why if it is refused.
+# what systemd is told happens once, at the start or the end, and says why if the system refuses.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2923,7 +2923,7 @@ endpoints:
 
 configuration file:
   an option a line, without its dashes: `blur-usage 3600` or `blur-usage = 3600`;
-  what follows a # is a comment
+  a # at the start of a line or behind white space begins a comment
 
 signals:
   SIGTERM, SIGINT                   stop: queued bytes get 2 s, unwritten records 10 s;
@@ -3084,7 +3084,7 @@ def make_parser() -> Parser:
         "--pidfile",
         metavar="FILE",
         type=nonempty,
-        help="keep the process id here, and let no second relay start (default:"
+        help="keep the process id here; no second relay starts with the same one (default:"
         " transit_relay.pid with --daemonize, else none)",
     )
     running.add_argument(

@@ -258,7 +258,7 @@ def test_all_is_compiled(engine: Engine, image: str) -> None:
     for arguments in [*relay, "--version"], health:
         command = ["podman", "run", "--rm", "--read-only", "--network=none", "--entrypoint=python3"]
         said = engine.try_(*command, "--no-healthcheck", image, "-v", *arguments).stdout
-        loaded = re.findall(r"^# code object from '(.*)'$", said, re.M)
+        loaded = re.findall(r"^# code object from '?(.*?)'?$", said, re.M)
         assert len(loaded) > 20, said
         assert [name for name in loaded if not name.endswith(".pyc")] == []
 
@@ -304,10 +304,12 @@ def test_the_commands_of_readme(engine: Engine, image: str) -> None:
 def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> None:
     """compose.yaml shows how: in the line that it has commented out."""
     (tmp_path / "transit-relay.conf").write_text("port tcp:4001\nusage-db :memory:\n")
-    shown = re.findall(r"^ +# - \.(/transit-relay\.conf:\S+)$", COMPOSE.read_text(), re.M)
+    shown = re.findall(r"^ +# - \.\.(/transit-relay\.conf:\S+)$", COMPOSE.read_text(), re.M)
     mounted = f"--volume={tmp_path}{''.join(shown)}"
+    with relay(engine, image, options=["--network=none", mounted]) as container:
+        assert "not blurring access times" in container.log()
+        transfer(container)  # type: ignore[arg-type]
     command = ["podman", "run", "--rm", "--network=none", "--no-healthcheck", mounted, image]
-    assert engine.run(*command, "--version") == f"transit-relay {transit_relay.__version__}\n"
     (tmp_path / "transit-relay.conf").write_text("\nno such option\n")
     refused = engine.try_(*command)
     assert refused.returncode == 2
