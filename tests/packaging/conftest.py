@@ -107,10 +107,10 @@ class FreshRoot:
             self._stamp.write_text(str(self._command))
         return self._folder
 
-    def run(self, *argv: str, binds: Sequence[str] = (), network: bool = False) -> str:
-        """Run a command in a copy of it that is thrown away, with systemd-nspawn but no systemd.
+    def run(self, *argv: str, binds: Sequence[str] = ()) -> str:
+        """Run a command in a copy of it that is thrown away, with loopback but no systemd.
 
-        `binds` are files and folders of ours, as OURS:THERE; without `network` there is loopback.
+        `binds` are files and folders of ours, as OURS:THERE.
         """
         name = f"relay-{self._folder.name}-{os.getpid()}-{next(_numbers)}"
         try:
@@ -118,8 +118,7 @@ class FreshRoot:
                 [
                     *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--as-pid2"),
                     *("--pipe", "--volatile=overlay", f"--directory={self.folder()}"),
-                    *(f"--machine={name}", "--timezone=off"),
-                    "--resolv-conf=bind-host" if network else "--private-network",
+                    *(f"--machine={name}", "--timezone=off", "--private-network"),
                     *(f"--bind={bind}" for bind in binds),
                     *(f"--setenv={variable}" for variable in ("LC_ALL=C.UTF-8", "HOME=/root")),
                     *("env", "--unset=NOTIFY_SOCKET"),  # nspawn's own

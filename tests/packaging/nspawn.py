@@ -173,11 +173,6 @@ class Machine:
         (folder / f"{name}.conf").write_text(text)
         self.run("systemctl", "daemon-reload")
 
-    def remove_drop_in(self, unit: str, name: str) -> None:
-        """Take that back."""
-        self.path(f"/run/systemd/system/{unit}.d/{name}.conf").unlink()
-        self.run("systemctl", "daemon-reload")
-
     # The journal.
 
     def cursor(self) -> str:
