@@ -3119,13 +3119,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, and the file it names. Exits with code 2, and one line, if wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    configured = argparse.Namespace()
-    for path in options.config:
-        read_config(path, parser, configured)
-    for name in ("port", "websocket"):  # lists, to which argparse would add
-        if getattr(options, name):
-            vars(configured).pop(name, None)
-    options = parser.parse_args(arguments, configured)
+    if options.config:
+        configured = argparse.Namespace()
+        for path in options.config:
+            read_config(path, parser, configured)
+        for name in ("port", "websocket"):  # lists, to which argparse would add
+            if getattr(options, name):
+                vars(configured).pop(name, None)
+        options = parser.parse_args(arguments, configured)
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"

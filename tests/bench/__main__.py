@@ -30,6 +30,7 @@ import network
 import relays
 import table
 from load import LoadError
+from readme import publish
 from relays import COMPARATORS, RelayError, Unavailable
 from table import Quantity
 from works import FULL, QUICK, WORKS, Measured, Scale, Stage, Work
@@ -233,15 +234,6 @@ def make_notes(
     return notes
 
 
-def publish(readme: Path, text: str) -> None:
-    """Put `text` between the marks of a file. Raises BenchError if it has none."""
-    before, begin, rest = readme.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise BenchError(f"{readme} has no lines {MARKS[0]} and {MARKS[1]}")
-    readme.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
-
-
 def give_up(number: int, frame: FrameType | None) -> NoReturn:
     """A signal: the step takes too long, or somebody wants us to end. What we started, ends."""
     if number == signal.SIGALRM:
@@ -268,7 +260,10 @@ def run(options: argparse.Namespace) -> int:
     notes = make_notes(options, missing, where, disturbed, len(steps))
     print(table.report(values, verdicts, notes), end="")
     if options.readme:
-        publish(options.readme, table.report(values, [], notes))
+        try:
+            publish(options.readme, MARKS, table.report(values, [], notes))
+        except ValueError as error:
+            raise BenchError(str(error)) from None
     return table.exit_code(verdicts)
 
 

@@ -54,6 +54,22 @@ def run(
     return done.stdout
 
 
+def attempt(
+    argv: Sequence[str], env: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in just this environment, whatever comes of it. Its stdout holds its stderr."""
+    return subprocess.run(
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+    )
+
+
 _numbers = itertools.count(1)
 
 

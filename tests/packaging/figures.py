@@ -148,15 +148,6 @@ def compare(ours: Path, theirs: Path) -> str:
     )
 
 
-def publish(readme: Path, text: str) -> None:
-    """Put `text` between the marks of a file."""
-    before, begin, rest = readme.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        sys.exit(f"{readme} has no lines {MARKS[0]} and {MARKS[1]}")
-    readme.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
-
-
 def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description="Tell how large the package is, beside Debian's.")
@@ -178,7 +169,13 @@ def main() -> None:
         text = compare(ours, theirs)
     print(text, end="")
     if options.readme:
-        publish(options.readme, text)
+        sys.path.insert(0, str(ROOT / "tests" / "bench"))
+        from readme import publish
+
+        try:
+            publish(options.readme, MARKS, text)
+        except ValueError as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

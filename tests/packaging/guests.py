@@ -10,7 +10,7 @@ from typing import Any
 
 from children import TIMEOUT
 from helpers import Client, WebSocketClient, digest, handshake
-from nspawn import Machine
+from nspawn import Machine, Reachable
 
 SERVICE, STATE = "transit-relay.service", "/var/lib/private/transit-relay"
 PORTS = {"tcp": 4001, "ws": 4002}
@@ -28,16 +28,16 @@ SECRETS = [TOKEN, SIDE, *(source for source, _ in FAMILIES.values())]
 _numbers = itertools.count(1)
 
 
-def prepare(machine: Machine) -> None:
+def prepare(there: Reachable) -> None:
     """Give it the addresses that it has not anyway."""
     for address in FAMILIES["IPv6"]:
-        machine.add_address(address)
+        there.add_address(address)
 
 
-def connect(machine: Machine, kind: str = "tcp", family: str = "IPv4") -> Client:
+def connect(there: Reachable, kind: str = "tcp", family: str = "IPv4") -> Client:
     """A client that has connected (a WebSocket has asked for its upgrade)."""
     source, host = FAMILIES[family]
-    sock = machine.connect(host, PORTS[kind], source)
+    sock = there.connect(host, PORTS[kind], source)
     client = WebSocketClient(sock) if kind == "ws" else Client(sock)
     sock.settimeout(TIMEOUT)
     return client
@@ -60,7 +60,7 @@ def pass_bytes(sender: Client, receiver: Client, data: bytes) -> None:
 
 
 def transfer(
-    machine: Machine,
+    there: Reachable,
     first: str = "tcp",
     second: str = "tcp",
     family: str = "IPv4",
@@ -68,7 +68,7 @@ def transfer(
 ) -> None:
     """The whole life of a pair: so much there, a quarter of it back, and the end."""
     chance = random.Random(size)
-    with connect(machine, first, family) as one, connect(machine, second, family) as other:
+    with connect(there, first, family) as one, connect(there, second, family) as other:
         introduce(one, other)
         for client in one, other:
             assert client.receive(3) == b"ok\n"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from children import TIMEOUT
-from conftest import remove_traces
+from conftest import attempt, remove_traces
 
 _ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -37,7 +37,34 @@ def _move_to_network(fd: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-class Machine:
+class Reachable:
+    """What has a network of its own, in which sockets of ours can be made."""
+
+    leader = 0  # a process in there
+
+    @contextlib.contextmanager
+    def network(self) -> Iterator[None]:
+        """In the `with` block this thread's new sockets are in that network."""
+        with open("/proc/thread-self/ns/net") as ours:
+            with open(f"/proc/{self.leader}/ns/net") as theirs:
+                _move_to_network(theirs.fileno())
+                try:
+                    yield
+                finally:
+                    _move_to_network(ours.fileno())
+
+    def connect(self, host: str, port: int, source: str) -> socket.socket:
+        """A connection within that network."""
+        with self.network():
+            return socket.create_connection((host, port), TIMEOUT, (source, 0))
+
+    def add_address(self, address: str) -> None:
+        """One more address of its own, for IPv6."""
+        ip = ["ip", "-6", "address", "add", f"{address}/128", "dev", "lo", "nodad"]
+        subprocess.run(["nsenter", f"--net=/proc/{self.leader}/ns/net", *ip], check=True)
+
+
+class Machine(Reachable):
     """A booted system: from the `with` on, until its end."""
 
     def __init__(self, folder: Path, scratch: Path, *options: str) -> None:
@@ -45,7 +72,6 @@ class Machine:
 
         `options` are further ones of systemd-nspawn; without any it has a network of its own.
         """
-        self.leader = 0  # the process that is number 1 in there
         self._name = f"relay-{folder.name}-{os.getpid()}"
         self._console = scratch / f"{self._name}.console"
         self._argv = [
@@ -92,7 +118,7 @@ class Machine:
                 assert notices in ready, f"it does not boot:\n{console}"
                 notice = notices.recv(1 << 16).decode()
                 leader = re.search(r"^X_NSPAWN_LEADER_PID=(\d+)$", notice, re.M)
-                self.leader = int(leader[1]) if leader else self.leader
+                self.leader = int(leader[1]) if leader else self.leader  # number 1 in there
         finally:
             os.close(end)
 
@@ -114,16 +140,7 @@ class Machine:
 
     def try_(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command in there, whatever comes of it. Its stdout holds its stderr too."""
-        return subprocess.run(
-            self.inside(*argv),
-            env=_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=2 * TIMEOUT,
-        )
+        return attempt(self.inside(*argv), _ENVIRONMENT, 2 * TIMEOUT)
 
     def run(self, *argv: str) -> str:
         """Run a command in there, which must succeed; give what it said."""
@@ -190,27 +207,6 @@ class Machine:
         return self.try_("journalctl", "--no-pager", "--output=short-monotonic", *behind).stdout
 
     # The network.
-
-    @contextlib.contextmanager
-    def network(self) -> Iterator[None]:
-        """In the `with` block this thread's new sockets are in the system's network."""
-        with open("/proc/thread-self/ns/net") as ours:
-            with open(f"/proc/{self.leader}/ns/net") as theirs:
-                _move_to_network(theirs.fileno())
-                try:
-                    yield
-                finally:
-                    _move_to_network(ours.fileno())
-
-    def connect(self, host: str, port: int, source: str) -> socket.socket:
-        """A connection within the system's network."""
-        with self.network():
-            return socket.create_connection((host, port), TIMEOUT, (source, 0))
-
-    def add_address(self, address: str) -> None:
-        """One more address of its own, for IPv6."""
-        ip = ["ip", "-6", "address", "add", f"{address}/128", "dev", "lo", "nodad"]
-        subprocess.run(["nsenter", f"--net=/proc/{self.leader}/ns/net", *ip], check=True)
 
     def listener(self, port: int) -> str | None:
         """The inode of the socket that listens on a port, for IPv4 and IPv6. None: nobody does."""

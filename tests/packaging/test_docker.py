@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 from children import Child
-from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, run
+from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, attempt, run
 from guests import SECRETS, prepare, transfer
-from nspawn import Machine
+from nspawn import Reachable
 
 import transit_relay
 
@@ -77,15 +77,7 @@ class Engine:
 
     def try_(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command of theirs, whatever comes of it. Its stdout holds its stderr too."""
-        return subprocess.run(
-            argv,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        return attempt(argv, self._env, TIMEOUT)
 
     def inspect(self, what: str, name: str) -> dict[str, Any]:
         """All that is known of an image, a container or a volume."""
@@ -168,13 +160,8 @@ def options_of(service: Mapping[str, Any]) -> Iterator[str]:
             raise AssertionError(f"nobody tries what compose.yaml says of {key}")
 
 
-class Container:
+class Container(Reachable):
     """A container that runs in the `with` block, as compose.yaml says if nobody says otherwise."""
-
-    # Its network is reached as that of a booted system is.
-    network = Machine.network
-    connect = Machine.connect
-    add_address = Machine.add_address
 
     def __init__(
         self, engine: Engine, *arguments: str, options: Sequence[str] = (), entrypoint: str = ""
@@ -184,7 +171,7 @@ class Container:
         if entrypoint:
             options.append(f"--entrypoint={entrypoint}")
         self.name = engine.run("podman", "run", "--detach", *options, *arguments).strip()
-        self.leader: int = engine.inspect("container", self.name)["State"]["Pid"]
+        self.leader = engine.inspect("container", self.name)["State"]["Pid"]
 
     def __enter__(self) -> Container:
         return self
@@ -217,7 +204,7 @@ def relay(engine: Engine, *arguments: str, options: Sequence[str] = ()) -> Itera
     """A relay that listens, and has stopped well in the end; no log tells who its clients were."""
     with Container(engine, *arguments, options=options) as container:
         container.await_start()
-        prepare(container)  # type: ignore[arg-type]
+        prepare(container)
         yield container
         assert container.stop() == 0
         said = container.log()
@@ -272,7 +259,7 @@ def test_it_relays_with_no_privilege(engine: Engine, image: str) -> None:
         assert fields["NoNewPrivs"] == "1"
         assert "Read-only file system" in container.inside("touch", "/usr/share/it").stdout
         for family in "IPv4", "IPv6":
-            transfer(container, family=family)  # type: ignore[arg-type]
+            transfer(container, family=family)
         healthy = container.inside(*health_check(engine, image))
         assert (healthy.returncode, healthy.stdout) == (0, "")
     assert recorded(engine) == [(0, "happy"), (0, "happy")]
@@ -284,8 +271,8 @@ def test_options_stand_behind_the_image(engine: Engine, image: str) -> None:
     more = ["--port=tcp:4001", "--websocket=tcp:4002", "--blur-usage=1800"]
     with relay(engine, image, *more) as container:
         assert "to 1800 seconds" in container.log()
-        transfer(container, "tcp", "ws")  # type: ignore[arg-type]
-        transfer(container, "ws", "ws")  # type: ignore[arg-type]
+        transfer(container, "tcp", "ws")
+        transfer(container, "ws", "ws")
     assert [mood for _, mood in recorded(engine)[len(before) :]] == ["happy", "happy"]
 
 
@@ -298,7 +285,7 @@ def test_the_commands_of_readme(engine: Engine, image: str) -> None:
     assert run_it[:4] == ["docker", "run", "--publish", "4001:4001"]
     *options, name = run_it[4:]
     with relay(engine, name, options=["--network=none", *options]) as container:
-        transfer(container)  # type: ignore[arg-type]
+        transfer(container)
 
 
 def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> None:
@@ -308,7 +295,7 @@ def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> No
     mounted = f"--volume={tmp_path}{''.join(shown)}"
     with relay(engine, image, options=["--network=none", mounted]) as container:
         assert "not blurring access times" in container.log()
-        transfer(container)  # type: ignore[arg-type]
+        transfer(container)
     command = ["podman", "run", "--rm", "--network=none", "--no-healthcheck", mounted, image]
     (tmp_path / "transit-relay.conf").write_text("\nno such option\n")
     refused = engine.try_(*command)

@@ -36,6 +36,7 @@ def recipes() -> list[str]:
 
 
 CRON, START_STOP_DAEMON, RUN, LOGROTATE = recipes()
+START, STOP = re.split("(?=^start-stop-daemon --stop)", START_STOP_DAEMON, flags=re.M)
 
 
 class Host:
@@ -97,7 +98,6 @@ def test_that_is_how_cron_s_is_stopped() -> None:
 
 
 def test_start_stop_daemon(host: Host) -> None:
-    start, stop = re.split("(?=^start-stop-daemon --stop)", START_STOP_DAEMON, flags=re.M)
     said = host.run(
         f"""\
         . $start
@@ -107,8 +107,8 @@ def test_start_stop_daemon(host: Host) -> None:
         happy {DATABASE}
         tail -n 1 /var/log/transit-relay.log
         """,
-        start=start,
-        stop=stop,
+        start=START,
+        stop=STOP,
     )
     assert said[:3] == ["transferred", "runs as daemon", ROW]
     assert said[-1].endswith(" stopped")
@@ -158,7 +158,6 @@ def test_supervisors(host: Host, name: str) -> None:
 
 def test_logrotate(host: Host) -> None:
     """What is said after a rotation is in the new file."""
-    start, stop = re.split("(?=^start-stop-daemon --stop)", START_STOP_DAEMON, flags=re.M)
     said = host.run(
         """\
         . $start
@@ -170,8 +169,8 @@ def test_logrotate(host: Host) -> None:
         cut -d ' ' -f 2- transit-relay.log
         tail -n 1 transit-relay.log.1 | cut -d ' ' -f 2-
         """,
-        start=start,
-        stop=stop,
+        start=START,
+        stop=STOP,
         rules=LOGROTATE,
     )
     assert said == [
