@@ -31,8 +31,8 @@ its listeners and its recorder, which are made further down; it only calls them.
 The walk of one byte: `Server.run_once` learns that client A is readable and calls
 `Connection.on_ready`, which receives into the one buffer that all connections share, and hands
 what came to its Framing. The Framing takes WebSocket's spelling off, if that is A's, and past
-the handshake line hands it on to the Session; the Session is RELAYING, counts it and gives it
-to its partner's Connection, which has its own Framing spell it for B and sends it at once.
+the handshake line hands it on to the Session; the Session is State.RELAYING, counts it and gives it
+to its partner's Connection, which has its own Framing encode it for B and sends it at once.
 What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
 So a pair holds little more than one buffer's worth of bytes in each direction. In a pair that
 spells plainly the way is shorter: A's Connection gives the byte straight to B's and only tells the
@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import enum
 import errno
 import fcntl
 import grp
@@ -148,9 +149,9 @@ ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
 ACCEPT_RETRY_SECONDS = 1  # after EMFILE and its kin; asyncio's ACCEPT_RETRY_DELAY
 LISTEN_BACKLOG = 1024  # newcomers that the kernel queues for us; it cuts this to somaxconn
 MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times that; a relay needs no more
-HOLD_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
-HOLD_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
-HOLD_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
+LINGER_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
+LINGER_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
+LINGER_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
 FOLDER_LOCK_SECONDS = 5  # a start waits this long for another one in a unix socket's folder
 CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
 STATUS_SECONDS = 10  # how often systemd is told how things stand
@@ -189,7 +190,7 @@ class SinkGone(Exception):
     """Nobody will ever read what this sink writes: it is given up."""
 
 
-def reason(error: OSError) -> str:
+def error_text(error: OSError) -> str:
     """What the system said, without the file names that an OSError may carry."""
     return error.strerror or str(error)
 
@@ -200,7 +201,7 @@ class Throttle:
     def __init__(self) -> None:
         self._next_at = float("-inf")
 
-    def lets_through(self, now: float) -> bool:
+    def is_due(self, now: float) -> bool:
         """Whether it is time (monotonic seconds) to say it; if so, it is taken as said."""
         if now < self._next_at:
             return False
@@ -332,7 +333,7 @@ def unread_bytes(sock: socket.socket) -> int:
 splice: Callable[..., int] | None = getattr(os, "splice", None)
 
 
-class KernelPipe:
+class Pipe:
     """A pipe, and how many bytes are in it: all of one direction of one pair."""
 
     __slots__ = ("_filled", "_read_fd", "_write_fd", "is_large")
@@ -384,21 +385,21 @@ class PipePool:
         self._most = most
         self._clock = clock
         self._lent = 0
-        self._idle: list[KernelPipe] = []
+        self._idle: list[Pipe] = []
         self._pause_until = float("-inf")
 
-    def lend(self) -> KernelPipe | None:
+    def lend(self) -> Pipe | None:
         """Give an empty pipe, or None if none is to be had."""
         pipe = self._idle.pop() if self._idle else self._make()
         self._lent += pipe is not None
         return pipe
 
-    def _make(self) -> KernelPipe | None:
+    def _make(self) -> Pipe | None:
         """Ask the system for one. If it gives none, or a poor one, it is not asked for a while."""
         if self._lent >= self._most or self._clock() < self._pause_until:
             return None
         try:
-            pipe = KernelPipe()
+            pipe = Pipe()
             if pipe.is_large:
                 return pipe
             pipe.close()
@@ -407,7 +408,7 @@ class PipePool:
         self._pause_until = self._clock() + PIPES_PAUSE_SECONDS
         return None
 
-    def take_back(self, pipe: KernelPipe) -> None:
+    def give_back(self, pipe: Pipe) -> None:
         """Keep a pipe that was lent, if it is empty and there are not yet enough of them."""
         self._lent -= 1
         if len(pipe) or len(self._idle) >= IDLE_PIPES:
@@ -420,7 +421,7 @@ class PipePool:
         while self._idle:
             self._idle.pop().close()
 
-    def check_invariants(self, lent: Sequence[KernelPipe]) -> None:
+    def check_invariants(self, lent: Sequence[Pipe]) -> None:
         """Raise AssertionError if others are out, or bytes of a pair are in. For the tests."""
         assert len({*lent, *self._idle}) == self._lent + len(self._idle), "lent twice, or lost"
         assert self._lent <= self._most and len(self._idle) <= IDLE_PIPES
@@ -445,38 +446,66 @@ def affordable_pipes() -> int:
 # Session and Rendezvous
 #
 # The rules, and nothing else: no sockets, no bytes kept, no clock of its own. A Session is one
-# client's life; the Rendezvous is where all of them meet. A Session tells its Pipe (in the
+# client's life; the Rendezvous is where all of them meet. A Session tells its Transport (in the
 # relay: its Connection) what to do and is told by it what happened.
 #
 # Only `_enter` sets a state, and only `_end` ends a life: whoever wants to know why a client
 # was sent away reads that one method's callers.
 # ---------------------------------------------------------------------------------------------
 
-WAIT_UPGRADE = "wait_upgrade"
-WAIT_HANDSHAKE = "wait_handshake"
-WAIT_PARTNER = "wait_partner"
-RELAYING = "relaying"
-DONE = "done"
-HANDSHAKING = (WAIT_UPGRADE, WAIT_HANDSHAKE)  # it has not yet said whom it looks for
 
-# Why a client is let go, for a spelling that can say so.
-OVER = "over"  # all is said: it left, its partner left, it was refused, its time is over
-STOPPING = "stopping"  # the relay stops
+class State(enum.Enum):
+    """Where a client is in its life. See the table in Session."""
+
+    WAIT_UPGRADE = "wait_upgrade"
+    WAIT_HANDSHAKE = "wait_handshake"
+    WAIT_PARTNER = "wait_partner"
+    RELAYING = "relaying"
+    DONE = "done"
+
+
+HANDSHAKING = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
+
+
+class Role(enum.Enum):
+    """What a listener is for."""
+
+    PORT = "port"  # --port: a client sends a handshake, unless its first bytes are HTTP
+    WEBSOCKET = "websocket"  # --websocket: a client sends HTTP, unless it begins with a handshake
+
+
+class Reason(enum.Enum):
+    """Why a client's connection ends, for an encoding that can tell the client."""
+
+    ENDED = "ended"
+    STOPPING = "stopping"
+
 
 Bytes = Union[bytes, memoryview]
 
 
-class Pipe(Protocol):
+class Transport(Protocol):
     """What a Session may ask of the connection it decides for."""
 
     def send(self, data: Bytes) -> None:
         """Send `data`, now or when there is room. `data` is the caller's again on return."""
 
-    def link(self, partner: Pipe) -> None:
+    def link(self, partner: Transport) -> None:
         """What comes from here goes there from now on: read no faster than it takes it."""
 
-    def finish(self, why: str) -> None:
+    def finish(self, why: Reason) -> None:
         """Send what is queued, then the end; throw away what still comes. The last order."""
+
+    framing: Framing  # the Framing puts the next one here
+
+    def write(self, data: Bytes, *more: Bytes) -> None:
+        """Send what is spelled already, now or when there is room."""
+
+    def queued_bytes(self) -> int:
+        """How much the client has left with us."""
+
+    def note_activity(self, heard: bool) -> None:
+        """Something of a WebSocket moved, so its silence begins anew. `heard`: it came to us."""
 
 
 class Handshake(NamedTuple):
@@ -527,7 +556,7 @@ class Session:
         "accepted",
         "handshake",
         "partner",
-        "pipe",
+        "transport",
         "received_bytes",
         "rendezvous",
         "started",
@@ -535,27 +564,27 @@ class Session:
     )
 
     def __init__(
-        self, pipe: Pipe, rendezvous: Rendezvous, started: float, web: bool = False
+        self, transport: Transport, rendezvous: Rendezvous, started: float, role: Role = Role.PORT
     ) -> None:
         """A client was accepted just now; `started` is the time of day (s since the epoch).
 
-        `web`: at a listener where clients are expected to come by HTTP (see Endpoint).
+        `role`: at a listener where clients are expected to come by HTTP (see Endpoint).
         """
-        self.pipe = pipe
+        self.transport = transport
         self.rendezvous = rendezvous
-        self.state = WAIT_UPGRADE if web else WAIT_HANDSHAKE
+        self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()
         self.started = started
-        self.handshake: Handshake | None = None  # WAIT_PARTNER: by which it is found
-        # RELAYING: the other side. DONE: still set only on the side that stayed, and only
+        self.handshake: Handshake | None = None  # State.WAIT_PARTNER: by which it is found
+        # State.RELAYING: the other side. State.DONE: still set only on the side that stayed, and only
         # until the pair's record is written. Whoever waits has none.
         self.partner: Session | None = None
         self.received_bytes = 0  # behind the handshake, before the pair ended
 
     def __repr__(self) -> str:
-        return f"<Session {self.state} received_bytes={self.received_bytes}>"
+        return f"<Session {self.state.value} received_bytes={self.received_bytes}>"
 
-    def suits(self, other: Session) -> bool:
+    def matches(self, other: Session) -> bool:
         """Whether the two, who have named the same token, can be a pair."""
         assert self.handshake is not None and other.handshake is not None
         return self.handshake.matches(other.handshake)
@@ -564,110 +593,110 @@ class Session:
 
     def http_begun(self) -> None:
         """The client speaks HTTP: its stream of bytes begins behind the upgrade, if at all."""
-        assert self.state is WAIT_HANDSHAKE, self
-        self._enter(WAIT_UPGRADE)
+        assert self.state is State.WAIT_HANDSHAKE, self
+        self._enter(State.WAIT_UPGRADE)
 
     def opened(self) -> None:
         """The stream of bytes begins: the upgrade is done, or there is no need of one."""
-        assert self.state is WAIT_UPGRADE, self
-        self._enter(WAIT_HANDSHAKE)
+        assert self.state is State.WAIT_UPGRADE, self
+        self._enter(State.WAIT_HANDSHAKE)
 
     def line_received(self, line: bytes) -> None:
         """The first line is whole (given without its newline), or too long to be one."""
-        if self.state is DONE:  # too late: its time was over
+        if self.state is State.DONE:  # too late: its time was over
             return
-        assert self.state is WAIT_HANDSHAKE, self
+        assert self.state is State.WAIT_HANDSHAKE, self
         self.handshake = parse_handshake(line)
         if self.handshake is None:
             self._end("errory", BAD_HANDSHAKE)
         else:
-            self._enter(WAIT_PARTNER)
+            self._enter(State.WAIT_PARTNER)
             self.rendezvous.join(self)
 
     def bytes_received(self, data: Bytes) -> None:
         """Something came behind the handshake. It is for the partner, if there is one."""
-        if self.state is RELAYING:
+        if self.state is State.RELAYING:
             assert self.partner is not None
             self.received_bytes += len(data)
-            self.partner.pipe.send(data)
-        elif self.state is WAIT_PARTNER:
+            self.partner.transport.send(data)
+        elif self.state is State.WAIT_PARTNER:
             self._end("impatient", IMPATIENT)
         else:  # whoever was told to go may still be talking: not answered, not counted
-            assert self.state is DONE, self
+            assert self.state is State.DONE, self
 
     def bytes_passed(self, count: int) -> None:
-        """So many bytes go straight to the partner: both sides spell plainly."""
-        assert self.state is RELAYING, self
+        """So many bytes go straight to the partner: both sides encode plainly."""
+        assert self.state is State.RELAYING, self
         self.received_bytes += count
 
     def matched(self, partner: Session) -> None:
         """The Rendezvous has found a partner."""
-        assert self.state is WAIT_PARTNER, self
+        assert self.state is State.WAIT_PARTNER, self
         self.handshake = None  # token and side have done their work: nobody need know them
         self.partner = partner
-        self._enter(RELAYING)
-        self.pipe.link(partner.pipe)
-        self.pipe.send(OK)
+        self._enter(State.RELAYING)
+        self.transport.link(partner.transport)
+        self.transport.send(OK)
 
     def displaced(self) -> None:
         """A partner took a newer connection of our side."""
-        assert self.state is WAIT_PARTNER, self
+        assert self.state is State.WAIT_PARTNER, self
         self._end("redundant")
 
-    def end_received(self, why: str = OVER) -> None:
+    def client_ended(self, why: Reason = Reason.ENDED) -> None:
         """This client is over: it left, broke a rule of its spelling, or was answered by HTTP;
         its time is up, or we stop.
 
         Half-close is not supported, as in the reference: the end of one direction is the end
         of the client.
         """
-        if self.state is WAIT_UPGRADE:
+        if self.state is State.WAIT_UPGRADE:
             self._end(None, why=why)
-        elif self.state is WAIT_HANDSHAKE:
+        elif self.state is State.WAIT_HANDSHAKE:
             self._end("empty", why=why)
-        elif self.state is WAIT_PARTNER:
+        elif self.state is State.WAIT_PARTNER:
             self._end("lonely", why=why)
-        elif self.state is RELAYING:
+        elif self.state is State.RELAYING:
             self._end("happy", why=why)
 
-    def partner_left(self, why: str) -> None:
+    def partner_left(self, why: Reason) -> None:
         """The pair is over, and we are the side that stayed."""
-        assert self.state is RELAYING, self
-        self._enter(DONE)
-        self.pipe.finish(why)
+        assert self.state is State.RELAYING, self
+        self._enter(State.DONE)
+        self.transport.finish(why)
 
     def end_sent(self) -> None:
         """The last byte and the end are with this client's kernel, or it is gone for good.
 
         For the side that stayed this is the moment at which the pair is over.
         """
-        if self.state is DONE and self.partner is not None:
+        if self.state is State.DONE and self.partner is not None:
             partner, self.partner = self.partner, None
             self.rendezvous.pair_ended(self, partner)
 
     def connection_lost(self) -> None:
         """The socket is closed: both directions are over, whatever was still to come."""
-        self.end_received()
+        self.client_ended()
         self.end_sent()
 
     # How it ends.
 
-    def _end(self, mood: str | None, reply: bytes = b"", why: str = OVER) -> None:
+    def _end(self, mood: str | None, reply: bytes = b"", why: Reason = Reason.ENDED) -> None:
         """The one way out: take leave of all others, answer, finish."""
         partner, self.partner = self.partner, None
-        if self.state is WAIT_PARTNER:
+        if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
-        self._enter(DONE)
+        self._enter(State.DONE)
         if partner is not None:
             assert mood == "happy"  # said by the pair's record, when it is written
             partner.partner_left(why)
         elif mood is not None:
             self.rendezvous.record_single(self, mood)
         if reply:
-            self.pipe.send(reply)
-        self.pipe.finish(why)
+            self.transport.send(reply)
+        self.transport.finish(why)
 
-    def _enter(self, state: str) -> None:
+    def _enter(self, state: State) -> None:
         """The only place where a state changes."""
         self.state = state
 
@@ -676,7 +705,7 @@ class Rendezvous:
     """Who waits under which token, and which pairs are running.
 
     All that wait under one token are on the same side, or it is a single client without a
-    side: any other two would have been matched. So a newcomer suits all of them or none.
+    side: any other two would have been matched. So a newcomer matches all of them or none.
     """
 
     def __init__(
@@ -691,17 +720,17 @@ class Rendezvous:
         self._ended_bytes = 0
 
     def join(self, newcomer: Session) -> None:
-        """Match the newcomer with the newest of those that it suits, or let it wait.
+        """Match the newcomer with the newest of those that it matches, or let it wait.
 
         The newest, because an older one may be half dead without our knowing; the others of
-        its side become redundant now. (In the reference it is an arbitrary one.)
+        its side switch_user redundant now. (In the reference it is an arbitrary one.)
         """
         assert newcomer.handshake is not None
         crowd = self.waiting.get(newcomer.handshake.token)
         if crowd is None:
             self.waiting[newcomer.handshake.token] = [newcomer]
             return
-        if not newcomer.suits(crowd[-1]):
+        if not newcomer.matches(crowd[-1]):
             crowd.append(newcomer)
             return
         newest = crowd[-1]
@@ -756,15 +785,15 @@ class Rendezvous:
         for token, crowd in self.waiting.items():
             assert crowd, "a token that nobody waits under"
             for session in crowd:
-                assert session.state is WAIT_PARTNER and session.partner is None, session
+                assert session.state is State.WAIT_PARTNER and session.partner is None, session
                 assert session.handshake is not None and session.handshake.token == token
             sides = {session.handshake.side for session in crowd if session.handshake}
             assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
         for session in self.paired:
-            if session.state is RELAYING:
+            if session.state is State.RELAYING:
                 assert session.partner is not None and session.partner.partner is session
             else:
-                assert session.state is DONE, session
+                assert session.state is State.DONE, session
 
 
 # ---------------------------------------------------------------------------------------------
@@ -772,32 +801,17 @@ class Rendezvous:
 #
 # How a client spells what a Session understands: one line, then bytes. Over TCP they stand
 # there as they are, over WebSocket they are the payload of messages whose borders mean nothing.
-# A connection begins as Undecided, and a Framing gives way to the next one as soon as it is clear
+# A connection begins as DetectFraming, and a Framing gives way to the next one as soon as it is clear
 # who comes; without ws_frames.py, that is at once:
 #
-#     Undecided --+--> RawFraming                          a line, then bytes
+#     DetectFraming --+--> RawFraming                          a line, then bytes
 #                 +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
-# Whichever it is gives way to SILENT when the Session lets the client go.
+# Whichever it is gives way to DISCARD when the Session lets the client go.
 # A Framing keeps where it is in the stream in named fields, so that a half-read handshake or
 # frame can be carried elsewhere. What it has to say by itself (an answer, a Pong, a Close) it
-# writes to its Wire, already spelled.
+# writes to its Transport, already spelled.
 # ---------------------------------------------------------------------------------------------
-
-
-class Wire(Protocol):
-    """What a Framing may ask of the connection it spells for."""
-
-    framing: Framing  # the Framing puts the next one here
-
-    def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send what is spelled already, now or when there is room."""
-
-    def queued_bytes(self) -> int:
-        """How much the client has left with us."""
-
-    def stirred(self, heard: bool) -> None:
-        """Something of a WebSocket moved, so its silence begins anew. `heard`: it came to us."""
 
 
 class Framing:
@@ -805,17 +819,17 @@ class Framing:
 
     __slots__ = ()
 
-    is_plain = True  # the wire has the bytes as they are: past the line they may pass by us
-    most_bytes = READ_BYTES  # to be received in one move
+    is_raw = True  # the wire has the bytes as they are: past the line they may pass by us
+    max_read_bytes = READ_BYTES  # to be received in one move
 
     def receive(self, data: memoryview) -> None:
         """Tell the Session what `data`, the next bytes of the stream, means."""
 
-    def spell(self, data: Bytes) -> Sequence[Bytes]:
+    def encode(self, data: Bytes) -> Sequence[Bytes]:
         """Give what `data`, which is sent now, looks like on the wire."""
         return (data,)
 
-    def farewell(self, why: str) -> bytes:
+    def closing_bytes(self, why: Reason) -> bytes:
         """Give what is sent before the end."""
         return b""
 
@@ -826,7 +840,7 @@ class Framing:
         """Nothing has moved for PING_SECONDS: do something about it."""
 
 
-SILENT = Framing()
+DISCARD = Framing()
 
 
 class RawFraming(Framing):
@@ -870,14 +884,14 @@ class RawFraming(Framing):
         self._session.line_received(line)
 
 
-class Undecided(Framing):
+class DetectFraming(Framing):
     """The first bytes: they tell whether a client spells plainly or comes by HTTP."""
 
     __slots__ = ("_session", "_start", "_wire")
 
-    most_bytes = FIRST_READ_BYTES
+    max_read_bytes = FIRST_READ_BYTES
 
-    def __init__(self, session: Session, wire: Wire) -> None:
+    def __init__(self, session: Session, wire: Transport) -> None:
         self._session = session
         self._wire = wire
         self._start = b""  # what came, as long as it tells nothing
@@ -885,7 +899,7 @@ class Undecided(Framing):
     def receive(self, data: memoryview) -> None:
         """Make way for the right Framing, if `data` decides which one that is."""
         session, wire = self._session, self._wire
-        expects_http = session.state is WAIT_UPGRADE
+        expects_http = session.state is State.WAIT_UPGRADE
         unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS
         start = self._start + data[: len(RAW_BEGINNING)]
         if start.startswith(unexpected):
@@ -893,7 +907,7 @@ class Undecided(Framing):
         elif any(beginning.startswith(start) for beginning in unexpected):
             self._start = start
             return
-        is_http = session.state is WAIT_UPGRADE
+        is_http = session.state is State.WAIT_UPGRADE
         wire.framing = HttpFraming(session, wire) if is_http else RawFraming(session)
         if self._start:
             wire.framing.receive(memoryview(self._start))
@@ -905,9 +919,9 @@ class HttpFraming(Framing):
 
     __slots__ = ("_reader", "_session", "_wire")
 
-    most_bytes = FIRST_READ_BYTES  # there may be frames behind the head
+    max_read_bytes = FIRST_READ_BYTES  # there may be frames behind the head
 
-    def __init__(self, session: Session, wire: Wire) -> None:
+    def __init__(self, session: Session, wire: Transport) -> None:
         self._session = session
         self._wire = wire
         self._reader = ws_frames.RequestReader()
@@ -929,7 +943,7 @@ class HttpFraming(Framing):
             self._wire.framing = WebSocketFraming(self._session, self._wire)
             self._wire.framing.receive(memoryview(rest))  # or nothing: its silence begins
         else:
-            self._session.end_received()
+            self._session.client_ended()
 
 
 def answer_visitor(request: ws_frames.Request) -> bytes:
@@ -942,18 +956,18 @@ def answer_visitor(request: ws_frames.Request) -> bytes:
 class WebSocketFraming(Framing):
     """A stream of bytes in binary messages, and what a WebSocket says besides."""
 
-    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "most_bytes")
+    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "max_read_bytes")
 
-    is_plain = False
+    is_raw = False
 
-    def __init__(self, session: Session, wire: Wire) -> None:
+    def __init__(self, session: Session, wire: Transport) -> None:
         self._session = session
         self._wire = wire
         self._stream = RawFraming(session)  # what the messages carry
         self._parser = ws_frames.FrameParser(must_be_masked=True)
         self._pong = b""  # the newest, if it has to wait until there is room
         self._goodbye = b""  # the Close that answers what this client did, if it ended things
-        self.most_bytes = FIRST_READ_BYTES
+        self.max_read_bytes = FIRST_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
         """Take the payload out of the frames in `data`, and answer what is not payload.
@@ -962,7 +976,7 @@ class WebSocketFraming(Framing):
         and the Pongs that are due go out together. Before that each piece may change what is to
         be made of the next.
         """
-        self._wire.stirred(heard=True)
+        self._wire.note_activity(heard=True)
         payload: list[Bytes] = []
         pongs: list[bytes] = []
         frames = 1  # or one more than there are
@@ -971,11 +985,11 @@ class WebSocketFraming(Framing):
                 frames += 1
                 if event.opcode == ws_frames.BINARY:
                     payload.append(event.payload)
-                    if self._session.state is not RELAYING:
+                    if self._session.state is not State.RELAYING:
                         self._hand_on(payload, pongs)
                         if event.is_last:
                             self._stream.message_ended()
-                        if self._session.state is DONE:
+                        if self._session.state is State.DONE:
                             return
                 elif event.opcode == ws_frames.PING:
                     pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
@@ -987,9 +1001,9 @@ class WebSocketFraming(Framing):
         self._hand_on(payload, pongs)
         # Up to four times as much the next time, if that is no more than FRAMES_PER_MOVE.
         growth = min(4, FRAMES_PER_MOVE // frames)
-        self.most_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
+        self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
         if self._goodbye:
-            self._session.end_received()
+            self._session.client_ended()
 
     def _hand_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
         """Send the Pongs, tell the Session of the payload, and empty both."""
@@ -1004,9 +1018,9 @@ class WebSocketFraming(Framing):
         payload.clear()
         pongs.clear()
 
-    def spell(self, data: Bytes) -> Sequence[Bytes]:
+    def encode(self, data: Bytes) -> Sequence[Bytes]:
         """Binary messages, none longer than MAX_MESSAGE_BYTES: a header and a slice for each."""
-        self._wire.stirred(heard=False)
+        self._wire.note_activity(heard=False)
         if len(data) <= MAX_MESSAGE_BYTES:
             return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
         parts: list[Bytes] = []
@@ -1016,9 +1030,9 @@ class WebSocketFraming(Framing):
             parts += (ws_frames.frame_header(ws_frames.BINARY, len(piece)), piece)
         return parts
 
-    def farewell(self, why: str) -> bytes:
+    def closing_bytes(self, why: Reason) -> bytes:
         """A Close: the one that is due to what the client did, or one that says why we end it."""
-        code = ws_frames.GOING_AWAY if why is STOPPING else ws_frames.NORMAL
+        code = ws_frames.GOING_AWAY if why is Reason.STOPPING else ws_frames.NORMAL
         return self._pong + (self._goodbye or ws_frames.build_close(code))
 
     def drained(self) -> None:
@@ -1026,7 +1040,7 @@ class WebSocketFraming(Framing):
         pong, self._pong = self._pong, b""
         if pong:
             self._wire.write(pong)
-        self._wire.stirred(heard=False)
+        self._wire.note_activity(heard=False)
 
     def keep_alive(self) -> None:
         """Ping, so that proxies do not take silence for death.
@@ -1035,12 +1049,12 @@ class WebSocketFraming(Framing):
         """
         if self._session.state not in HANDSHAKING and not self._wire.queued_bytes():
             self._wire.write(ws_frames.build_frame(ws_frames.PING))
-        self._wire.stirred(heard=False)
+        self._wire.note_activity(heard=False)
 
 
-def first_framing(session: Session, wire: Wire) -> Framing:
-    """Who comes is Undecided, if there is more than one way to come."""
-    return RawFraming(session) if ws_frames is None else Undecided(session, wire)
+def first_framing(session: Session, wire: Transport) -> Framing:
+    """Who comes is DetectFraming, if there is more than one way to come."""
+    return RawFraming(session) if ws_frames is None else DetectFraming(session, wire)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1053,9 +1067,9 @@ def first_framing(session: Session, wire: Wire) -> Framing:
 # What was spliced is queued where it is: in its pipe.
 #
 # Of the Server it uses the shared buffer, the pipes, the time of day and the Rendezvous, and asks
-# it for five things: `watch` (the interest may have changed), `line_up` (there is bulk: others
+# it for five things: `watch` (the interest may have changed), `queue_bulk` (there is bulk: others
 # first), `hold` (the end is sent, now wait for the other side's), `doom` (close this at the end of
-# the turn) and `stirred` (it is not silent).
+# the turn) and `note_activity` (it is not silent).
 #
 # Nothing that was received is lost. A failed write is not the end of a client: what it sent
 # before it went is still in its socket, and is read to the end. After our end is sent we go on
@@ -1087,16 +1101,16 @@ class Connection:
         "sock",
     )
 
-    def __init__(self, sock: socket.socket, server: Server, web: bool) -> None:
+    def __init__(self, sock: socket.socket, server: Server, role: Role) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        self.session = Session(self, server.rendezvous, server.wallclock(), web)
+        self.session = Session(self, server.rendezvous, server.wallclock(), role)
         self.framing = first_framing(self.session, self)
         self.read_bytes = 0  # all that was ever read, as it was spelled
         self.partner: Connection | None = None  # while relaying: where our bytes go
-        self._straight_to: Connection | None = None  # the same, if both spell plainly
-        self.backlog: bytearray | KernelPipe | None = None  # None: all is with the kernel
+        self._straight_to: Connection | None = None  # the same, if both encode plainly
+        self.backlog: bytearray | Pipe | None = None  # None: all is with the kernel
         self.mask = 0  # the events registered for us; the Server's
         self.dead = False  # doomed: interested in nothing, whatever this turn's events still say
         self._bulk = False  # the last read gave much: the next one lines up, and may be spliced
@@ -1114,7 +1128,7 @@ class Connection:
             if getattr(self, f"_{name}")
         )
         return (
-            f"<Connection fd={self.fd} {'dead' if self.dead else self.session.state}"
+            f"<Connection fd={self.fd} {'dead' if self.dead else self.session.state.value}"
             f" read={'on' if self.mask & EVENT_READ else 'off'}"
             f" write={'on' if self.mask & EVENT_WRITE else 'off'}"
             f" queued={self.queued_bytes()}{flags}>"
@@ -1137,11 +1151,11 @@ class Connection:
             self._drain()
         if mask & self.mask & EVENT_READ:
             if self._bulk:
-                self._server.line_up(self)
+                self._server.queue_bulk(self)
             else:
                 self._receive()
 
-    def on_turn(self) -> None:
+    def on_bulk_turn(self) -> None:
         """The same, for one who has lined up with bulk, and may have changed meanwhile."""
         if self.mask & EVENT_READ:
             self._receive()
@@ -1159,9 +1173,9 @@ class Connection:
         if self._hold_until is None:
             pending = unacknowledged_bytes(self.sock)
             if pending is None:
-                self._hold_until = now + HOLD_BLIND_SECONDS
+                self._hold_until = now + LINGER_BLIND_SECONDS
             elif pending == 0:
-                self._hold_until = now + HOLD_SECONDS
+                self._hold_until = now + LINGER_SECONDS
         return self._hold_until is not None and now >= self._hold_until
 
     def close(self) -> None:
@@ -1169,31 +1183,31 @@ class Connection:
         self._set_backlog(None)
         self.sock.close()
 
-    # The Session's orders (see Pipe).
+    # The Session's orders (see Transport).
 
     def send(self, data: Bytes) -> None:
         """Have it spelled, and sent."""
-        self.write(*self.framing.spell(data))
+        self.write(*self.framing.encode(data))
 
-    def link(self, partner: Pipe) -> None:
+    def link(self, partner: Transport) -> None:
         """What comes from here goes to `partner` from now on."""
         assert isinstance(partner, Connection)
         self.partner = partner
-        if self.framing.is_plain and partner.framing.is_plain:
+        if self.framing.is_raw and partner.framing.is_raw:
             self._straight_to = partner
         self._server.watch(self)
 
-    def finish(self, why: str) -> None:
+    def finish(self, why: Reason) -> None:
         """Send what is queued, then the end; throw away what still comes; then be closed."""
         self._finishing = True
         self.partner = self._straight_to = None
-        goodbye, self.framing = self.framing.farewell(why), SILENT
+        goodbye, self.framing = self.framing.closing_bytes(why), DISCARD
         if goodbye and not self.dead:
             self.write(goodbye)
         self._go_on_finishing()
         self._server.watch(self)
 
-    # The Framing's (see Wire).
+    # The Framing's (see Transport).
 
     def write(self, data: Bytes, *more: Bytes) -> None:
         """Send at once what the kernel takes; only the rest is copied to the backlog."""
@@ -1220,16 +1234,16 @@ class Connection:
         """How much the client has left with us."""
         return 0 if self.backlog is None else len(self.backlog)
 
-    def stirred(self, heard: bool) -> None:
+    def note_activity(self, heard: bool) -> None:
         """Something of a WebSocket moved, so its silence begins anew."""
-        self._server.stirred(self, heard)
+        self._server.note_activity(self, heard)
 
     # How bytes move.
 
     def _receive(self) -> None:
         """Read once, into the buffer that everybody shares, or what is bulk into a pipe.
 
-        In a pair that spells plainly there is nothing more to decide or to spell: what comes
+        In a pair that spells plainly there is nothing more to decide or to encode: what comes
         goes straight to the partner. All else is for the Framing.
         """
         partner = self._straight_to
@@ -1237,14 +1251,14 @@ class Connection:
             return
         buffer = self._server.buffer
         try:
-            count = self.sock.recv_into(buffer, self.framing.most_bytes)
+            count = self.sock.recv_into(buffer, self.framing.max_read_bytes)
         except BlockingIOError:
             return
         except OSError:  # a reset: all that came before it was read by now
             count = 0
         if not count:
             self._read_ended = True
-            self.session.end_received()
+            self.session.client_ended()
             self._go_on_finishing()
             self._server.watch(self)
             return
@@ -1272,13 +1286,13 @@ class Connection:
             pass
         count = len(pipe)
         if not count:
-            pipes.take_back(pipe)
+            pipes.give_back(pipe)
             return False
         self.read_bytes += count
         self._bulk = count >= BULK_BYTES
         self.session.bytes_passed(count)
         if partner._empty(pipe):
-            pipes.take_back(pipe)
+            pipes.give_back(pipe)
         else:
             partner._set_backlog(pipe)
         return True
@@ -1292,12 +1306,12 @@ class Connection:
             if self._finishing:
                 self._go_on_finishing()
 
-    def _empty(self, backlog: bytearray | KernelPipe) -> bool:
+    def _empty(self, backlog: bytearray | Pipe) -> bool:
         """Send from `backlog` what the kernel takes. Whether the rest is nothing, or in vain."""
         if self._broken:
             return True
         try:
-            if isinstance(backlog, KernelPipe):
+            if isinstance(backlog, Pipe):
                 backlog.pour(self.sock)
             else:
                 del backlog[: self.sock.send(backlog)]
@@ -1307,10 +1321,10 @@ class Connection:
             self._broken = True
         return self._broken or not len(backlog)
 
-    def _set_backlog(self, backlog: bytearray | KernelPipe | None) -> None:
+    def _set_backlog(self, backlog: bytearray | Pipe | None) -> None:
         """A backlog appears or is gone: this changes what we, and our partner, wait for."""
-        if isinstance(self.backlog, KernelPipe):
-            self._server.pipes.take_back(self.backlog)
+        if isinstance(self.backlog, Pipe):
+            self._server.pipes.give_back(self.backlog)
         self.backlog = backlog
         self._server.watch(self)
         if self.partner is not None:
@@ -1413,7 +1427,7 @@ class Timers:
     def __init__(self, limits: Limits) -> None:
         # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
         self.handshaking = Timeouts(limits.handshake_seconds)
-        self.holding = Timeouts(HOLD_POLL_SECONDS)
+        self.holding = Timeouts(LINGER_POLL_SECONDS)
         # WebSockets only: since anything moved, and since a client without partner was heard.
         self.quiet = Timeouts(PING_SECONDS)
         self.unheard = Timeouts(SILENCE_SECONDS)
@@ -1532,7 +1546,7 @@ class Server:
             key.data.on_ready(mask)
         for _ in range((len(self._line) + 3) // 4):
             conn, _ = self._line.popitem(last=False)
-            conn.on_turn()
+            conn.on_bulk_turn()
         while self._signals:
             self._on_signal(self._signals.popleft())
         self._run_timers(self.clock())
@@ -1578,10 +1592,10 @@ class Server:
     def _run_timers(self, now: float) -> None:
         for conn in self._timers.handshaking.take_expired(now):
             if conn.session.state in HANDSHAKING:
-                conn.session.end_received()
+                conn.session.client_ended()
         for conn in self._timers.unheard.take_expired(now):
-            if conn.session.state is WAIT_PARTNER:
-                conn.session.end_received()
+            if conn.session.state is State.WAIT_PARTNER:
+                conn.session.client_ended()
         for conn in self._timers.quiet.take_expired(now):
             conn.framing.keep_alive()
         for conn in self._timers.holding.take_expired(now):
@@ -1613,7 +1627,7 @@ class Server:
             self._selector.modify(conn.fd, mask, conn)
         conn.mask = mask
 
-    def line_up(self, conn: Connection) -> None:
+    def queue_bulk(self, conn: Connection) -> None:
         """`conn` has bulk to be read: those who have little, and who came before it, go first."""
         self._line.setdefault(conn)
 
@@ -1625,7 +1639,7 @@ class Server:
         else:
             self._timers.holding.start(conn, now)
 
-    def stirred(self, conn: Connection, heard: bool) -> None:
+    def note_activity(self, conn: Connection, heard: bool) -> None:
         """Something of a WebSocket moved: its times of silence begin anew."""
         now = self.clock()
         self._timers.quiet.start(conn, now)
@@ -1659,10 +1673,10 @@ class Server:
 
     # Newcomers.
 
-    def admit(self, sock: socket.socket, web: bool = False) -> Connection:
-        """Take in a newcomer's socket; `web`: from a `--websocket` listener."""
+    def admit(self, sock: socket.socket, role: Role = Role.PORT) -> Connection:
+        """Take in a newcomer's socket; `role`: from a `--websocket` listener."""
         prepare(sock)
-        conn = Connection(sock, self, web)
+        conn = Connection(sock, self, role)
         self.connections.add(conn)
         self._timers.handshaking.start(conn, self.clock())
         self.watch(conn)
@@ -1679,9 +1693,9 @@ class Server:
                 return
             except OSError as error:
                 if error.errno not in NEWCOMER_LOST:  # no descriptors, no memory: it will pass
-                    self._pause_accepting(reason(error))
+                    self._pause_accepting(error_text(error))
             else:
-                self.admit(sock, listener.web)
+                self.admit(sock, listener.role)
 
     def _start_accepting(self) -> None:
         self._accept_at = float("inf")
@@ -1690,7 +1704,7 @@ class Server:
             watcher = Watcher(partial(self._accept, listener))
             self._selector.register(listener.fd, EVENT_READ, watcher)
 
-    def _pause_accepting(self, why: str) -> None:
+    def _pause_accepting(self, why: Reason) -> None:
         """Leave newcomers in the kernel's queue for a second, or until somebody leaves."""
         now = self.clock()
         self._accepting = False
@@ -1698,7 +1712,7 @@ class Server:
         for listener in self._listeners:
             self._selector.unregister(listener.fd)
         self.pipes.close()  # newcomers need descriptors more than bulk does
-        if self._accept_complaints.lets_through(now):
+        if self._accept_complaints.is_due(now):
             log.warning("newcomers have to wait: %s", why)
 
     def _stop_listening(self) -> None:
@@ -1721,10 +1735,10 @@ class Server:
         self._flush_until = self.clock() + STOP_FLUSH_SECONDS
         for conn in tuple(self.connections):
             session = conn.session
-            if session.state is RELAYING:
+            if session.state is State.RELAYING:
                 self._owing[conn] = conn.read_bytes + unread_bytes(conn.sock)
             else:
-                session.end_received(STOPPING)
+                session.client_ended(Reason.STOPPING)
 
     def _end_pairs(self, late: bool) -> None:
         """End the pairs that owe each other nothing more, or all if it is too late for that."""
@@ -1733,7 +1747,7 @@ class Server:
             if conn.partner is not None:
                 both = (conn, conn.partner)
                 if late or all(one.read_bytes >= self._owing[one] for one in both):
-                    conn.session.end_received(STOPPING)
+                    conn.session.client_ended(Reason.STOPPING)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -1771,17 +1785,17 @@ class Server:
         for conn in self.connections:
             assert conn.mask == conn.interest(), conn
             assert conn.backlog is None or len(conn.backlog) > 0, conn
-            assert isinstance(conn.backlog, KernelPipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
-            assert (conn.partner is not None) == (conn.session.state is RELAYING), conn
+            assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
+            assert (conn.partner is not None) == (conn.session.state is State.RELAYING), conn
             assert conn.partner is None or conn.partner.session is conn.session.partner, conn
         backlogs = [conn.backlog for conn in self.connections]
-        self.pipes.check_invariants([one for one in backlogs if isinstance(one, KernelPipe)])
+        self.pipes.check_invariants([one for one in backlogs if isinstance(one, Pipe)])
         self._timers.check_invariants(self.connections)
         waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
         states = [conn.session.state for conn in self.connections]
-        assert waiting == states.count(WAIT_PARTNER)
+        assert waiting == states.count(State.WAIT_PARTNER)
         assert self.rendezvous.paired >= {
-            conn.session for conn in self.connections if conn.session.state is RELAYING
+            conn.session for conn in self.connections if conn.session.state is State.RELAYING
         }
 
 
@@ -1932,7 +1946,7 @@ class Sink(threading.Thread):
     def _report_failure(self, what: str) -> None:
         """Say that records wait; at most once a minute, while it is tried each second."""
         self._failing = True
-        if self._complaints.lets_through(time.monotonic()):
+        if self._complaints.is_due(time.monotonic()):
             self._complained = True
             log.warning("%s: %s; %d records wait", self.name, what, self.unwritten)
 
@@ -1970,7 +1984,7 @@ class Recorder:
     def report_dropped(self, now: float) -> None:
         """Say, once a minute, how many records there was no room for."""
         dropped = sum(sink.dropped for sink in self._sinks)
-        if dropped > self._reported and self._complaints.lets_through(now):
+        if dropped > self._reported and self._complaints.is_due(now):
             log.warning("%d usage records dropped: too many wait", dropped - self._reported)
             self._reported = dropped
 
@@ -2028,7 +2042,7 @@ class JsonLines(Sink):
             hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self._fd).st_mode)
             if hung_up or error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED):
                 raise SinkGone("its reader is gone") from None
-            raise SinkError(reason(error)) from None
+            raise SinkError(error_text(error)) from None
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
@@ -2164,7 +2178,7 @@ class UsageDatabase(Sink):
             db = self._open()
             db.execute("BEGIN IMMEDIATE")
             _insert(db, "usage", batch)
-            db.execute("DELETE FROM `current`")  # none or several rows become one
+            db.execute("DELETE FROM `current`")  # none or several rows switch_user one
             _insert(db, "current", [self._latest])
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
@@ -2264,7 +2278,7 @@ class Endpoint(NamedTuple):
 
     text: str
     kind: str
-    web: bool = False  # `--websocket`: who comes is taken for HTTP, unless his first bytes differ
+    role: Role = Role.PORT
     port: int = 0
     interface: str = ""
     backlog: int = LISTEN_BACKLOG
@@ -2300,7 +2314,7 @@ class PassedSockets(NamedTuple):
             Endpoint(
                 f"systemd:index={n}",
                 "systemd",
-                web=self.names[n : n + 1] == ("websocket",),
+                role=Role.WEBSOCKET if self.names[n : n + 1] == ("websocket",) else Role.PORT,
                 position=n,
             )
             for n in range(self.total)
@@ -2380,7 +2394,7 @@ def parse_endpoint(text: str) -> Endpoint:
 
 def parse_websocket_endpoint(text: str) -> Endpoint:
     """Understand an endpoint behind `--websocket`. Raises UsageError."""
-    return parse_endpoint(text)._replace(web=True)
+    return parse_endpoint(text)._replace(role=Role.WEBSOCKET)
 
 
 def _split_fields(text: str) -> list[tuple[str, str]]:
@@ -2406,14 +2420,14 @@ class Listener:
     """An open listening socket, the name by which we speak of it, and the way to leave it."""
 
     def __init__(
-        self, sock: socket.socket, label: str, path: str = "", web: bool = False
+        self, sock: socket.socket, label: str, path: str = "", role: Role = Role.PORT
     ) -> None:
-        """`path`: the unix socket that we made, and remove when we close. `web`: see Endpoint."""
+        """`path`: the unix socket that we made, and remove when we close. `role`: see Endpoint."""
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
         self.label = label
-        self.web = web
+        self.role = role
         self._path = path
         self._made = _identity(path) if path else None
 
@@ -2468,10 +2482,10 @@ def open_listener(endpoint: Endpoint, fd: int | None) -> Listener:
     """Open an endpoint, or take over `fd` if it is open already. Raises StartupError."""
     try:
         if fd is not None:
-            return Listener(_adopt(fd, endpoint), endpoint.text, web=endpoint.web)
+            return Listener(_adopt(fd, endpoint), endpoint.text, role=endpoint.role)
         return _listen_unix(endpoint) if endpoint.kind == "unix" else _listen_tcp(endpoint)
     except OSError as error:  # socket.gaierror, an unknown interface, is one too
-        raise StartupError(f"{endpoint.text}: {reason(error)}") from None
+        raise StartupError(f"{endpoint.text}: {error_text(error)}") from None
     except UnicodeError:  # from its way of encoding names
         raise StartupError(f"{endpoint.text}: the interface is no address and no name") from None
 
@@ -2488,7 +2502,7 @@ def _listen_tcp(endpoint: Endpoint) -> Listener:
     label = f"tcp:{sock.getsockname()[1]}"
     if endpoint.interface:
         label += ":interface=" + endpoint.interface.replace(":", "\\:")
-    return Listener(sock, label, web=endpoint.web)
+    return Listener(sock, label, role=endpoint.role)
 
 
 def _bind_everywhere(endpoint: Endpoint) -> socket.socket:
@@ -2525,7 +2539,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
             _remove_dead_socket(endpoint)
         sock.bind(path)
         sock.listen(endpoint.backlog)
-        return Listener(sock, endpoint.text, path, endpoint.web)
+        return Listener(sock, endpoint.text, path, endpoint.role)
     except (OSError, StartupError):
         sock.close()
         raise
@@ -2608,7 +2622,7 @@ class PidFile:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
         except OSError as error:
-            raise StartupError(f"pidfile {path}: {reason(error)}") from None
+            raise StartupError(f"pidfile {path}: {error_text(error)}") from None
 
     def _lock(self) -> int:
         """Open and lock the file; again, if its owner removed it in between."""
@@ -2689,7 +2703,7 @@ class LogFile(MessageHandler):
 
     def _open(self) -> int:
         """Open the file, and note whether there was none: a link may lead anywhere."""
-        # Non-blocking, as it may be a pipe, or become one.
+        # Non-blocking, as it may be a pipe, or switch_user one.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             fd = os.open(self._path, flags | os.O_EXCL, 0o666)
@@ -2720,7 +2734,7 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
     try:
         file = None if path is None else LogFile(path)
     except OSError as error:
-        raise StartupError(f"logfile {path}: {reason(error)}") from None
+        raise StartupError(f"logfile {path}: {error_text(error)}") from None
     handler = file or MessageHandler(1 if to_stdout else 2)
     layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
     handler.setFormatter(LineFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
@@ -2792,8 +2806,8 @@ class ServiceManager:
         except OSError as error:
             if must_arrive:
                 self._owed = message + "\n"
-            if self._complaints.lets_through(time.monotonic()):
-                log.warning("the service manager cannot be told: %s", reason(error))
+            if self._complaints.is_due(time.monotonic()):
+                log.warning("the service manager cannot be told: %s", error_text(error))
 
     def close(self) -> None:
         """Tell it nothing more."""
@@ -2815,11 +2829,11 @@ def daemonize() -> Callable[[], None]:
             os.close(ready_write)
             os._exit(0 if os.read(ready_read, 1) else 1)
         os.setsid()
-        if os.fork():  # not the session's leader: no terminal can ever become ours
+        if os.fork():  # not the session's leader: no terminal can ever switch_user ours
             os._exit(0)
         os.close(ready_read)
     except OSError as error:
-        raise StartupError(f"--daemonize: {reason(error)}") from None
+        raise StartupError(f"--daemonize: {error_text(error)}") from None
 
     def detach() -> None:
         for fd in range(STANDARD_FDS):
@@ -2850,7 +2864,7 @@ def duplicate_log_descriptor(fd: int) -> int:
         writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
         ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     except OSError as error:
-        raise StartupError(f"--log-fd={fd}: {reason(error)}") from None
+        raise StartupError(f"--log-fd={fd}: {error_text(error)}") from None
     if not writable:
         raise StartupError(f"--log-fd={fd}: not open for writing")
     return ours
@@ -2886,7 +2900,7 @@ def find_user(text: str) -> tuple[str, int, int]:
     return name, user.pw_uid, gid
 
 
-def become(text: str, log_file: LogFile | None) -> None:
+def switch_user(text: str, log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
     A log file that we made goes along: it has to be opened again when it was rotated.
@@ -2901,7 +2915,7 @@ def become(text: str, log_file: LogFile | None) -> None:
         os.setgid(gid)
         os.setuid(uid)
     except OSError as error:
-        raise StartupError(f"--user {text}: {reason(error)}") from None
+        raise StartupError(f"--user {text}: {error_text(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3146,7 +3160,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             text = file.read(MAX_CONFIG_CHARACTERS)
     except OSError as error:
-        parser.error(f"argument --config: {path}: {reason(error)}")
+        parser.error(f"argument --config: {path}: {error_text(error)}")
     if len(text) == MAX_CONFIG_CHARACTERS:
         parser.error(f"argument --config: {path}: too long for a configuration")
     for number, line in enumerate(text.split("\n"), 1):
@@ -3184,7 +3198,7 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # ---------------------------------------------------------------------------------------------
 # Start and stop
 #
-# What needs root or may be refused comes first, what belongs to the user we become after it,
+# What needs root or may be refused comes first, what belongs to the user we switch_user after it,
 # threads last, because nothing forks behind them. A start that fails undoes what it did, in
 # reverse.
 # ---------------------------------------------------------------------------------------------
@@ -3202,12 +3216,18 @@ def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: 
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
         log.info("TCP clients only: Python finds no ws_frames.py (beside transit_relay.py)")
-    urls = [f"ws://localhost:{one.port}/" for one in listeners if one.web and one.port]
+    urls = [
+        f"ws://localhost:{one.port}/"
+        for one in listeners
+        if one.role is Role.WEBSOCKET and one.port
+    ]
     if options.websocket_url:
         urls = [options.websocket_url]
     if urls:
         log.info("WebSocket clients connect to %s", ", ".join(urls))
-    names = (one.label + (" (websocket)" if one.web else "") for one in listeners)
+    names = (
+        one.label + (" (websocket)" if one.role is Role.WEBSOCKET else "") for one in listeners
+    )
     log.info("Transit starting on %s", ", ".join(names))
 
 
@@ -3227,14 +3247,16 @@ def serve(options: argparse.Namespace) -> int:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         endpoints = choose_endpoints(options, passed)
-        if ws_frames is None and (options.websocket_url or any(one.web for one in endpoints)):
+        if ws_frames is None and (
+            options.websocket_url or any(one.role is Role.WEBSOCKET for one in endpoints)
+        ):
             raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
         listeners = open_listeners(endpoints, passed)
         unused = passed.unused(endpoints)
         for listener in listeners:
             undo.callback(listener.close)
         if options.user:
-            become(options.user, log_file)
+            switch_user(options.user, log_file)
         sinks: list[Sink] = []
         if options.usage_db:
             sinks.append(UsageDatabase(options.usage_db))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import transit_relay
-from transit_relay import Connection, Limits, Pipe, Recorder, Server, UsageRecord
+from transit_relay import Connection, Limits, Recorder, Role, Server, Transport, UsageRecord
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
@@ -85,19 +85,19 @@ class FakeClock:
         self.now += seconds
 
 
-class FakePipe:
-    """A Session's Pipe that only notes what it is told."""
+class FakeTransport:
+    """A Session's Transport that only notes what it is told."""
 
     def __init__(self) -> None:
         self.sent = b""
-        self.partner: Pipe | None = None
+        self.partner: Transport | None = None
         self.finished = False
 
     def send(self, data: bytes | memoryview) -> None:
         assert not self.finished, "sent after the end"
         self.sent += data
 
-    def link(self, partner: Pipe) -> None:
+    def link(self, partner: Transport) -> None:
         assert self.partner is None, "linked twice"
         self.partner = partner
 
@@ -151,13 +151,13 @@ class Client:
         """For select."""
         return self.sock.fileno()
 
-    def spell(self, *pieces: bytes) -> list[bytes]:
+    def encode(self, *pieces: bytes) -> list[bytes]:
         """How each piece of a message goes over the wire."""
         return list(pieces)
 
     def send(self, *pieces: bytes) -> None:
         """Send a message, in pieces (fragments, over WebSocket)."""
-        self.send_wire(b"".join(self.spell(*pieces)))
+        self.send_wire(b"".join(self.encode(*pieces)))
 
     def send_wire(self, data: bytes) -> None:
         """Send bytes as they are."""
@@ -287,7 +287,7 @@ class WebSocketClient(Client):
         if upgrade:
             self.send_wire(self.request)
 
-    def spell(self, *pieces: bytes) -> list[bytes]:
+    def encode(self, *pieces: bytes) -> list[bytes]:
         opcodes = [BINARY] + [CONTINUATION] * (len(pieces) - 1)
         return [
             frame(opcode, piece, number == len(pieces), self._chance.randbytes(4))
@@ -412,36 +412,37 @@ class Loop:
             client.close()
         self.server.close()
 
-    def connect(self, tcp: bool = False, web: bool = False) -> socket.socket:
+    def connect(self, tcp: bool = False, role: Role = Role.PORT) -> socket.socket:
         """A new client; its other end is the server's. Over TCP there are resets.
 
-        `web`: it comes to a `--websocket` listener.
+        `role`: of the listener that it comes to.
         """
         ours, its = tcp_pair() if tcp else socket.socketpair()
         ours.settimeout(TIMEOUT)
         self._clients.append(ours)
         if tcp:
             self._over_tcp.append((ours, its))
-        self.server.admit(its, web)
+        self.server.admit(its, role)
         return ours
 
     def connect_both(
-        self, tcp: bool = False, web: bool = False
+        self, tcp: bool = False, role: Role = Role.PORT
     ) -> tuple[socket.socket, Connection]:
         """A new client, and the relay's end of it."""
         before = set(self.server.connections)
-        client = self.connect(tcp, web)
+        client = self.connect(tcp, role)
         (conn,) = self.server.connections - before
         return client, conn
 
-    def client(self, kind: str = "tcp", web: bool | None = None, upgrade: bool = True) -> Client:
+    def client(self, kind: str = "tcp", role: Role | None = None, upgrade: bool = True) -> Client:
         """A new client of that kind: tcp, unix, ws (over TCP) or ws-unix.
 
-        `web`: whether it comes to a `--websocket` listener; by default to that of its kind.
+        `role`: of the listener that it comes to; by default that of its kind.
         `upgrade`: a WebSocket client asks for it at once.
         """
         spells = kind.startswith("ws")
-        sock, conn = self.connect_both(not kind.endswith("unix"), spells if web is None else web)
+        role = role or (Role.WEBSOCKET if spells else Role.PORT)
+        sock, conn = self.connect_both(not kind.endswith("unix"), role)
         client = (
             WebSocketClient(sock, self.wait, upgrade, seed=len(self._clients))
             if spells

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import struct
 
-from helpers import BINARY, CLOSE, FakePipe, frame, handshake
+from helpers import BINARY, CLOSE, FakeTransport, frame, handshake
 
 from transit_relay import (
-    SILENT,
-    WAIT_PARTNER,
+    DISCARD,
     Bytes,
     Framing,
     Rendezvous,
+    Role,
     Session,
+    State,
     UsageRecord,
     WebSocketFraming,
     first_framing,
@@ -37,7 +38,7 @@ Found = list[tuple[int, bytes, bool]]
 
 
 def note(found: Found, opcode: int, payload: bytes, is_last: bool) -> None:
-    """Add to what was found; pieces that stand next to each other in a message become one."""
+    """Add to what was found; pieces that stand next to each other in a message switch_user one."""
     if opcode == BINARY and not payload and not is_last:
         return
     if opcode == BINARY and found and found[-1][0] == BINARY and not found[-1][2]:
@@ -117,17 +118,17 @@ def read(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
 # A client as a whole. The Sessions are real, and so are their rules.
 
 
-class FakeWire(FakePipe):
-    """A Session's Pipe and its Framing's Wire, as a Connection is both; notes what is written."""
+class FramedTransport(FakeTransport):
+    """A Transport with a real Session and a real Framing. Keeps what is written."""
 
     framing: Framing
 
     def __init__(
-        self, rendezvous: Rendezvous, web: bool = False, journal: list[object] | None = None
+        self, rendezvous: Rendezvous, role: Role = Role.PORT, journal: list[object] | None = None
     ) -> None:
-        """`web`: it comes to a `--websocket` listener. `journal`: where several note writes."""
+        """`role`: of the listener. `journal`: a list that several of these share."""
         super().__init__()
-        self.session = Session(self, rendezvous, 0.0, web)
+        self.session = Session(self, rendezvous, 0.0, role)
         self.framing = first_framing(self.session, self)
         self.journal = [] if journal is None else journal
         self.queued = 0  # what the client leaves unread, as the test says
@@ -141,9 +142,9 @@ class FakeWire(FakePipe):
             buffer[:] = b"\n" * len(buffer)
 
     def send(self, data: Bytes) -> None:
-        if self.framing.is_plain:
-            assert list(self.framing.spell(data)) == [data]
-        self.write(*self.framing.spell(data))
+        if self.framing.is_raw:
+            assert list(self.framing.encode(data)) == [data]
+        self.write(*self.framing.encode(data))
 
     def write(self, data: Bytes, *more: Bytes) -> None:
         written = b"".join((data, *more))
@@ -153,7 +154,7 @@ class FakeWire(FakePipe):
         self.journal.append((self, written))
 
     def finish(self, why: str) -> None:
-        goodbye, self.framing = self.framing.farewell(why), SILENT
+        goodbye, self.framing = self.framing.closing_bytes(why), DISCARD
         if goodbye:
             self.write(goodbye)
         super().finish(why)
@@ -161,7 +162,7 @@ class FakeWire(FakePipe):
     def queued_bytes(self) -> int:
         return self.queued
 
-    def stirred(self, heard: bool) -> None:
+    def note_activity(self, heard: bool) -> None:
         self.stirs.append(heard)
 
     def said(self) -> list[tuple[int, bytes]]:
@@ -187,25 +188,25 @@ class Room:
         self.rendezvous = Rendezvous(self.records.append, lambda: 100.0)
         self.journal: list[object] = []
 
-    def client(self, web: bool = False) -> FakeWire:
+    def client(self, role: Role = Role.PORT) -> FramedTransport:
         """Somebody comes."""
-        return FakeWire(self.rendezvous, web, self.journal)
+        return FramedTransport(self.rendezvous, role, self.journal)
 
-    def partner(self) -> FakeWire:
+    def partner(self) -> FramedTransport:
         """Somebody comes over TCP, and waits under our token."""
         wire = self.client()
         wire.feed(handshake("token", "other"))
-        assert wire.session.state == WAIT_PARTNER
+        assert wire.session.state == State.WAIT_PARTNER
         return wire
 
-    def socket(self) -> FakeWire:
+    def socket(self) -> FramedTransport:
         """Somebody comes whose upgrade is done."""
-        wire = self.client(web=True)
+        wire = self.client(role=Role.WEBSOCKET)
         wire.session.opened()
         wire.framing = WebSocketFraming(wire.session, wire)
         return wire
 
-    def pair(self) -> tuple[FakeWire, FakeWire]:
+    def pair(self) -> tuple[FramedTransport, FramedTransport]:
         """A WebSocket client and its partner; both have been told `ok`."""
         partner, wire = self.partner(), self.socket()
         wire.feed(frame(BINARY, LINE))

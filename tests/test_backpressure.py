@@ -34,7 +34,7 @@ class Flood:
     def send(self) -> bool:
         """Send some. Says whether anything was taken."""
         if not self.rest:
-            (wire,) = self.sender.spell(BLOCK)
+            (wire,) = self.sender.encode(BLOCK)
             self.rest = memoryview(wire)
             self.blocks += 1
         try:

@@ -526,7 +526,7 @@ def test_log_fd_that_is_not_open_is_refused(fd: int) -> None:
 
 
 def test_log_fd_that_is_closed_standard_output_is_refused() -> None:
-    """It must not become the first file that the relay opens."""
+    """It must not switch_user the first file that the relay opens."""
     with RelayProcess(*LOCAL, "--log-fd", "1", program=redirected("1>&-")) as relay:
         assert relay.wait() == 1
     assert only_line(relay) == "transit-relay: --log-fd=1: Bad file descriptor"

@@ -17,9 +17,9 @@ from helpers import TIMEOUT, Loop, digest, handshake, read_to_end, reset, wait_f
 import transit_relay
 from transit_relay import (
     BAD_HANDSHAKE,
-    RELAYING,
     Connection,
     Listener,
+    State,
     unacknowledged_bytes,
     unread_bytes,
 )
@@ -220,7 +220,7 @@ def test_where_something_is_lost_nothing_more_is_sent(loop: Loop, queued: bool) 
 def test_readable_but_nothing_there(loop: Loop) -> None:
     pair = Pair(loop)
     pair.conn_a.on_ready(EVENT_READ)
-    assert pair.conn_a.session.state is RELAYING
+    assert pair.conn_a.session.state is State.RELAYING
 
 
 # A write that fails.
@@ -243,9 +243,9 @@ def test_a_failed_write_is_not_the_end_of_what_was_sent(
         pair.conn_b.on_ready(EVENT_WRITE)
     else:
         pair.conn_a.on_ready(EVENT_READ)
-        pair.conn_a.on_turn()
+        pair.conn_a.on_bulk_turn()
     assert "broken" in repr(pair.conn_b)
-    assert pair.conn_b.session.state is RELAYING
+    assert pair.conn_b.session.state is State.RELAYING
     assert receive(loop, pair.a) == b"last words"
     (record,) = loop.recorder.records
     assert record.mood == "happy"

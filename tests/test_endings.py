@@ -77,7 +77,7 @@ def test_all_of_it_arrives_while_the_receiver_sends(
     """A sends 8 MiB and ends; B sends without end: B gets all, then an end and no reset."""
     running = relay(*WEB)
     with running.client(first) as speller:  # once: it takes longer than to send it
-        (wire,) = speller.spell(PAYLOAD)
+        (wire,) = speller.encode(PAYLOAD)
     for _ in range(TIMES if first == second == "tcp" else TIMES_WEB):
         one, other = running.meet(first, second)
         for client in (one, other):
@@ -137,7 +137,7 @@ def test_a_reset_does_not_take_back_what_was_received(
     one, other = loop.meet(first, second)
     assert one.conn is not None
     data = os.urandom(size)
-    (wire,) = one.spell(data)
+    (wire,) = one.encode(data)
     one.sock.setblocking(False)
     one.sock.send(wire)
     one.reset()  # what this side had not handed over is gone with it

@@ -21,27 +21,23 @@ from helpers import (
     parse_head,
     splits,
 )
-from streams import LINE, SWITCHED, UPGRADE, FakeWire, Room, read_frames
+from streams import LINE, SWITCHED, UPGRADE, FramedTransport, Room, read_frames
 
 import transit_relay
 from transit_relay import (
-    DONE,
+    DISCARD,
     FIRST_READ_BYTES,
     FRAMED_READ_BYTES,
     FRAMES_PER_MOVE,
     MAX_LINE_BYTES,
-    OVER,
-    RELAYING,
-    SILENT,
-    STOPPING,
-    WAIT_HANDSHAKE,
-    WAIT_PARTNER,
-    WAIT_UPGRADE,
+    DetectFraming,
     Framing,
     HttpFraming,
     RawFraming,
+    Reason,
+    Role,
     Session,
-    Undecided,
+    State,
     WebSocketFraming,
 )
 from ws_frames import Reader
@@ -173,7 +169,7 @@ def room() -> Room:
     return Room()
 
 
-# Undecided.
+# DetectFraming.
 
 # A row: the listener; what comes there; who that is; behind how many bytes it is clear.
 BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
@@ -195,7 +191,7 @@ BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
     ("--port", b"\x16\x03\x01", RawFraming, 1),
     ("--port", b"PRI * HTTP/2.0", RawFraming, 2),
     ("--port", b"x", RawFraming, 1),
-    *(("--port", text, Undecided, 0) for text in (b"G", b"GET", b"P", b"POST", b"OPTIONS")),
+    *(("--port", text, DetectFraming, 0) for text in (b"G", b"GET", b"P", b"POST", b"OPTIONS")),
     ("--websocket", b"please relay ", RawFraming, 13),
     ("--websocket", b"please relay x", RawFraming, 13),
     ("--websocket", b"please relays", HttpFraming, 13),
@@ -204,8 +200,8 @@ BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
     ("--websocket", b"GET / HTTP/1.1", HttpFraming, 1),
     ("--websocket", b"PATCH / HTTP/1.1", HttpFraming, 1),
     ("--websocket", b"pATCH / HTTP/1.1", HttpFraming, 2),
-    ("--websocket", b"p", Undecided, 0),
-    ("--websocket", b"please relay", Undecided, 0),
+    ("--websocket", b"p", DetectFraming, 0),
+    ("--websocket", b"please relay", DetectFraming, 0),
 ]
 
 
@@ -217,30 +213,30 @@ BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
 def test_who_comes_is_told_by_the_first_bytes(
     room: Room, listener: str, stream: bytes, kind: type[Framing], size: int
 ) -> None:
-    web = listener == "--websocket"
-    clear = WAIT_HANDSHAKE if kind is RawFraming else WAIT_UPGRADE
-    unclear = WAIT_UPGRADE if web else WAIT_HANDSHAKE
+    role = Role.WEBSOCKET if listener == "--websocket" else Role.PORT
+    clear = State.WAIT_HANDSHAKE if kind is RawFraming else State.WAIT_UPGRADE
+    unclear = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
     for pieces in splits(stream):
-        wire = room.client(web)
+        wire = room.client(role)
         came = 0
         for piece in pieces:
             wire.feed(piece)
             came += len(piece)
-            is_clear = kind is not Undecided and came >= size
-            assert type(wire.framing) is (kind if is_clear else Undecided), pieces
+            is_clear = kind is not DetectFraming and came >= size
+            assert type(wire.framing) is (kind if is_clear else DetectFraming), pieces
             assert wire.session.state == (clear if is_clear else unclear), pieces
         framing = wire.framing
         kept = {
             RawFraming: lambda framing=framing: framing._line,
             HttpFraming: lambda framing=framing: framing._reader.place()["_head"],
-            Undecided: lambda framing=framing: framing._start,
+            DetectFraming: lambda framing=framing: framing._start,
         }[kind]()
         assert kept == stream, pieces
         assert not wire.sent and not room.records
 
 
-@pytest.mark.parametrize("web", [False, True], ids=["--port", "--websocket"])
-def test_what_came_to_be_told_by_is_heard(room: Room, web: bool) -> None:
+@pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
+def test_what_came_to_be_told_by_is_heard(room: Room, role: Role) -> None:
     """Whole streams, each with bytes behind what decides, come to the same in every split."""
     streams: dict[bytes, tuple[bytes, list[str]]] = {
         LINE + b"?": (b"impatient\n", ["impatient"]),
@@ -248,7 +244,7 @@ def test_what_came_to_be_told_by_is_heard(room: Room, web: bool) -> None:
         b"OPTIONS / HTTP/1.0\r\n\r\n": (b"HTTP/1.1 200 OK\r\n", []),
         b"POST / HTTP/1.1\r\n\r\n???": (b"HTTP/1.1 405 Method Not Allowed\r\n", []),
     }
-    if web:
+    if role is Role.WEBSOCKET:
         streams[b"\x16\x03\x01\n"] = (b"HTTP/1.1 400 Bad Request\r\n", [])
         streams[b"please relax\n"] = (b"HTTP/1.1 400 Bad Request\r\n", [])
         streams[b"DELETE / HTTP/1.1\n\n"] = (b"HTTP/1.1 405 Method Not Allowed\r\n", [])
@@ -258,26 +254,26 @@ def test_what_came_to_be_told_by_is_heard(room: Room, web: bool) -> None:
         streams[b"GET\n"] = (b"bad handshake\n", ["errory"])
     for stream, (answer, moods) in streams.items():
         for pieces in splits(stream):
-            wire = room.client(web)
+            wire = room.client(role)
             wire.feed(*pieces)
             assert wire.sent.startswith(answer) and wire.finished, pieces
             assert room.moods() == moods, pieces
             room.records.clear()
 
 
-@pytest.mark.parametrize("web", [False, True], ids=["--port", "--websocket"])
+@pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
 @pytest.mark.parametrize("stream", [b"", b"GET", b"please rela", b"GET / HTTP/1.1\r\n"])
-def test_who_leaves_before_the_stream_begins(room: Room, web: bool, stream: bytes) -> None:
+def test_who_leaves_before_the_stream_begins(room: Room, role: Role, stream: bytes) -> None:
     """Is recorded where it began at once: who came over TCP, as far as one could tell."""
-    wire = room.client(web)
+    wire = room.client(role)
     wire.feed(stream)
-    wire.session.end_received()
+    wire.session.client_ended()
     assert wire.finished and wire.sent == b""
-    assert room.moods() == ([] if web or b" /" in stream else ["empty"])
+    assert room.moods() == ([] if role is Role.WEBSOCKET or b" /" in stream else ["empty"])
 
 
 def test_without_ws_frames_all_is_raw(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(room.client().framing) is Undecided
+    assert type(room.client().framing) is DetectFraming
     monkeypatch.setattr(transit_relay, "ws_frames", None)
     wire = room.client()
     assert type(wire.framing) is RawFraming
@@ -300,12 +296,12 @@ def test_who_wants_no_upgrade_is_answered_and_let_go(room: Room, behind: bytes) 
         status, headers = parse_head(head)
         assert status == "200" and headers["connection"] == "close"
         assert headers["content-length"] == str(len(body)) and b"transit-relay" in body
-        assert wire.finished and wire.session.state == DONE and not room.records
+        assert wire.finished and wire.session.state == State.DONE and not room.records
 
 
 def test_an_upgrade_is_answered_before_the_frames_behind_it(room: Room) -> None:
     for pieces in splits(UPGRADE + frame(PING, b"p") + frame(BINARY, LINE) + frame(BINARY, b"?")):
-        wire = room.client(web=True)
+        wire = room.client(role=Role.WEBSOCKET)
         wire.feed(*pieces)
         assert wire.sent.startswith(SWITCHED), pieces
         assert read_frames(wire.sent[len(SWITCHED) :]) == [
@@ -320,11 +316,11 @@ def test_an_upgrade_is_answered_before_the_frames_behind_it(room: Room) -> None:
 def test_an_upgrade_opens_the_session_and_is_heard(room: Room) -> None:
     wire = room.client()
     wire.feed(UPGRADE[:-1])
-    assert (wire.session.state, wire.sent, wire.stirs) == (WAIT_UPGRADE, b"", [])
+    assert (wire.session.state, wire.sent, wire.stirs) == (State.WAIT_UPGRADE, b"", [])
     wire.feed(UPGRADE[-1:])
-    assert (wire.session.state, wire.sent, wire.stirs) == (WAIT_HANDSHAKE, SWITCHED, [True])
+    assert (wire.session.state, wire.sent, wire.stirs) == (State.WAIT_HANDSHAKE, SWITCHED, [True])
     assert type(wire.framing) is WebSocketFraming
-    wire.session.end_received()
+    wire.session.client_ended()
     assert wire.sent == SWITCHED + frame(CLOSE, close_payload(1000), key=None)
     assert room.moods() == ["empty"]
 
@@ -395,14 +391,14 @@ def test_the_handshake_rule(stream: bytes, good: bool | None, data: bytes) -> No
         wire.feed(*pieces)
         said = [one for one in wire.said() if one != (PONG, b"")]
         if good is None:
-            assert (wire.session.state, said) == (WAIT_HANDSHAKE, []), pieces
+            assert (wire.session.state, said) == (State.WAIT_HANDSHAKE, []), pieces
         elif good:
-            assert (wire.session.state, said) == (RELAYING, [(BINARY, b"ok\n")]), pieces
+            assert (wire.session.state, said) == (State.RELAYING, [(BINARY, b"ok\n")]), pieces
             assert partner.sent == b"ok\n" + data, pieces
             assert wire.session.received_bytes == len(data), pieces
         else:
             assert said == [(BINARY, b"bad handshake\n"), (CLOSE, close_payload(1000))], pieces
-            assert wire.session.state == DONE and room.moods() == ["errory"], pieces
+            assert wire.session.state == State.DONE and room.moods() == ["errory"], pieces
 
 
 # Alone: what comes behind the handshake.
@@ -433,7 +429,7 @@ def test_only_payload_is_impatient(line: bytes, behind: bytes, impatient: bool) 
         if impatient:
             assert said == [(BINARY, b"impatient\n"), (CLOSE, close_payload(1000))], pieces
         assert room.moods() == ["impatient"] * impatient, pieces
-        assert wire.session.state == (DONE if impatient else WAIT_PARTNER), pieces
+        assert wire.session.state == (State.DONE if impatient else State.WAIT_PARTNER), pieces
 
 
 REFUSED = {
@@ -542,18 +538,18 @@ def test_a_pong_that_waits_goes_before_the_close(room: Room) -> None:
 
 def test_reads_grow_while_frames_are_few(room: Room) -> None:
     """From a size that cannot hold many, step by step."""
-    assert room.client().framing.most_bytes == FIRST_READ_BYTES
-    wire = room.client(web=True)
+    assert room.client().framing.max_read_bytes == FIRST_READ_BYTES
+    wire = room.client(role=Role.WEBSOCKET)
     wire.feed(UPGRADE[:-1])
-    assert wire.framing.most_bytes == room.socket().framing.most_bytes == FIRST_READ_BYTES
+    assert wire.framing.max_read_bytes == room.socket().framing.max_read_bytes == FIRST_READ_BYTES
     stream = frame(BINARY, b"x" * (1 << 20))
     sizes = [FIRST_READ_BYTES]
     wire, _ = room.pair()
     while sizes[-1] < FRAMED_READ_BYTES:
-        assert wire.framing.most_bytes == sizes[-1]
+        assert wire.framing.max_read_bytes == sizes[-1]
         wire.feed(stream[: sizes[-1]])
         stream = stream[sizes[-1] :]
-        sizes.append(wire.framing.most_bytes)
+        sizes.append(wire.framing.max_read_bytes)
         assert sizes[-2] < sizes[-1] <= min(4 * sizes[-2], FRAMED_READ_BYTES)
 
 
@@ -566,14 +562,14 @@ def test_a_read_never_holds_much_more_frames_than_a_move_should(room: Room, smal
     """Nor does it, when it could be large before."""
     wire, _ = room.pair()
     wire.feed(frame(BINARY, b"x" * 60_000, False))
-    assert wire.framing.most_bytes == FRAMED_READ_BYTES
+    assert wire.framing.max_read_bytes == FRAMED_READ_BYTES
     if small[0] & 0x0F == BINARY:
         wire.feed(frame(CONTINUATION))
         wire.feed(frame(BINARY, b"x" * 60_000))
     for _ in range(6):
-        frames = wire.framing.most_bytes // len(small)
+        frames = wire.framing.max_read_bytes // len(small)
         wire.feed(small * frames)
-        size = wire.framing.most_bytes
+        size = wire.framing.max_read_bytes
         assert FIRST_READ_BYTES <= size <= max(FIRST_READ_BYTES, FRAMES_PER_MOVE * len(small))
 
 
@@ -608,7 +604,12 @@ def test_the_end_of_a_pair(end: bytes, answer: bytes, behind: bytes) -> None:
         wire.feed(*pieces)
         assert wire.said() == [(PONG, b"p"), (CLOSE, answer)], pieces
         assert partner.sent == b"before", pieces
-        assert wire.finished and wire.why == OVER and partner.finished and partner.why == OVER
+        assert (
+            wire.finished
+            and wire.why == Reason.ENDED
+            and partner.finished
+            and partner.why == Reason.ENDED
+        )
         partner.session.end_sent()
         assert [(one.mood, one.total_bytes) for one in room.records] == [("happy", 6)], pieces
 
@@ -629,20 +630,20 @@ def test_the_end_of_who_is_alone(end: bytes, answer: bytes, before: bytes, mood:
 
 
 @pytest.mark.parametrize("line", [b"", LINE], ids=["empty", "lonely"])
-@pytest.mark.parametrize(("why", "code"), [(OVER, 1000), (STOPPING, 1001)])
+@pytest.mark.parametrize(("why", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
 def test_the_relay_ends_it(room: Room, line: bytes, why: str, code: int) -> None:
     wire = room.socket()
     wire.feed(frame(BINARY, line))
-    wire.session.end_received(why)
+    wire.session.client_ended(why)
     assert wire.said() == [(CLOSE, close_payload(code))]
 
 
-@pytest.mark.parametrize(("why", "code"), [(OVER, 1000), (STOPPING, 1001)])
+@pytest.mark.parametrize(("why", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
 @pytest.mark.parametrize("leaver", [0, 1])
 def test_the_partner_is_over(room: Room, why: str, code: int, leaver: int) -> None:
     """Or our own connection is, without a Close of ours; or both are, as we stop."""
     pair = room.pair()
-    pair[leaver].session.end_received(why)
+    pair[leaver].session.client_ended(why)
     assert pair[0].said() == [(CLOSE, close_payload(code))] and pair[1].sent == b""
 
 
@@ -675,7 +676,7 @@ def test_long_messages_are_cut_and_not_copied(room: Room, size: int, sizes: list
     wire, partner = room.pair()
     data = bytearray(range(256)) * 1025
     del data[size:]
-    parts = wire.framing.spell(memoryview(data))
+    parts = wire.framing.encode(memoryview(data))
     assert [len(part) for part in parts[1::2]] == sizes and max(sizes) <= LONGEST_MESSAGE
     assert all(memoryview(part).obj is data for part in parts[1::2])
     assert all(len(header) <= 4 for header in parts[::2])
@@ -718,20 +719,20 @@ def test_plain_bytes_need_none_of_it(room: Room) -> None:
         framing = wire.framing
         framing.keep_alive()
         framing.drained()
-        assert framing.farewell(OVER) == framing.farewell(STOPPING) == b""
-        assert list(framing.spell(b"data")) == [b"data"]
+        assert framing.closing_bytes(Reason.ENDED) == framing.closing_bytes(Reason.STOPPING) == b""
+        assert list(framing.encode(b"data")) == [b"data"]
         assert wire.sent == b"" and wire.stirs == []
 
 
 @pytest.mark.parametrize("kind", ["partner", "socket"])
 def test_silent_hears_and_says_nothing(room: Room, kind: str) -> None:
     """Whoever it stands in for: all is as it was when the end was said."""
-    wire: FakeWire = {"partner": room.partner, "socket": room.socket}[kind]()
+    wire: FramedTransport = {"partner": room.partner, "socket": room.socket}[kind]()
     wire.queued = 64 * 1024 + 1
     if kind == "socket":
         wire.feed(frame(PING, b"p"))  # and its Pong waits
-    wire.session.end_received(STOPPING)
-    assert wire.framing is SILENT
+    wire.session.client_ended(Reason.STOPPING)
+    assert wire.framing is DISCARD
 
     def all_of_it() -> tuple[object, ...]:
         """What can be told of it."""
@@ -744,9 +745,9 @@ def test_silent_hears_and_says_nothing(room: Room, kind: str) -> None:
         wire.feed(data)
         wire.framing.drained()
         wire.framing.keep_alive()
-        assert all_of_it() == before and wire.framing is SILENT
-    assert SILENT.farewell(OVER) == SILENT.farewell(STOPPING) == b""
-    assert list(SILENT.spell(b"data")) == [b"data"]
+        assert all_of_it() == before and wire.framing is DISCARD
+    assert DISCARD.closing_bytes(Reason.ENDED) == DISCARD.closing_bytes(Reason.STOPPING) == b""
+    assert list(DISCARD.encode(b"data")) == [b"data"]
 
 
 # Its place.
@@ -779,16 +780,16 @@ def put_back(framing: Framing, fields: dict[str, Any]) -> None:
             setattr(framing, name, value)
 
 
-def carry(wire: FakeWire) -> None:
+def carry(wire: FramedTransport) -> None:
     """Its Framing gives way to another of its kind, which knows nothing but the fields."""
     old, session = wire.framing, wire.session
-    if old is SILENT:
+    if old is DISCARD:
         return
     new: Framing
     if isinstance(old, RawFraming):
         new = RawFraming(session)
-    elif isinstance(old, Undecided):
-        new = Undecided(session, wire)
+    elif isinstance(old, DetectFraming):
+        new = DetectFraming(session, wire)
     elif isinstance(old, HttpFraming):
         new = HttpFraming(session, wire)
     else:
@@ -820,14 +821,14 @@ CARRIED: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("web", [False, True], ids=["--port", "--websocket"])
+@pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
 @pytest.mark.parametrize("stream", CARRIED.values(), ids=CARRIED)
-def test_a_framing_goes_on_where_another_was(stream: bytes, web: bool) -> None:
+def test_a_framing_goes_on_where_another_was(stream: bytes, role: Role) -> None:
     """Carried elsewhere after every byte, it comes to the same."""
     outcomes = []
     for is_carried in (False, True):
         room = Room()
-        partner, wire = room.partner(), room.client(web)
+        partner, wire = room.partner(), room.client(role)
         for n in range(len(stream)):
             wire.feed(stream[n : n + 1])
             if is_carried:

@@ -22,26 +22,33 @@ from helpers import (
     PING,
     PONG,
     TEXT,
-    FakePipe,
+    FakeTransport,
     close_payload,
     cut,
     cut_at_random,
     frame,
     handshake,
 )
-from streams import SWITCHED, UPGRADE, FakeWire, Found, Room, plain_reading, read, read_frames
+from streams import (
+    SWITCHED,
+    UPGRADE,
+    Found,
+    FramedTransport,
+    Room,
+    plain_reading,
+    read,
+    read_frames,
+)
 
 from transit_relay import (
-    DONE,
     ENDPOINT_FIELDS,
-    RELAYING,
-    WAIT_HANDSHAKE,
-    WAIT_PARTNER,
     Endpoint,
     Handshake,
     RawFraming,
     Rendezvous,
+    Role,
     Session,
+    State,
     UsageError,
     UsageRecord,
     answer_visitor,
@@ -107,10 +114,10 @@ def outcome(pieces: list[bytes], partner_side: str | None, partner: bool) -> tup
     """All that comes of a stream that is cut like this, seen from both sides and the records."""
     records: list[UsageRecord] = []
     rendezvous = Rendezvous(records.append, lambda: 100.0)
-    waiting = Session(FakePipe(), rendezvous, 0.0)
+    waiting = Session(FakeTransport(), rendezvous, 0.0)
     if partner:
         waiting.line_received(handshake("token", partner_side)[:-1])
-    session = Session(FakePipe(), rendezvous, 0.0)
+    session = Session(FakeTransport(), rendezvous, 0.0)
     framing = RawFraming(session)
     for piece in pieces:
         buffer = bytearray(piece)
@@ -120,8 +127,8 @@ def outcome(pieces: list[bytes], partner_side: str | None, partner: bool) -> tup
     state = session.state
     session.connection_lost()
     waiting.connection_lost()
-    assert isinstance(session.pipe, FakePipe) and isinstance(waiting.pipe, FakePipe)
-    return state, session.pipe.sent, waiting.pipe.sent, records
+    assert isinstance(session.transport, FakeTransport) and isinstance(waiting.pipe, FakeTransport)
+    return state, session.transport.sent, waiting.pipe.sent, records
 
 
 def test_handshakes() -> None:
@@ -210,35 +217,35 @@ def payload(chance: random.Random) -> bytes:
     return chance.randbytes(chance.choice([0, 0, 1, 2, 5, 5, 20, 20, 124, 125, 126, 130]))
 
 
-def message(data: bytes, chance: random.Random, spell: Callable[..., bytes]) -> list[bytes]:
+def message(data: bytes, chance: random.Random, encode: Callable[..., bytes]) -> list[bytes]:
     """A message in a few frames, with other frames between them."""
     times = chance.choice([0, 0, 0, 1, 2, 3])
     pieces = cut(data, chance.choices(range(len(data) + 1), k=times))
     frames = []
     for number, piece in enumerate(pieces, 1):
-        frames.append(spell(CONTINUATION if frames else BINARY, piece, number == len(pieces)))
+        frames.append(encode(CONTINUATION if frames else BINARY, piece, number == len(pieces)))
         if number < len(pieces) and chance.random() < 0.3:
-            frames.append(spell(chance.choice([PING, PONG]), chance.randbytes(3)))
+            frames.append(encode(chance.choice([PING, PONG]), chance.randbytes(3)))
     return frames
 
 
 def valid_frames(chance: random.Random, masked: bool, first: list[bytes]) -> list[bytes]:
     """What one side may say: these messages, others, Pings, and perhaps a Close at the end."""
 
-    def spell(opcode: int, data: bytes = b"", is_final: bool = True) -> bytes:
+    def encode(opcode: int, data: bytes = b"", is_final: bool = True) -> bytes:
         key = chance.choice([chance.randbytes(4), bytes(4)]) if masked else None
         return frame(opcode, data, is_final, key)
 
-    frames = [one for data in first for one in message(data, chance, spell)]
+    frames = [one for data in first for one in message(data, chance, encode)]
     for _ in range(chance.randint(0, 3)):
         if chance.random() < 0.3:
-            frames.append(spell(chance.choice([PING, PONG]), payload(chance)[:125]))
+            frames.append(encode(chance.choice([PING, PONG]), payload(chance)[:125]))
         else:
-            frames += message(payload(chance), chance, spell)
+            frames += message(payload(chance), chance, encode)
     if chance.random() < 0.6:
         code = chance.choice([None, 1000, 1001, 3000, 4999])
         reason = chance.choice([b"", b"", b"bye", "\xe9\u20ac\U0001f600".encode() * 3])
-        frames.append(spell(CLOSE, close_payload(code, reason if code else b"")))
+        frames.append(encode(CLOSE, close_payload(code, reason if code else b"")))
     return frames
 
 
@@ -418,7 +425,7 @@ class Case(NamedTuple):
     """What somebody sends to which kind of listener, and who is there."""
 
     stream: bytes
-    web: bool
+    role: Role
     partner: bytes  # the line of somebody who waits
     partner_kind: str
 
@@ -436,7 +443,7 @@ def story(pieces: list[bytes], case: Case) -> tuple[Story, list[bytes]]:
     room = Room()
     partner = room.socket() if case.partner_kind == "websocket" else room.client()
     partner.feed(frame(BINARY, case.partner) if case.partner_kind == "websocket" else case.partner)
-    wire: FakeWire = room.client(case.web)
+    wire: FramedTransport = room.client(case.role)
     for piece in pieces:
         wire.feed(piece)
         room.rendezvous.check_invariants()
@@ -463,11 +470,11 @@ def expected(
     """What a Story says of the frames behind an upgrade, without its head: PROTOCOL.md, 1 and 2."""
     line, data = b"", b""
     ours: Handshake | None = None
-    state = WAIT_HANDSHAKE
+    state = State.WAIT_HANDSHAKE
     for opcode, payload, is_last in found:
         if opcode != BINARY:
             continue
-        if state == WAIT_HANDSHAKE:
+        if state == State.WAIT_HANDSHAKE:
             line += payload
             end = line.find(b"\n", 0, 1024)
             if end < 0 and len(line) < 1024 and not (is_last and parse_handshake(line)):
@@ -476,22 +483,24 @@ def expected(
             ours = parse_handshake(line)
             if ours is None:
                 records = sorted([("errory", 0), ("lonely", 0)])
-                return DONE, b"bad handshake\n", close_payload(1000), b"", records
+                return State.DONE, b"bad handshake\n", close_payload(1000), b"", records
             state = (
-                RELAYING if ours.token == waiting.token and ours.matches(waiting) else WAIT_PARTNER
+                State.RELAYING
+                if ours.token == waiting.token and ours.matches(waiting)
+                else State.WAIT_PARTNER
             )
-        if state == WAIT_PARTNER and payload:
+        if state == State.WAIT_PARTNER and payload:
             records = sorted([("impatient", 0), ("lonely", 0)])
-            return DONE, b"impatient\n", close_payload(1000), b"", records
+            return State.DONE, b"impatient\n", close_payload(1000), b"", records
         data += payload
     close = close_payload(code or 1000)
     if found and found[-1][0] == CLOSE:
         close = found[-1][1][:2]
     is_over = code is not None or (found and found[-1][0] == CLOSE)
-    end_state = DONE if is_over else state
-    if state == RELAYING:
+    end_state = State.DONE if is_over else state
+    if state == State.RELAYING:
         return end_state, b"ok\n", close, b"ok\n" + data, [("happy", len(data))]
-    mood = "empty" if state == WAIT_HANDSHAKE else "lonely"
+    mood = "empty" if state == State.WAIT_HANDSHAKE else "lonely"
     return end_state, b"", close, b"", sorted([(mood, 0), ("lonely", 0)])
 
 
@@ -518,11 +527,11 @@ def client_case(chance: random.Random) -> Case:
         frames = valid_frames(chance, True, [b""] * (chance.random() < 0.1) + first)
         stream = start + with_accidents(frames, chance, masked=True)
     partner = handshake(chance.choice(["token"] * 3 + ["other"]), chance.choice(["left", None]))
-    return Case(stream, chance.random() < 0.5, partner, chance.choice(["tcp", "websocket"]))
+    return Case(stream, chance.choice(list(Role)), partner, chance.choice(["tcp", "websocket"]))
 
 
 def test_clients() -> None:
-    """Undecided, HttpFraming, WebSocketFraming, Session and Rendezvous, all together."""
+    """DetectFraming, HttpFraming, WebSocketFraming, Session and Rendezvous, all together."""
     seen: Counter[object] = Counter()
     for seed in seeds("client", THIRD):
         chance = random.Random(seed)
@@ -555,7 +564,7 @@ def test_clients() -> None:
             is_refused = told.said not in (b"", b"ok\n")
             assert is_refused or len(answers) == len(pings), f"seed {seed!r}"
         seen["Ping"] += bool(pings)
-    states = DONE, RELAYING, WAIT_HANDSHAKE, WAIT_PARTNER
+    states = State.DONE, State.RELAYING, State.WAIT_HANDSHAKE, State.WAIT_PARTNER
     moods = "happy", "lonely", "errory", "impatient", "empty"
     codes = {1000: 6, 1001: 80, 1002: 10, 1003: 160, 1007: 160}
     shares: dict[object, int] = {b"101": 3, b"400": 40, b"405": 80, b"426": 200, b"200": 200}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from helpers import Client, Loop, handshake
 
-from transit_relay import DONE, UsageRecord
+from transit_relay import Role, State, UsageRecord
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
 STEP_SECONDS = 0.25
@@ -301,10 +301,10 @@ def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
     assert conn is not None
     if how is HALF:
         # Whoever has heard our Close answers with none; else it is answered with its code.
-        code = 1000 if conn.session.state is DONE else 4321
+        code = 1000 if conn.session.state is State.DONE else 4321
         client.half_close(code)
         loop.pump()
-        assert conn.session.state is DONE  # by this alone
+        assert conn.session.state is State.DONE  # by this alone
         seen = client.read_to_end(code)
         client.close()
     else:  # nothing can be read afterwards, and closing must not reset
@@ -324,11 +324,13 @@ def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False
         loop.advance(STEP_SECONDS)
         if who not in clients:
             kind = next(turns)
-            clients[who] = loop.client(kind, web=kind.startswith("ws") != swapped)
+            clients[who] = loop.client(
+                kind, role=(Role.WEBSOCKET if kind.startswith("ws") != swapped else Role.PORT)
+            )
         if isinstance(what, Leave):
             seen[who] = leave(loop, clients[who], what, scenario.sees[who])
         else:
-            for wire in clients[who].spell(*([what] if isinstance(what, bytes) else what)):
+            for wire in clients[who].encode(*([what] if isinstance(what, bytes) else what)):
                 clients[who].send_wire(wire)
                 loop.pump()
     for who, client in clients.items():

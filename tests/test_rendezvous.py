@@ -7,15 +7,12 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
-from helpers import FakeClock, FakePipe, handshake
+from helpers import FakeClock, FakeTransport, handshake
 
 from transit_relay import (
-    DONE,
-    RELAYING,
-    WAIT_HANDSHAKE,
-    WAIT_PARTNER,
     Rendezvous,
     Session,
+    State,
     UsageRecord,
 )
 
@@ -31,7 +28,7 @@ class Place:
 
     def arrive(self, token: str, side: str | None) -> Session:
         """A client with its handshake."""
-        session = Session(FakePipe(), self.rendezvous, 1_000_100.0)
+        session = Session(FakeTransport(), self.rendezvous, 1_000_100.0)
         session.line_received(handshake(token, side)[:-1])
         self.rendezvous.check_invariants()
         return session
@@ -49,11 +46,11 @@ def place() -> Place:
 def are_a_pair(one: Session, other: Session) -> bool:
     """Whether these two relay to each other."""
     return (
-        one.state == other.state == RELAYING
+        one.state == other.state == State.RELAYING
         and one.partner is other
         and other.partner is one
-        and isinstance(one.pipe, FakePipe)
-        and one.pipe.partner is other.pipe
+        and isinstance(one.transport, FakeTransport)
+        and one.transport.partner is other.transport
     )
 
 
@@ -71,12 +68,12 @@ def are_a_pair(one: Session, other: Session) -> bool:
 def test_two(place: Place, one: str | None, other: str | None, meet: bool) -> None:
     first, second = place.arrive("token", one), place.arrive("token", other)
     assert are_a_pair(first, second) == meet
-    assert {first.state, second.state} == {RELAYING if meet else WAIT_PARTNER}
+    assert {first.state, second.state} == {State.RELAYING if meet else State.WAIT_PARTNER}
 
 
 def test_another_token_is_another_place(place: Place) -> None:
     sessions = [place.arrive(token, None) for token in ("one", "ONE", "other")]
-    assert [session.state for session in sessions] == [WAIT_PARTNER] * 3
+    assert [session.state for session in sessions] == [State.WAIT_PARTNER] * 3
     assert len(place.rendezvous.waiting) == 3
 
 
@@ -84,28 +81,28 @@ def test_the_newest_is_met_and_the_others_are_redundant_at_once(place: Place) ->
     oldest, older, newest = (place.arrive("token", "left") for _ in range(3))
     comer = place.arrive("token", "right")
     assert are_a_pair(newest, comer)
-    assert oldest.state == older.state == DONE
+    assert oldest.state == older.state == State.DONE
     assert place.moods() == ["redundant", "redundant"]
 
 
 def test_an_unsided_newcomer_meets_the_newest_too(place: Place) -> None:
     older, newest = place.arrive("token", "left"), place.arrive("token", "left")
     assert are_a_pair(newest, place.arrive("token", None))
-    assert older.state == DONE
+    assert older.state == State.DONE
 
 
 def test_newest_is_whose_handshake_came_last(place: Place) -> None:
     """Not who was accepted last."""
-    slow = Session(FakePipe(), place.rendezvous, 1_000_100.0)
+    slow = Session(FakeTransport(), place.rendezvous, 1_000_100.0)
     quick = place.arrive("token", "left")
     slow.line_received(handshake("token", "left")[:-1])
     assert are_a_pair(slow, place.arrive("token", "right"))
-    assert quick.state == DONE
+    assert quick.state == State.DONE
 
 
 def test_one_that_has_left_is_not_met(place: Place) -> None:
     older, newest = place.arrive("token", "left"), place.arrive("token", "left")
-    newest.end_received()
+    newest.client_ended()
     assert are_a_pair(older, place.arrive("token", "right"))
     assert place.moods() == ["lonely"]
 
@@ -114,13 +111,13 @@ def test_others_of_other_tokens_are_left_alone(place: Place) -> None:
     bystander = place.arrive("elsewhere", "left")
     place.arrive("token", "left")
     place.arrive("token", "right")
-    assert bystander.state == WAIT_PARTNER and place.records == []
+    assert bystander.state == State.WAIT_PARTNER and place.records == []
 
 
 def test_a_third_waits_and_a_fourth_meets_it(place: Place) -> None:
     first, second = place.arrive("token", "left"), place.arrive("token", "right")
     third = place.arrive("token", "left")
-    assert third.state == WAIT_PARTNER
+    assert third.state == State.WAIT_PARTNER
     fourth = place.arrive("token", "right")
     assert are_a_pair(first, second) and are_a_pair(third, fourth)
     assert len(place.rendezvous.paired) == 4
@@ -128,8 +125,8 @@ def test_a_third_waits_and_a_fourth_meets_it(place: Place) -> None:
 
 def test_a_token_is_free_again_when_its_pair_is_over(place: Place) -> None:
     first, second = place.arrive("token", "left"), place.arrive("token", "right")
-    first.end_received()
-    assert place.arrive("token", "left").state == WAIT_PARTNER
+    first.client_ended()
+    assert place.arrive("token", "left").state == State.WAIT_PARTNER
     second.connection_lost()
     assert len(place.rendezvous.waiting) == 1 and not place.rendezvous.paired
 
@@ -169,13 +166,13 @@ def test_many_at_random(seed: int) -> None:
 
     for step in range(STEPS):
         if not connected or chance.random() < 0.3:
-            connected.append(Session(FakePipe(), place.rendezvous, 1_000_100.0))
+            connected.append(Session(FakeTransport(), place.rendezvous, 1_000_100.0))
             accepted += 1
         client = chance.choice(connected)
         state = client.state
-        fresh = state == WAIT_HANDSHAKE
+        fresh = state == State.WAIT_HANDSHAKE
         event = chance.choice(["line", "line", "junk"] if fresh else ["bytes", "end_sent"])
-        event = chance.choice([event] * 4 + ["end_received", "connection_lost"])
+        event = chance.choice([event] * 4 + ["client_ended", "connection_lost"])
 
         if event == "line":
             side = chance.choice(["left", "left", "right", None])
@@ -195,19 +192,19 @@ def test_many_at_random(seed: int) -> None:
         elif event == "bytes":
             partner, data = client.partner, b"%d " % step
             client.bytes_received(data)
-            if state == RELAYING:
-                assert partner is not None and isinstance(partner.pipe, FakePipe)
-                assert partner.pipe.sent.endswith(data), (seed, step)
-            alone["impatient"] += state == WAIT_PARTNER
+            if state == State.RELAYING:
+                assert partner is not None and isinstance(partner.transport, FakeTransport)
+                assert partner.transport.sent.endswith(data), (seed, step)
+            alone["impatient"] += state == State.WAIT_PARTNER
         else:
             getattr(client, event)()
             if event != "end_sent":
-                alone["empty"] += state == WAIT_HANDSHAKE
-                alone["lonely"] += state == WAIT_PARTNER
+                alone["empty"] += state == State.WAIT_HANDSHAKE
+                alone["lonely"] += state == State.WAIT_PARTNER
             if event == "connection_lost":
                 connected.remove(client)
 
-        waiting = [one for one in waiting if one.session.state == WAIT_PARTNER]
+        waiting = [one for one in waiting if one.session.state == State.WAIT_PARTNER]
         place.rendezvous.check_invariants()
         there = {id(one) for crowd in place.rendezvous.waiting.values() for one in crowd}
         assert there == {id(one.session) for one in waiting}, (seed, step)
@@ -215,7 +212,7 @@ def test_many_at_random(seed: int) -> None:
         assert told.pop("happy", 0) == pairs - len(place.rendezvous.paired) / 2, (seed, step)
         assert told == +alone, (seed, step)
 
-    alone["empty"] += sum(one.state == WAIT_HANDSHAKE for one in connected)
+    alone["empty"] += sum(one.state == State.WAIT_HANDSHAKE for one in connected)
     alone["lonely"] += len(waiting)
     for client in connected:
         client.connection_lost()

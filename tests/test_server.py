@@ -18,11 +18,11 @@ from helpers import TIMEOUT, Loop, handshake, read_to_end
 import transit_relay
 from transit_relay import (
     MAX_BACKLOG_BYTES,
-    WAIT_HANDSHAKE,
     Current,
     Limits,
     Listener,
     Server,
+    State,
 )
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
@@ -227,7 +227,7 @@ def test_who_has_the_number_of_a_dead_one_gets_none_of_its_events(loop: Loop) ->
         its.close()
         client.sendall(handshake())
         old.on_ready(EVENT_READ | EVENT_WRITE)
-        assert new.session.state is WAIT_HANDSHAKE
+        assert new.session.state is State.WAIT_HANDSHAKE
         loop.pump()
         assert loop.server.current().waiting == 1
 
@@ -574,7 +574,7 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
     "waiter twice": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd * 2}),
     "waiter under another token": lambda w: (w.rendezvous, "waiting", {b"0" * 64: w.crowd}),
     "token nobody waits under": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd, b"": []}),
-    "waits in another state": lambda w: (w.waiter.session, "state", WAIT_HANDSHAKE),
+    "waits in another state": lambda w: (w.waiter.session, "state", State.WAIT_HANDSHAKE),
     "time limit for nobody": lambda w: (w.server._timers.quiet, "_due", {"nobody": 0.0}),
     "waits without handshake": lambda w: (w.waiter.session, "handshake", None),
 }

@@ -5,24 +5,21 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
-from helpers import FakeClock, FakePipe, handshake
+from helpers import FakeClock, FakeTransport, handshake
 
 from transit_relay import (
-    DONE,
-    OVER,
-    RELAYING,
-    STOPPING,
-    WAIT_HANDSHAKE,
-    WAIT_PARTNER,
-    WAIT_UPGRADE,
+    Reason,
     Rendezvous,
+    Role,
     Session,
+    State,
     UsageRecord,
 )
 
-STATES = (WAIT_UPGRADE, WAIT_HANDSHAKE, WAIT_PARTNER, RELAYING, DONE)
+STATES = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE, State.WAIT_PARTNER, State.RELAYING, State.DONE)
 LINE = handshake("token", "side")[:-1]
 PARTNERS_LINE = handshake("token", "other")[:-1]
 
@@ -36,9 +33,9 @@ class World:
         self.rendezvous = Rendezvous(self.records.append, self.clock)
         self.sessions: list[Session] = []
 
-    def accept(self, web: bool = False) -> Session:
+    def accept(self, role: Role = Role.PORT) -> Session:
         """A client is accepted. The time of day began 1,000,000 s before the clock."""
-        session = Session(FakePipe(), self.rendezvous, 1_000_000 + self.clock.now, web)
+        session = Session(FakeTransport(), self.rendezvous, 1_000_000 + self.clock.now, role)
         self.sessions.append(session)
         return session
 
@@ -60,8 +57,8 @@ class World:
         """All that one can see of the sessions from outside, and the records."""
         seen: list[tuple[object, ...]] = [tuple(self.records)]
         for session in self.sessions:
-            pipe = session.pipe
-            assert isinstance(pipe, FakePipe)
+            pipe = session.transport
+            assert isinstance(pipe, FakeTransport)
             seen.append((session.state, pipe.sent, pipe.finished, session.received_bytes))
         return seen
 
@@ -73,8 +70,8 @@ def world() -> World:
 
 def sent(session: Session) -> bytes:
     """All that this client was sent."""
-    assert isinstance(session.pipe, FakePipe)
-    return session.pipe.sent
+    assert isinstance(session.transport, FakeTransport)
+    return session.transport.sent
 
 
 # The inputs, by the names that the table gives them ...
@@ -86,53 +83,64 @@ INPUTS: dict[str, Callable[[World, Session], object]] = {
     "bytes": lambda world, session: session.bytes_received(b"some bytes"),
     "matched": lambda world, session: session.matched(world.sessions[0]),
     "displaced": lambda world, session: session.displaced(),
-    "end": lambda world, session: session.end_received(),
-    "left": lambda world, session: session.partner_left(OVER),
+    "end": lambda world, session: session.client_ended(),
+    "left": lambda world, session: session.partner_left(Reason.ENDED),
 }
 # ... and what a partner does.
 STEPS = INPUTS | {
     "partner": lambda world, session: world.arrive(PARTNERS_LINE),
-    "partner ends": lambda world, session: world.sessions[-1].end_received(),
+    "partner ends": lambda world, session: world.sessions[-1].client_ended(),
 }
 
 # Every way into every state, as steps from the accept on.
 WAYS: dict[str, tuple[str, list[str]]] = {
-    "accepted": (WAIT_HANDSHAKE, []),
-    "accepted, web": (WAIT_UPGRADE, []),
-    "came by HTTP": (WAIT_UPGRADE, ["http"]),
-    "came by HTTP, upgraded": (WAIT_HANDSHAKE, ["http", "opened"]),
-    "opened": (WAIT_HANDSHAKE, ["opened"]),
-    "waiting": (WAIT_PARTNER, ["handshake"]),
-    "came first": (RELAYING, ["handshake", "partner"]),
-    "came second": (RELAYING, ["partner", "handshake"]),
-    "errory": (DONE, ["junk"]),
-    "empty": (DONE, ["end"]),
-    "visited": (DONE, ["http", "end"]),
-    "impatient": (DONE, ["handshake", "bytes"]),
-    "redundant": (DONE, ["handshake", "displaced"]),
-    "lonely": (DONE, ["handshake", "end"]),
-    "left": (DONE, ["handshake", "partner", "end"]),
-    "stayed": (DONE, ["handshake", "partner", "partner ends"]),
+    "accepted": (State.WAIT_HANDSHAKE, []),
+    "accepted, web": (State.WAIT_UPGRADE, []),
+    "came by HTTP": (State.WAIT_UPGRADE, ["http"]),
+    "came by HTTP, upgraded": (State.WAIT_HANDSHAKE, ["http", "opened"]),
+    "opened": (State.WAIT_HANDSHAKE, ["opened"]),
+    "waiting": (State.WAIT_PARTNER, ["handshake"]),
+    "came first": (State.RELAYING, ["handshake", "partner"]),
+    "came second": (State.RELAYING, ["partner", "handshake"]),
+    "errory": (State.DONE, ["junk"]),
+    "empty": (State.DONE, ["end"]),
+    "visited": (State.DONE, ["http", "end"]),
+    "impatient": (State.DONE, ["handshake", "bytes"]),
+    "redundant": (State.DONE, ["handshake", "displaced"]),
+    "lonely": (State.DONE, ["handshake", "end"]),
+    "left": (State.DONE, ["handshake", "partner", "end"]),
+    "stayed": (State.DONE, ["handshake", "partner", "partner ends"]),
 }
 
 
 def bring(world: World, way: str) -> Session:
     """A session that has come into its state in this way."""
     world.accept()  # somebody whom `matched` can name
-    session = world.accept(web=way in ("accepted, web", "opened"))
+    session = world.accept(Role.WEBSOCKET if way in ("accepted, web", "opened") else Role.PORT)
     for step in WAYS[way][1]:
         STEPS[step](world, session)
     assert session.state == WAYS[way][0]
     return session
 
 
-def read_table() -> list[list[str]]:
-    """The rows of the table in Session's docstring: state, input, next, mood, reply."""
+class Row(NamedTuple):
+    """A row of the table in Session's docstring."""
+
+    state: State
+    input: str
+    next: State
+    mood: str
+    reply: str
+
+
+def read_table() -> list[Row]:
+    """Return the rows of the table in Session's docstring."""
     lines = (inspect.getdoc(Session) or "").splitlines()
     ruler = next(n for n, line in enumerate(lines) if line.startswith("-----"))
     columns = [slice(*dashes) for dashes in dashed(lines[ruler])]
     rows = itertools.takewhile(str.strip, lines[ruler + 1 :])
-    return [[row[column].strip() for column in columns] for row in rows]
+    cells = ([row[column].strip() for column in columns] for row in rows)
+    return [Row(State(state), name, State(after), *more) for state, name, after, *more in cells]
 
 
 def dashed(ruler: str) -> list[tuple[int, int | None]]:
@@ -147,7 +155,7 @@ LISTED = {(row[0], row[1]) for row in TABLE}
 
 def test_the_table_is_read_whole() -> None:
     assert len(TABLE) == len(LISTED) == 13
-    assert {row[0] for row in TABLE} == set(STATES) - {DONE}
+    assert {row[0] for row in TABLE} == set(STATES) - {State.DONE}
     assert {row[1] for row in TABLE} == set(INPUTS)
     assert {row[2] for row in TABLE} == set(STATES)
 
@@ -161,7 +169,7 @@ def test_the_table_is_read_whole() -> None:
         if state == row[0]
     ],
 )
-def test_listed(world: World, way: str, row: list[str]) -> None:
+def test_listed(world: World, way: str, row: Row) -> None:
     _, name, next_state, mood, reply = row
     session = bring(world, way)
     before = sent(session)
@@ -169,7 +177,9 @@ def test_listed(world: World, way: str, row: list[str]) -> None:
     assert session.state == next_state
     said = "" if reply == "-" else reply.replace("\\n", "\n")
     assert sent(session)[len(before) :] == said.encode()
-    assert isinstance(session.pipe, FakePipe) and session.pipe.finished == (next_state == DONE)
+    assert isinstance(session.transport, FakeTransport) and session.transport.finished == (
+        next_state == State.DONE
+    )
     for other in world.sessions:
         if other is not session:
             other.end_sent()  # of a pair, the side that stayed has all
@@ -189,7 +199,7 @@ def test_not_listed(world: World, way: str, name: str) -> None:
     """What a client does too late is normal. All else is our mistake. Neither changes a thing."""
     session = bring(world, way)
     before = world.story()
-    if session.state == DONE and name in ("handshake", "junk", "bytes", "end"):
+    if session.state == State.DONE and name in ("handshake", "junk", "bytes", "end"):
         INPUTS[name](world, session)
     else:
         with pytest.raises(AssertionError):
@@ -208,7 +218,7 @@ UNRECORDED = ("accepted, web", "came by HTTP", "visited")
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in OTHERWISE])
 @pytest.mark.parametrize(
     "order",
-    list(itertools.permutations(["end_received", "end_sent", "connection_lost"])),
+    list(itertools.permutations(["client_ended", "end_sent", "connection_lost"])),
     ids="-".join,
 )
 def test_a_life_without_a_partner_is_recorded_once(
@@ -227,7 +237,7 @@ def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
     events = [
         (side, event)
         for side in (0, 1)
-        for event in ("end_received", "end_sent", "connection_lost")
+        for event in ("client_ended", "end_sent", "connection_lost")
     ]
     for order in itertools.permutations(events):
         world = World()
@@ -238,7 +248,7 @@ def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
             getattr(pair[side], event)()
             if stayed is None and event != "end_sent":
                 stayed = 1 - side
-            elif side == stayed and event != "end_received":
+            elif side == stayed and event != "client_ended":
                 expected = 1
             assert world.moods() == ["happy"] * expected, order
             assert len(world.rendezvous.paired) == 2 - 2 * expected, order
@@ -248,8 +258,8 @@ def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
 def test_a_lost_connection_ends_a_pair_for_both(world: World) -> None:
     one, other = world.pair()
     one.connection_lost()
-    assert other.state == DONE
-    assert isinstance(other.pipe, FakePipe) and other.pipe.finished
+    assert other.state == State.DONE
+    assert isinstance(other.transport, FakeTransport) and other.transport.finished
     assert world.moods() == []
     other.connection_lost()
     assert world.moods() == ["happy"]
@@ -263,7 +273,7 @@ def test_times_of_a_life_without_a_partner(world: World) -> None:
     world.clock.advance(2)
     session.line_received(LINE)
     world.clock.advance(5.5)
-    session.end_received()
+    session.client_ended()
     world.clock.advance(60)  # being held does not count
     session.connection_lost()
     assert world.records == [UsageRecord(1_000_100.0, 7.5, None, 0, "lonely")]
@@ -274,7 +284,7 @@ def test_a_refused_life_ends_with_the_refusal(world: World) -> None:
     world.clock.advance(2)
     session.line_received(b"junk")
     world.clock.advance(60)
-    session.end_received()
+    session.client_ended()
     session.connection_lost()
     assert world.records == [UsageRecord(1_000_100.0, 2.0, None, 0, "errory")]
 
@@ -293,7 +303,7 @@ def test_times_of_a_pair_begin_with_the_earlier_accept(
     for session, line in lines if first_line_from == 0 else reversed(lines):
         session.line_received(line)
         world.clock.advance(2)
-    (first, second)[leaver].end_received()
+    (first, second)[leaver].client_ended()
     world.clock.advance(30)  # the side that stayed takes in what is queued for it
     (first, second)[1 - leaver].end_sent()
     world.clock.advance(5)  # being held does not count
@@ -308,7 +318,7 @@ def test_bytes_of_a_pair_are_those_of_both_behind_the_handshakes(world: World) -
     other.bytes_received(memoryview(b"123"))
     other.bytes_received(b"1")
     assert world.rendezvous.incomplete_bytes() == 9
-    one.end_received()
+    one.client_ended()
     one.bytes_received(b"late")
     other.bytes_received(b"late too")
     assert world.rendezvous.incomplete_bytes() == 9
@@ -320,14 +330,16 @@ def test_bytes_of_a_pair_are_those_of_both_behind_the_handshakes(world: World) -
 # What a client is sent.
 
 
-@pytest.mark.parametrize("why", [OVER, STOPPING])
-@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][0] != DONE])
+@pytest.mark.parametrize("why", [Reason.ENDED, Reason.STOPPING])
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][0] != State.DONE])
 def test_whoever_goes_is_told_why(world: World, way: str, why: str) -> None:
     session = bring(world, way)
     partner = session.partner
-    session.end_received(why)
+    session.client_ended(why)
     for one in (session, partner):
-        assert one is None or (isinstance(one.pipe, FakePipe) and one.pipe.why == why)
+        assert one is None or (
+            isinstance(one.transport, FakeTransport) and one.transport.why == why
+        )
 
 
 def test_bytes_go_to_the_partner_alone_and_in_order(world: World) -> None:
@@ -341,8 +353,8 @@ def test_bytes_go_to_the_partner_alone_and_in_order(world: World) -> None:
 
 def test_both_are_linked_to_each_other(world: World) -> None:
     one, other = world.pair()
-    assert isinstance(one.pipe, FakePipe) and one.pipe.partner is other.pipe
-    assert isinstance(other.pipe, FakePipe) and other.pipe.partner is one.pipe
+    assert isinstance(one.transport, FakeTransport) and one.transport.partner is other.transport
+    assert isinstance(other.transport, FakeTransport) and other.transport.partner is one.transport
 
 
 def test_bytes_behind_the_line_that_matches_come_behind_the_partners_ok(world: World) -> None:
@@ -350,7 +362,7 @@ def test_bytes_behind_the_line_that_matches_come_behind_the_partners_ok(world: W
     other = world.arrive(PARTNERS_LINE)
     other.bytes_received(b"early")
     assert (sent(one), sent(other)) == (b"ok\nearly", b"ok\n")
-    one.end_received()
+    one.client_ended()
     other.end_sent()
     assert world.records[0].total_bytes == 5
 
@@ -360,7 +372,7 @@ def test_the_impatient_are_no_longer_there_to_be_met(world: World) -> None:
     hasty.bytes_received(b"x")
     assert sent(hasty) == b"impatient\n"
     late = world.arrive(PARTNERS_LINE)
-    assert late.state == WAIT_PARTNER and sent(hasty) == b"impatient\n"
+    assert late.state == State.WAIT_PARTNER and sent(hasty) == b"impatient\n"
     assert world.moods() == ["impatient"]
 
 
@@ -368,8 +380,12 @@ def test_the_redundant_are_sent_nothing(world: World) -> None:
     older = world.arrive(LINE)
     newer = world.arrive(LINE)
     world.arrive(PARTNERS_LINE)
-    assert (older.state, newer.state) == (DONE, RELAYING)
-    assert sent(older) == b"" and isinstance(older.pipe, FakePipe) and older.pipe.finished
+    assert (older.state, newer.state) == (State.DONE, State.RELAYING)
+    assert (
+        sent(older) == b""
+        and isinstance(older.transport, FakeTransport)
+        and older.transport.finished
+    )
     assert world.moods() == ["redundant"]
 
 

@@ -25,7 +25,7 @@ from transit_relay import (
     PIPE_BYTES,
     PIPES_PAUSE_SECONDS,
     Connection,
-    KernelPipe,
+    Pipe,
     PipePool,
     affordable_pipes,
 )
@@ -49,7 +49,7 @@ class Clock:
         return self.now
 
 
-def fill(pipe: KernelPipe, data: bytes = b"left behind") -> None:
+def fill(pipe: Pipe, data: bytes = b"left behind") -> None:
     """Have bytes in a pipe, as if they had been spliced."""
     os.write(pipe._write_fd, data)
     pipe._filled = len(data)
@@ -65,7 +65,7 @@ def pool() -> Iterator[PipePool]:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def lend_all(pool: PipePool) -> list[KernelPipe]:
+def lend_all(pool: PipePool) -> list[Pipe]:
     """All pipes that it has to lend."""
     pipes = []
     while (pipe := pool.lend()) is not None:
@@ -76,10 +76,10 @@ def lend_all(pool: PipePool) -> list[KernelPipe]:
 def test_the_pool_lends_so_many_and_no_more(pool: PipePool) -> None:
     pipes = lend_all(pool)
     assert len(pipes) == 12
-    pool.take_back(pipes[0])
+    pool.give_back(pipes[0])
     assert pool.lend() is pipes[0] and pool.lend() is None
     for pipe in pipes:
-        pool.take_back(pipe)
+        pool.give_back(pipe)
     pool.check_invariants([])
 
 
@@ -90,7 +90,7 @@ def test_a_pool_of_none_lends_none() -> None:
 def test_some_idle_pipes_are_kept(pool: PipePool) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for pipe in lend_all(pool):
-        pool.take_back(pipe)
+        pool.give_back(pipe)
     assert len(os.listdir("/proc/self/fd")) - before == 2 * IDLE_PIPES
 
 
@@ -98,12 +98,12 @@ def test_a_pipe_with_bytes_in_it_is_never_lent_again(pool: PipePool) -> None:
     used = pool.lend()
     assert used is not None
     fill(used)
-    pool.take_back(used)
+    pool.give_back(used)
     others = lend_all(pool)
     assert len(others) == 12 and used not in others
     for pipe in others:
         pipe.check_invariants()  # empty, the kernel says so too
-        pool.take_back(pipe)
+        pool.give_back(pipe)
 
 
 def test_a_pipe_is_filled_only_when_it_is_empty(pool: PipePool) -> None:
@@ -112,7 +112,7 @@ def test_a_pipe_is_filled_only_when_it_is_empty(pool: PipePool) -> None:
     fill(pipe)
     with socket.socket() as sock, pytest.raises(AssertionError):
         pipe.fill(sock)
-    pool.take_back(pipe)
+    pool.give_back(pipe)
 
 
 @pytest.mark.parametrize("trouble", ["poor", "refused"])
@@ -140,7 +140,7 @@ def test_a_system_that_has_none_for_us_is_not_asked_for_a_minute(
     pool._clock.now += PIPES_PAUSE_SECONDS
     pipe = pool.lend()
     assert pipe is not None
-    pool.take_back(pipe)
+    pool.give_back(pipe)
 
 
 @needs_splice
@@ -185,7 +185,7 @@ pool = t.PipePool(t.MOST_PIPES, clock)
 pipes = [pool.lend() for _ in range(t.MOST_PIPES)]
 print("all lent:", None not in pipes)
 for pipe in pipes:
-    pool.take_back(pipe)
+    pool.give_back(pipe)
 pool.close()
 print("one is as good as the last:", all(pipe.is_large for pipe in pipes))
 
@@ -221,7 +221,7 @@ def test_an_ordinary_user_has_what_the_pool_lends_and_not_endlessly_more() -> No
 def test_the_self_check_notices(pool: PipePool, trouble: str) -> None:
     lent, idle = pool.lend(), pool.lend()
     assert lent is not None and idle is not None
-    pool.take_back(idle)
+    pool.give_back(idle)
     fill(lent)
     pool.check_invariants([lent])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
@@ -234,13 +234,13 @@ def test_the_self_check_notices(pool: PipePool, trouble: str) -> None:
         else:
             patch.setattr(lent, "_filled", 1)
         pool.check_invariants([lent])
-    pool.take_back(lent)
+    pool.give_back(lent)
 
 
 def test_without_descriptors_idle_pipes_make_room(loop: Loop) -> None:
     pool = loop.server.pipes = PipePool(1, loop.clock)
     (pipe,) = lend_all(pool)
-    pool.take_back(pipe)
+    pool.give_back(pipe)
     before = len(os.listdir("/proc/self/fd"))
     loop.server._pause_accepting("no descriptors")
     assert len(os.listdir("/proc/self/fd")) == before - 2
@@ -254,7 +254,7 @@ class CountingPool(PipePool):
 
     asked = 0
 
-    def lend(self) -> KernelPipe | None:
+    def lend(self) -> Pipe | None:
         self.asked += 1
         return super().lend()
 
@@ -339,12 +339,10 @@ def test_what_one_side_has_in_a_pipe_is_what_it_may_have(loop: Loop) -> None:
     loop.server.pipes = PipePool(1, loop.clock)
     first, second = loop.pair(tcp=True), loop.pair(tcp=True)
     backlogs = [stuff(loop, *pair) for pair in (first, second)]
-    assert sorted(map(type, backlogs), key=str) == [bytearray, KernelPipe]
+    assert sorted(map(type, backlogs), key=str) == [bytearray, Pipe]
 
 
-def stuff(
-    loop: Loop, sender: socket.socket, receiver: socket.socket
-) -> bytearray | KernelPipe | None:
+def stuff(loop: Loop, sender: socket.socket, receiver: socket.socket) -> bytearray | Pipe | None:
     """Send until something stays with the relay, and give what holds it."""
     before = {conn for conn in loop.server.connections if conn.backlog is not None}
     sender.setblocking(False)
@@ -391,8 +389,8 @@ def test_small_ones_do_not_wait_for_all_bulk(loop: Loop) -> None:
 def test_bulk_moves_in_the_order_in_which_it_lined_up(loop: Loop) -> None:
     line = senders(loop, 8)[::-1]
     for conn in line:
-        loop.server.line_up(conn)
-        loop.server.line_up(conn)  # twice makes no difference
+        loop.server.queue_bulk(conn)
+        loop.server.queue_bulk(conn)  # twice makes no difference
     moved = []
     while len(moved) < 8:
         loop.server.run_once(0)
@@ -414,10 +412,10 @@ def test_who_leaves_the_line_by_dying_is_not_missed(loop: Loop) -> None:
 
 def test_who_may_not_be_read_any_more_is_not_read_on_its_turn(loop: Loop) -> None:
     (conn,) = senders(loop, 1)
-    loop.server.line_up(conn)
+    loop.server.queue_bulk(conn)
     assert conn.partner is not None
     conn.partner._set_backlog(bytearray(b"x"))
-    conn.on_turn()
+    conn.on_bulk_turn()
     assert not has_moved(conn)
 
 
@@ -429,7 +427,7 @@ def test_nobody_waits_for_events_while_there_is_a_line(
     monkeypatch.setattr(
         loop.server._selector, "select", lambda timeout: waited.append(timeout) or []
     )
-    loop.server.line_up(conn)
+    loop.server.queue_bulk(conn)
     for _ in range(2):
         loop.server.run_once(60)
     assert waited == [0, 60]
@@ -531,7 +529,7 @@ def test_cut_pairs_leave_nothing_to_others(
     monkeypatch.setattr(transit_relay, "BULK_BYTES", 0)
     loop.server.pipes = PipePool(most, loop.clock)
     closed = []
-    monkeypatch.setattr(KernelPipe, "close", closing(closed))
+    monkeypatch.setattr(Pipe, "close", closing(closed))
 
     def meet(seed: int) -> tuple[socket.socket, socket.socket]:
         one, other = loop.connect(tcp=True), loop.connect(tcp=True)
@@ -550,11 +548,11 @@ def test_cut_pairs_leave_nothing_to_others(
     assert sum(left > 0 for left in closed) > 20, "hardly a pair was cut with bytes in a pipe"
 
 
-def closing(closed: list[int]) -> Callable[[KernelPipe], None]:
-    """KernelPipe.close, but how much was in it is noted."""
-    real = KernelPipe.close
+def closing(closed: list[int]) -> Callable[[Pipe], None]:
+    """Pipe.close, but how much was in it is noted."""
+    real = Pipe.close
 
-    def close(pipe: KernelPipe) -> None:
+    def close(pipe: Pipe) -> None:
         closed.append(len(pipe))
         real(pipe)
 
@@ -598,7 +596,7 @@ def test_a_relay_has_pipes_unless_told_otherwise(
 def test_a_reset_leaves_what_is_in_the_pipe_to_the_partner(loop: Loop) -> None:
     one, other = loop.pair(tcp=True)
     backlog = stuff(loop, one, other)
-    assert isinstance(backlog, KernelPipe)
+    assert isinstance(backlog, Pipe)
     taken = max(conn.session.received_bytes for conn in loop.server.connections)
     reset(one)
     got = bytearray()

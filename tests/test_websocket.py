@@ -32,7 +32,10 @@ from helpers import (
     parse_head,
 )
 
-LISTENERS = pytest.mark.parametrize("web", [False, True], ids=["port", "websocket"])
+from transit_relay import Role
+
+LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
+OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
 PARTNERS = pytest.mark.parametrize("second", ["tcp", "ws"])
 CUTS = pytest.mark.parametrize("at_once", [True, False], ids=["at once", "byte by byte"])
 
@@ -97,9 +100,9 @@ def is_held(loop: Loop, client: Client) -> bool:
 @LISTENERS
 @CUTS
 @pytest.mark.parametrize("newline", [b"\n", b""], ids=["newline", "message"])
-def test_websocket_at_any_listener(loop: Loop, web: bool, at_once: bool, newline: bytes) -> None:
+def test_websocket_at_any_listener(loop: Loop, role: Role, at_once: bool, newline: bytes) -> None:
     """Bytes behind the head, in the same segment, are frames."""
-    one = loop.client("ws", web, upgrade=False)
+    one = loop.client("ws", role, upgrade=False)
     assert isinstance(one, WebSocketClient)
     other = loop.client("tcp")
     other.send(LEFT)
@@ -111,8 +114,8 @@ def test_websocket_at_any_listener(loop: Loop, web: bool, at_once: bool, newline
 
 @LISTENERS
 @CUTS
-def test_plain_bytes_at_any_listener(loop: Loop, web: bool, at_once: bool) -> None:
-    one, other = loop.client("tcp", web), loop.client("ws", not web)
+def test_plain_bytes_at_any_listener(loop: Loop, role: Role, at_once: bool) -> None:
+    one, other = loop.client("tcp", role), loop.client("ws", OTHER_ROLE[role])
     other.send(LEFT)
     send(loop, one, RIGHT[:-1], at_once)
     one.send(b"\nearly")
@@ -137,7 +140,7 @@ NO_HTTP = [
 )
 @CUTS
 def test_what_is_not_http_on_a_port_is_plain(loop: Loop, junk: bytes, at_once: bool) -> None:
-    client = loop.client("tcp", web=False)
+    client = loop.client("tcp", role=Role.PORT)
     send(loop, client, junk + b"\n", at_once)
     assert client.read_to_end() == b"bad handshake\n"
     assert loop.recorder.moods() == ["errory"]
@@ -151,7 +154,7 @@ NOT_PLAIN = [b"\0\n", b"junk\r\n\r\n", b"please\n\n", b"please relay\n\n", b"ple
 def test_what_is_not_plain_at_a_websocket_listener_is_bad_http(
     loop: Loop, junk: bytes, at_once: bool
 ) -> None:
-    client = loop.client("tcp", web=True)
+    client = loop.client("tcp", role=Role.WEBSOCKET)
     send(loop, client, junk, at_once)
     status, _, _ = read_answer(client)
     assert status == "400"
@@ -161,27 +164,27 @@ def test_what_is_not_plain_at_a_websocket_listener_is_bad_http(
 
 HALF_A_HEAD = b"GET / HTTP/1.1\r\nHost: relay.example\r\nConnection: Upg"
 FIRST_BYTES = {
-    "nothing at a websocket listener": (True, b"", []),
-    "undecided at a websocket listener": (True, b"please rel", []),
-    "half a line at a websocket listener": (True, b"please relay ", ["empty"]),
-    "half a head at a websocket listener": (True, HALF_A_HEAD, []),
-    "nothing at a port": (False, b"", ["empty"]),
-    "undecided at a port": (False, b"GET", ["empty"]),
-    "half a line at a port": (False, b"please relay ", ["empty"]),
-    "a decided method at a port": (False, b"GET ", []),
-    "half a head at a port": (False, HALF_A_HEAD, []),
+    "nothing at a websocket listener": (Role.WEBSOCKET, b"", []),
+    "undecided at a websocket listener": (Role.WEBSOCKET, b"please rel", []),
+    "half a line at a websocket listener": (Role.WEBSOCKET, b"please relay ", ["empty"]),
+    "half a head at a websocket listener": (Role.WEBSOCKET, HALF_A_HEAD, []),
+    "nothing at a port": (Role.PORT, b"", ["empty"]),
+    "undecided at a port": (Role.PORT, b"GET", ["empty"]),
+    "half a line at a port": (Role.PORT, b"please relay ", ["empty"]),
+    "a decided method at a port": (Role.PORT, b"GET ", []),
+    "half a head at a port": (Role.PORT, HALF_A_HEAD, []),
 }
 UNFINISHED = pytest.mark.parametrize(
-    ("web", "sent", "moods"), FIRST_BYTES.values(), ids=FIRST_BYTES
+    ("role", "sent", "moods"), FIRST_BYTES.values(), ids=FIRST_BYTES
 )
 
 
 @UNFINISHED
 @CUTS
 def test_who_leaves_before_the_upgrade_is_not_recorded(
-    loop: Loop, web: bool, sent: bytes, moods: list[str], at_once: bool
+    loop: Loop, role: Role, sent: bytes, moods: list[str], at_once: bool
 ) -> None:
-    client = loop.client("tcp", web)
+    client = loop.client("tcp", role)
     send(loop, client, sent, at_once)
     client.half_close()
     assert client.read_to_end() == b""
@@ -193,10 +196,10 @@ def test_who_leaves_before_the_upgrade_is_not_recorded(
 
 @UNFINISHED
 def test_who_takes_too_long_before_the_upgrade_is_not_recorded(
-    loop: Loop, web: bool, sent: bytes, moods: list[str]
+    loop: Loop, role: Role, sent: bytes, moods: list[str]
 ) -> None:
     """The limit of a handshake is one for the upgrade too, and its end is a plain one."""
-    client = loop.client("tcp", web)
+    client = loop.client("tcp", role)
     loop.advance(30)
     client.send(sent)
     loop.advance(29.75)
@@ -208,9 +211,9 @@ def test_who_takes_too_long_before_the_upgrade_is_not_recorded(
 
 @UNFINISHED
 def test_who_has_not_come_to_the_upgrade_at_a_stop_is_not_recorded(
-    loop: Loop, web: bool, sent: bytes, moods: list[str]
+    loop: Loop, role: Role, sent: bytes, moods: list[str]
 ) -> None:
-    client = loop.client("tcp", web)
+    client = loop.client("tcp", role)
     client.send(sent)
     loop.pump()
     loop.server.stop()
@@ -298,9 +301,9 @@ def read_answer(client: Client) -> tuple[str, dict[str, str], bytes]:
 @LISTENERS
 @pytest.mark.parametrize(("request_", "status", "fields"), ANSWERS.values(), ids=ANSWERS)
 def test_http_is_answered_and_held(
-    loop: Loop, web: bool, request_: bytes, status: str, fields: dict[str, str]
+    loop: Loop, role: Role, request_: bytes, status: str, fields: dict[str, str]
 ) -> None:
-    client = loop.client("tcp", web)
+    client = loop.client("tcp", role)
     client.send(request_)
     found, headers, body = read_answer(client)
     assert found == status
@@ -318,14 +321,14 @@ def test_http_is_answered_and_held(
 def test_head_tells_of_the_body_that_get_has(loop: Loop) -> None:
     lengths = []
     for method in (b"GET", b"HEAD"):
-        client = loop.client("tcp", web=True)
+        client = loop.client("tcp", role=Role.WEBSOCKET)
         client.send(method + b" / HTTP/1.1\r\nHost: relay.example\r\n\r\n")
         lengths.append(read_answer(client)[1]["content-length"])
     assert lengths[0] == lengths[1]
 
 
 def test_an_answer_is_held_for_its_time_only(loop: Loop) -> None:
-    client = loop.client("unix", web=True)
+    client = loop.client("unix", role=Role.WEBSOCKET)
     client.send(b"GET / HTTP/1.1\r\n\r\n")
     read_answer(client)
     for _ in range(4):
@@ -353,9 +356,9 @@ def test_an_answer_is_held_for_its_time_only(loop: Loop) -> None:
         ["Connection: Upgrade", "Upgrade: websocket", f"Cookie: {'x' * 7_000}"],
     ],
 )
-def test_an_upgrade_in_other_words(loop: Loop, web: bool, lines: list[str]) -> None:
+def test_an_upgrade_in_other_words(loop: Loop, role: Role, lines: list[str]) -> None:
     """Names and tokens have no case; two of the fields are lists; what is extra is declined."""
-    client = loop.client("ws", web, upgrade=False)
+    client = loop.client("ws", role, upgrade=False)
     assert isinstance(client, WebSocketClient)
     rest = client.request.replace(b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b"")[:-2]
     client.send_wire(rest + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n")
@@ -577,9 +580,9 @@ def test_nobody_else_is_pinged(loop: Loop) -> None:
     """Not over TCP, not before the upgrade or the handshake, and not when the end was said."""
     plain = loop.client("tcp")
     plain.send(LEFT)
-    early = loop.client("tcp", web=True)
+    early = loop.client("tcp", role=Role.WEBSOCKET)
     early.send(HALF_A_HEAD)
-    visitor = loop.client("tcp", web=True)
+    visitor = loop.client("tcp", role=Role.WEBSOCKET)
     visitor.send(b"GET / HTTP/1.1\r\n\r\n")
     answer = visitor.receive_now()
     silent = websocket(loop)
@@ -644,7 +647,7 @@ def test_a_sender_who_has_to_wait_is_pinged_and_not_ended(loop: Loop, second: st
     """Its Pongs cannot be heard, as its partner does not read: that is nobody's death."""
     one, other = meet(loop, second, "ws-unix")
     data = random.Random(1).randbytes(1 << 22)
-    (wire,) = one.spell(data)
+    (wire,) = one.encode(data)
     sent = stuff(loop, one, wire) - (len(wire) - len(data))
     for _ in range(10):
         loop.advance(25)
@@ -693,7 +696,7 @@ def test_any_byte_is_a_sign_of_life(loop: Loop, wire: bytes) -> None:
 
 
 def test_over_tcp_one_may_wait_in_silence(loop: Loop) -> None:
-    one = loop.client("tcp", web=True)
+    one = loop.client("tcp", role=Role.WEBSOCKET)
     one.send(LEFT)
     loop.pump()
     loop.advance(10_000)
@@ -976,7 +979,7 @@ def test_what_had_reached_us_at_a_stop_is_delivered(
     """Frames too, though they are more bytes than their payload; and the beginning of one."""
     one, other = loop.meet(first, second)
     data = random.Random(1).randbytes(size)
-    (wire,) = one.spell(data)
+    (wire,) = one.encode(data)
     overhead = len(wire) - size
     sent = stuff(loop, one, wire * (1 + (1 << 23) // size))
     whole, rest = divmod(sent, len(wire))

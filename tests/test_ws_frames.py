@@ -94,7 +94,7 @@ def at_key(*frames: tuple[int, bytes] | tuple[int, bytes, bool]) -> Speller:
 
 
 def joined(*spellers: Speller) -> Speller:
-    return lambda key: b"".join(spell(key) for spell in spellers)
+    return lambda key: b"".join(encode(key) for encode in spellers)
 
 
 GOOD: dict[str, tuple[Speller, Found]] = {
@@ -171,9 +171,9 @@ GOOD: dict[str, tuple[Speller, Found]] = {
 
 
 @ROLES
-@pytest.mark.parametrize(("spell", "expected"), GOOD.values(), ids=GOOD)
-def test_what_is_right(spell: Speller, expected: Found, key: bytes | None) -> None:
-    stream = spell(key)
+@pytest.mark.parametrize(("encode", "expected"), GOOD.values(), ids=GOOD)
+def test_what_is_right(encode: Speller, expected: Found, key: bytes | None) -> None:
+    stream = encode(key)
     assert plain_reading(stream, bool(key)) == (expected, None)
     for pieces in splits(stream):
         assert read(pieces, bool(key)) == (expected, None), pieces
@@ -181,8 +181,8 @@ def test_what_is_right(spell: Speller, expected: Found, key: bytes | None) -> No
 
 @pytest.mark.parametrize("key", KEYS, ids=bytes.hex)
 def test_any_key_will_do(key: bytes) -> None:
-    spell, expected = GOOD["control frames between fragments"]
-    for pieces in splits(spell(key) + frame(BINARY, BYTES_256, key=key)):
+    encode, expected = GOOD["control frames between fragments"]
+    for pieces in splits(encode(key) + frame(BINARY, BYTES_256, key=key)):
         assert read(pieces, True) == ([*expected, binary(BYTES_256)], None), pieces
 
 
@@ -218,11 +218,11 @@ def with_length(opcode: int, length: bytes, key: bytes | None) -> bytes:
 def spoiled(opcode: int, bits: int, payload: bytes = b"ab") -> Speller:
     """A frame with other bits in its first byte."""
 
-    def spell(key: bytes | None) -> bytes:
+    def encode(key: bytes | None) -> bytes:
         good = frame(opcode, payload, key=key)
         return bytes([good[0] ^ bits]) + good[1:]
 
-    return spell
+    return encode
 
 
 def other_role(opcode: int, payload: bytes = b"") -> Speller:
@@ -448,13 +448,13 @@ def carried(place: Place) -> dict[str, bytes | int]:
 
 @ROLES
 @pytest.mark.parametrize(
-    "spell",
+    "encode",
     [row[0] for row in GOOD.values()] + [joined(*row[:2]) for row in BAD.values()],
     ids=[*GOOD, *IDS],
 )
-def test_another_parser_goes_on_at_its_place(spell: Speller, key: bytes | None) -> None:
+def test_another_parser_goes_on_at_its_place(encode: Speller, key: bytes | None) -> None:
     """One that is taken out and put back after each byte finds what one alone does."""
-    stream = spell(key)
+    stream = encode(key)
     whole = plain_reading(stream, bool(key))
     found: Found = []
     code = None

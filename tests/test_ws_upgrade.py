@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import pytest
 from helpers import BINARY, PING, frame, handshake, parse_head, splits
-from streams import FakeWire, Room
+from streams import FramedTransport, Room
 
-from transit_relay import DONE, WAIT_HANDSHAKE, WAIT_UPGRADE, HttpFraming
+from transit_relay import HttpFraming, Role, State
 from ws_frames import (
     METHODS,
     AnswerReader,
@@ -79,15 +79,15 @@ def padded(size: int, head: bytes, end: bytes = b"\r\n\r\n") -> bytes:
 
 def served(pieces: Sequence[bytes]) -> tuple[str, dict[str, str], bytes]:
     """What a relay answers to who sends them: status, fields, and what came behind the head."""
-    wire = Room().client(web=True)
+    wire = Room().client(role=Role.WEBSOCKET)
     wire.feed(*pieces)
     head, blank, rest = wire.sent.partition(b"\r\n\r\n")
     assert blank, wire.sent
     status, fields = parse_head(head)
     if status == "101":
-        assert wire.session.state == WAIT_HANDSHAKE and not wire.finished
+        assert wire.session.state == State.WAIT_HANDSHAKE and not wire.finished
     else:
-        assert wire.session.state == DONE and wire.finished
+        assert wire.session.state == State.DONE and wire.finished
     return status, fields, rest
 
 
@@ -598,13 +598,13 @@ def test_the_longest_answer() -> None:
 @pytest.mark.parametrize(("head", "status"), REJECTED.values(), ids=REJECTED)
 def test_a_client_is_told_why(head: bytes, status: int) -> None:
     """Whatever the relay answers instead is whole, and no upgrade."""
-    wire: FakeWire = Room().client(web=True)
+    wire: FramedTransport = Room().client(role=Role.WEBSOCKET)
     wire.feed(head)
     with pytest.raises(UpgradeFailed, match=f"the answer is {status}"):
         take([wire.sent])
 
 
 def test_a_head_is_read_by_http_framing_until_it_is_whole() -> None:
-    wire = Room().client(web=True)
+    wire = Room().client(role=Role.WEBSOCKET)
     wire.feed(request()[:-1])
-    assert type(wire.framing) is HttpFraming and wire.session.state == WAIT_UPGRADE
+    assert type(wire.framing) is HttpFraming and wire.session.state == State.WAIT_UPGRADE
