@@ -2,46 +2,52 @@
 # SPDX-License-Identifier: MIT
 """transit-relay: the relay server of Magic Wormhole, standard library only.
 
-Two clients that cannot reach each other connect to this relay and present the same token.
-From then on it passes bytes between them until one leaves. It notes how much it is used and
-knows nothing else about anybody.
+Two clients that cannot reach each other connect to this relay and present the same token. From
+then on the relay passes bytes between them until one leaves. It records how much it is used, and
+stores nothing else about its clients.
 
-This one file is a whole relay for TCP. With ws_frames.py beside it, which knows how WebSocket
-spells things and nothing else, it takes WebSocket clients too, on every port.
+This file alone is a complete relay for TCP clients. With ws_frames.py beside it, which implements
+WebSocket frames, every listener accepts WebSocket clients as well.
 
-The file reads from top to bottom; a section uses only sections above it. (The Server is given
-its listeners and its recorder, which are made further down; it only calls them.)
+The file is divided into sections. A section uses names of the sections above it only. Calls that
+go down are listed in the section Interfaces. The listeners and the Recorder are made below the
+Server and handed to it.
 
-    Constants, errors    the numbers, each with its reason; who is to blame
-    Records              what is noted of a connection or a pair when it is over
-    Kernel               what only it can tell or do: acknowledgements, pipes for bulk
-    Session              decides: one client's rules, and who meets whom (no sockets)
-    Framing              spells: what a client says, as plain bytes or as WebSocket messages
-    Connection           moves bytes: one socket, what it still has to send, how it ends
-    Time                 who has waited for how long, and what for; what is done now and then
-    Server               waits: one select, one dispatch, deferred closing
-    Recorder             takes records out of the loop: one queue and thread per sink
+    Constants, errors    numbers with their reasons; exceptions typed by blame
+    Records              what is recorded of a connection or a pair
+    Kernel               socket options, acknowledgements, pipes for splice
+    Interfaces           what a Session asks of its Connection, and that of the Server
+    Session              one client's rules (no sockets)
+    Rendezvous           which clients wait, and the pairs
+    Framing              the encodings: raw bytes, HTTP, WebSocket messages
+    Connection           one socket: its backlog, its interest, its phases
+    Timers               time limits of connections, and periodic tasks
+    Accepting            listeners in the loop and their pauses; what a stop waits for
+    Faults               contained exceptions: counted, logged, without data of a client
+    Server               one select, one dispatch, deferred closing, contained faults
+    Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
-    Looking in           what people are told of a relay that runs
+    Looking in           texts about a running relay
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ... and how each is opened
     Daemon               pidfile, log file, user, background, systemd
-    Command line         options, and the file in which they may stand
-    Start and stop       in which order
+    Command line         options, and the configuration file
+    Start and stop       the order of a start
 
-The walk of one byte: `Server.run_once` learns that client A is readable and calls
-`Connection.on_ready`, which receives into the one buffer that all connections share, and hands
-what came to its Framing. The Framing takes WebSocket's spelling off, if that is A's, and past
-the handshake line hands it on to the Session; the Session is State.RELAYING, counts it and gives it
-to its partner's Connection, which has its own Framing encode it for B and sends it at once.
-What B's kernel does not take is copied to B's backlog; as long as B has one, A is not read.
-So a pair holds little more than one buffer's worth of bytes in each direction. In a pair that
-spells plainly the way is shorter: A's Connection gives the byte straight to B's and only tells the
-Session how many there were. What comes in bulk does not even enter Python: it goes through a pipe.
+The path of a byte: `Server.run_once` learns from the selector that client A is readable and
+calls `Connection.on_ready`. The Connection receives into a buffer that all connections share and
+passes the bytes to its Framing. The Framing removes the WebSocket encoding, if there is one, and
+passes what follows the handshake line to the Session. The Session counts the bytes in its Pair
+and sends them to the partner's Connection, whose Framing encodes them for B. What B's kernel does
+not accept is copied to B's backlog, and A is not read while B has a backlog. So a pair holds
+about one buffer of bytes in each direction.
 
-The end of a client: its read gives nothing (or a WebSocket Close), its Session ends the pair,
-both Connections finish (send what is queued, then the end, then wait for the other side's), are
-doomed, and are closed by `Server._reap` at the end of the turn: nothing is ever closed while
-somebody is using it.
+If both clients are raw, the path is shorter: A's Connection counts the bytes in the Pair and
+writes them to B's Connection. Bulk between raw clients does not enter Python: `splice` moves it
+through a kernel pipe.
+
+The end of a client: its read returns no bytes (or a WebSocket Close), and its Session ends the
+pair. Both Connections flush their backlogs, shut down writing, and linger until the peer's end.
+`Server._reap` closes their sockets at the end of a turn, when no handler uses them.
 """
 
 from __future__ import annotations
@@ -69,15 +75,16 @@ import sys
 import termios
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import NamedTuple, NoReturn, Protocol, TextIO, Union
 
 try:
     import ws_frames
-except ModuleNotFoundError as error:  # copied without it: all is TCP
+except ModuleNotFoundError as error:  # copied without it: TCP clients only
     if error.name != "ws_frames":
         raise
     ws_frames = None  # type: ignore[assignment]
@@ -91,87 +98,109 @@ log = logging.getLogger(PROGRAM)
 # ---------------------------------------------------------------------------------------------
 # Constants and errors
 #
-# Two blocks: what the protocol or the operating system fixes, and what we chose, with the
-# reason. What an operator can set is in `Limits`; its defaults are what `--help` prints.
+# Two blocks: numbers that the protocol or the operating system fixes, and numbers that we chose,
+# each with its reason. `Limits` has the numbers that an operator can set; `--help` prints their
+# defaults.
 # ---------------------------------------------------------------------------------------------
 
-# The protocol: magic-wormhole-protocols, transit.md, and the reference relay where it is silent.
+# The protocol: magic-wormhole-protocols, transit.md; where it is silent, the reference relay.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
 OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
 MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
 
-# What the first bytes of a client tell of its spelling, and what we answer to whoever comes by
-# HTTP and does not want a WebSocket: most likely a health check.
+# The first bytes of a client decide its encoding.
 RAW_BEGINNING = b"please relay "
 HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
+# The answer to an HTTP request that asks for no WebSocket. Most of them are health checks.
 HTTP_TEXT = """\
-This is transit-relay, where Magic Wormhole clients meet that cannot reach each other.
-There is nothing to see here: they connect to it over TCP or WebSocket.
+This is transit-relay, the relay server of Magic Wormhole.
+Magic Wormhole clients connect to it over TCP or WebSocket. It has no pages.
 """
 
-# The operating system: 0, 1 and 2; Linux's pipes; and what accept(2) says of a newcomer that was
-# lost on the way, while the listener is well.
-STANDARD_FDS = 3
-F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # fcntl.h; Python has names for them from 3.10 on,
-SPLICE_F_NONBLOCK = 2  # fcntl.h; and so for this
-PIPE_USER_PAGES = 16384  # what pipe-user-pages-soft is by default, pipe(7)
-NEWCOMER_LOST = {
-    errno.ECONNABORTED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENOPROTOOPT,
-    errno.EOPNOTSUPP,
-    errno.EPROTO,
+STANDARD_FDS = 3  # descriptors 0, 1 and 2
+# fcntl.h of Linux. Python has names for these two from 3.10 on.
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
+SPLICE_F_NONBLOCK = 2  # fcntl.h of Linux
+PIPE_USER_PAGES = 16384  # the default of pipe-user-pages-soft, pipe(7)
+
+
+def error_numbers(*names: str) -> frozenset[int]:
+    """Return the numbers of the errors that this system has among `names`."""
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+# accept(2): errors of the newcomer, which is lost. The listener is well.
+NEWCOMER_LOST = error_numbers(
+    *("ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+    *("ENONET", "ENOPROTOOPT", "ENOSR", "EOPNOTSUPP", "EPERM", "EPROTO", "EPROTONOSUPPORT"),
+    *("ESOCKTNOSUPPORT", "ETIMEDOUT", "EINTR"),
+)
+# accept(2): a resource is used up. It becomes free when a connection closes.
+OUT_OF_RESOURCES = error_numbers("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")
+# A write that failed with one of these can be repeated later.
+NO_ROOM_NOW = error_numbers("EAGAIN", "EWOULDBLOCK", "ENOBUFS", "ENOMEM")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+# Signals that end a process by default and have no meaning here.
+IGNORED_SIGNALS = {
+    *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")),
+    *(getattr(signal, name) for name in ("SIGVTALRM", "SIGPROF")),
+    *(getattr(signal, name) for name in ("SIGIO", "SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
 }
 
-# What we chose.
-READ_BYTES = 256 * 1024  # one move; so a direction never has much more than this queued
-FRAMED_READ_BYTES = 64 * 1024  # the same from a WebSocket; 30 ms if it is all empty frames, so:
-FRAMES_PER_MOVE = 1_000  # the size of the next read aims at no more than this: 3 ms
-FIRST_READ_BYTES = 4 * 1024  # until a read has shown how long a client's frames are
-MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger ones
-PONG_BACKLOG_BYTES = 64 * 1024  # who leaves more than this unread gets the newest Pong only
-# What one read gave, as plain bytes or in messages; what is said before and behind it; Pongs.
-MAX_BACKLOG_BYTES = READ_BYTES + 1024 + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
-BULK_BYTES = 64 * 1024  # who gave as much in one read is spliced the next time; less is copied
-PIPE_BYTES = 1024 * 1024  # the most that anybody may have; at a quarter of it we might as well copy
-MOST_PIPES = 32  # half of what a user has by default
-IDLE_PIPES = 8  # kept for the next moves
-PIPES_PAUSE_SECONDS = 60  # no pipe is asked for so long after the system gave none, or a poor one
-PING_SECONDS = 25  # a WebSocket as silent as that is pinged: proxies give up after 30 or 60
-SILENCE_SECONDS = 75  # three Pings without a sign of life: nobody waits there any more
-ACCEPTS_PER_WAKEUP = 64  # a flood of newcomers must not starve the pairs
-ACCEPT_RETRY_SECONDS = 1  # after EMFILE and its kin; asyncio's ACCEPT_RETRY_DELAY
-LISTEN_BACKLOG = 1024  # newcomers that the kernel queues for us; it cuts this to somaxconn
-MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times that; a relay needs no more
-LINGER_SECONDS = 5  # from the last acknowledgement to our close: time for the other side's end
-LINGER_BLIND_SECONDS = 60  # the same where the system cannot tell what is acknowledged
-LINGER_POLL_SECONDS = 1  # how often a held connection is asked for its acknowledgements
-FOLDER_LOCK_SECONDS = 5  # a start waits this long for another one in a unix socket's folder
-CURRENT_SECONDS = 30  # `current` must be committed and at most 60 s old
-STATUS_SECONDS = 10  # how often systemd is told how things stand
-MAX_CONFIG_CHARACTERS = 1024 * 1024  # more is no configuration
-MAX_COMPLAINT_CHARACTERS = 1000  # it may repeat what is wrong
-COMPLAINT_SECONDS = 60  # what goes on being wrong is said this often
+READ_BYTES = 256 * 1024  # one read, and so about the most that one direction has queued
+FRAMED_READ_BYTES = 64 * 1024  # one read from a WebSocket; 30 ms of work if all frames are empty
+FRAMES_PER_READ = 1_000  # the size of the next read is chosen for this many frames: 3 ms
+FIRST_READ_BYTES = 4 * 1024  # one read until the size of a client's frames is known
+MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger messages
+PONG_BACKLOG_BYTES = 64 * 1024  # with more than this unread, a client gets the newest Pong only
+FRAME_HEADERS_BYTES = 1024  # headers around the payload of one read, and a Close
+MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
+BULK_BYTES = 64 * 1024  # after a read of this size the next one waits its turn, and is spliced
+TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
+TURN_BULK_SECONDS = 0.001  # the same for slow machines, and for WebSocket bulk
+POLLED_BULK = 16  # with more queued for bulk, the others are not polled
+PIPE_BYTES = 1024 * 1024  # the default limit of a user; with a quarter of it, copying is as fast
+MAX_PIPES = 32  # half of the pipes that a user may have by default
+IDLE_PIPES = 8  # empty pipes kept for the next reads
+PIPES_PAUSE_SECONDS = 60  # after the system refused a pipe or made a small one
+PING_SECONDS = 25  # without traffic: proxies close such connections after 30 or 60 s
+MAX_UNANSWERED_PINGS = 3  # a waiting client that answers none of them is gone
+KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
+KEEPALIVE_PROBES = 4  # unanswered ones end the connection: 60 s
+ACCEPTS_PER_WAKEUP = 64  # so that a flood of newcomers does not starve the pairs
+ACCEPT_RETRY_SECONDS = 1  # after EMFILE and similar; asyncio's ACCEPT_RETRY_DELAY
+LISTEN_BACKLOG = 1024  # newcomers that the kernel queues; it reduces this to somaxconn
+MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times higher
+RESERVED_FDS = 16  # kept free of connections and pipes: SQLite's journal, log files
+MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released when memory runs out, so that handlers can end
+SUSPENDED_SECONDS = 1  # a select that returns this late means that the process was stopped
+LINGER_SECONDS = 5  # from the last acknowledgement to our close: time for the peer's end
+LINGER_BLIND_SECONDS = 60  # the same where the system does not report acknowledgements
+LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
+FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
+CURRENT_SECONDS = 30  # `current` must be committed, and at most 60 s old
+STATUS_SECONDS = 10  # how often systemd is sent a status line
+MAX_CONFIG_CHARACTERS = 1024 * 1024
+MAX_COMPLAINT_CHARACTERS = 1000  # a complaint may repeat the wrong input
+COMPLAINT_SECONDS = 60  # the same warning is logged at most this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
 GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses no more
-RETRY_SECONDS = 1  # a sink that failed is tried again this often
-STALL_SECONDS = 0.5  # no sink waits longer than this for a lock or a reader at one go
-STOP_FLUSH_SECONDS = 2  # a stop gives queued bytes this long
-STOP_RECORD_SECONDS = 10  # ... and then the sinks this long
-STOP_POLL_SECONDS = 0.05  # how often a stop looks whether all is done
+RETRY_SECONDS = 1  # how often a failed sink tries again
+STALL_SECONDS = 0.5  # how long a sink waits for a lock or a reader at a time
+STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
+STOP_RECORD_SECONDS = 10  # ... and then this long for the sinks
+STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
 class Limits(NamedTuple):
     """What an operator can set. 0 switches a limit off."""
 
     handshake_seconds: float = 60  # from accept to a whole handshake
+    keepalive_seconds: float = 200  # of silence before the first TCP keepalive probe
 
 
 class UsageError(argparse.ArgumentTypeError):
@@ -183,26 +212,26 @@ class StartupError(Exception):
 
 
 class SinkError(Exception):
-    """Records cannot be written at the moment: they wait, and it is tried again."""
+    """Records cannot be written now. They wait, and the sink tries again."""
 
 
 class SinkGone(Exception):
-    """Nobody will ever read what this sink writes: it is given up."""
+    """Records can never be written here again. The sink ends."""
 
 
 def error_text(error: OSError) -> str:
-    """What the system said, without the file names that an OSError may carry."""
+    """Return the system's description of `error`, without the file names that it may carry."""
     return error.strerror or str(error)
 
 
 class Throttle:
-    """Lets a complaint through, and then for a minute no other."""
+    """Lets one complaint pass per COMPLAINT_SECONDS."""
 
     def __init__(self) -> None:
         self._next_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time (monotonic seconds) to say it; if so, it is taken as said."""
+        """Return whether to complain at `now` (monotonic seconds). True starts a new pause."""
         if now < self._next_at:
             return False
         self._next_at = now + COMPLAINT_SECONDS
@@ -212,25 +241,25 @@ class Throttle:
 # ---------------------------------------------------------------------------------------------
 # Records
 #
-# What is noted when a connection without a partner, or a pair, is over, and the numbers of the
-# moment. A record never holds an address, a token or a side (README, Records and privacy).
+# The record of a connection without a partner, the record of a pair, and the numbers of the
+# moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
 # ---------------------------------------------------------------------------------------------
 
 
 class UsageRecord(NamedTuple):
-    """One life: of a connection that never got a partner, or of a pair.
+    """The record of a connection that never had a partner, or of a pair.
 
-    The field names and their order are those of the JSON lines; `mood` is `result` in SQL.
+    The JSON lines have these field names in this order. `mood` is called `result` in SQL.
     """
 
     started: float  # seconds since the epoch, at the (first) accept
     total_time: float  # seconds
     waiting_time: float | None  # seconds between the two accepts; None without a partner
-    total_bytes: int  # received from both sides behind their handshakes
+    total_bytes: int  # received from both sides after their handshakes
     mood: str
 
     def blurred(self, seconds: int) -> UsageRecord:
-        """The same, as `--blur-usage=SECONDS` lets it be told."""
+        """Return the record as `--blur-usage=SECONDS` publishes it."""
         return self._replace(
             started=float(self.started // seconds * seconds),
             total_bytes=blur_size(self.total_bytes),
@@ -238,27 +267,42 @@ class UsageRecord(NamedTuple):
 
 
 class Current(NamedTuple):
-    """The one row of `current`: how things stand now (never blurred)."""
+    """The row of the table `current`, in the order of its columns. It is never blurred."""
 
     rebooted: int  # seconds since the epoch
     updated: int  # seconds since the epoch
     connected: int  # connections that have a partner, two per pair
-    waiting: int  # tokens that wait for a partner
-    incomplete_bytes: int  # of pairs that still run
+    waiting_tokens: int
+    incomplete_bytes: int  # of pairs that are not yet recorded
 
 
 class Snapshot(NamedTuple):
-    """How things stand now, for people: all that is told of a relay that runs."""
+    """The state of the relay at one moment. Texts about a running relay are made from this."""
 
+    started_at: float  # seconds since the epoch
+    taken_at: float  # seconds since the epoch
     pairs: int  # running, or not yet recorded
-    waiting: int  # clients without a partner yet
-    connections: int  # open ones, whatever for
+    waiting_clients: int
+    waiting_tokens: int
+    connections: int  # open ones, in every phase
     pairs_ended: int  # since the start
-    relayed_bytes: int  # since the start, by pairs that run too
+    relayed_bytes: int  # since the start, running pairs included
+    incomplete_bytes: int  # of pairs that are not yet recorded
+    faults: int  # contained exceptions since the start
+
+    def current(self) -> Current:
+        """Return the row of `current` for this moment."""
+        return Current(
+            rebooted=int(self.started_at),
+            updated=int(self.taken_at),
+            connected=2 * self.pairs,
+            waiting_tokens=self.waiting_tokens,
+            incomplete_bytes=self.incomplete_bytes,
+        )
 
 
 def blur_size(size: int) -> int:
-    """Round `size` (bytes) down to the coarseness of its magnitude."""
+    """Round `size` (bytes) down to the resolution of its magnitude."""
     if size < 1_000_000:
         return size // 1_000 * 1_000
     if size < 1_000_000_000:
@@ -269,91 +313,125 @@ def blur_size(size: int) -> int:
 # ---------------------------------------------------------------------------------------------
 # Kernel
 #
-# What we ask of it beyond the calls that every program makes: how far a connection has come, and
-# pipes for bulk, which need not enter Python then: splice(2) moves it from a socket into a pipe,
-# and from there into another socket.
+# What the relay asks of the kernel beyond reads and writes: socket options, how much the peer has
+# acknowledged, and pipes for bulk. With splice(2) bulk moves from a socket into a pipe and from
+# there into another socket, without entering Python.
 #
-# Pipes are lent, not owned: taken for one move, given back when they are empty. What a receiver
-# does not take stays in the pipe, which is that receiver's backlog then; and what nobody will
-# ever take is closed with its pipe, lest bytes of one pair reach another. And they are scarce:
-# all processes of an unprivileged user share pipe-user-pages-soft (pipe(7)), past which the
-# kernel makes pipes of two pages. Through anything much smaller than a large pipe bulk is no
-# cheaper than copied; so then, and where the pool has no more to lend, it is copied.
+# Pipes are lent, not owned. A connection borrows a pipe for one read and gives it back when it is
+# empty. What a receiver does not accept stays in the pipe, which is that receiver's backlog then.
+# A pipe that still holds bytes is closed, not reused: bytes of one pair must not reach another.
+#
+# Pipes are scarce: all processes of an unprivileged user share pipe-user-pages-soft (pipe(7)).
+# Past that limit the kernel makes pipes of two pages, through which splicing is no cheaper than
+# copying. So the pool refuses small pipes, and what it cannot lend is copied.
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(sock: socket.socket) -> None:
-    """Make an accepted socket what we want of it.
+def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
+    """Return the options of an accepted TCP socket: level, option, value.
 
-    It could inherit most of this from the listening one; but who was queued there before we
-    got it, as in a start by systemd, would not.
+    `keepalive_seconds`: silence before the first keepalive probe; 0: the system's default.
+    """
+    options = [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # as the reference relay
+        # Urgent bytes are bytes of the stream too and stay in their place.
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),
+        # A client that waits for a few bytes must not wait for more to fill a packet.
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    ]
+    if keepalive_seconds:
+        values = {
+            "TCP_KEEPIDLE": min(max(1, round(keepalive_seconds)), 32767),  # tcp(7): its range
+            "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_SECONDS,
+            "TCP_KEEPCNT": KEEPALIVE_PROBES,
+        }
+        for name, value in values.items():
+            if hasattr(socket, name):
+                options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
+
+
+def prepare_socket(sock: socket.socket, tcp_options: Sequence[tuple[int, int, int]]) -> None:
+    """Make an accepted socket non-blocking and set its options.
+
+    Sockets could inherit the options from their listener. But a newcomer that was queued before
+    this process got the listener, as in a start by systemd, would not have them.
     """
     sock.setblocking(False)
-    # Keepalive: as the reference. Oobinline: urgent bytes are bytes too, and stay in their place.
-    # Nodelay: whoever waits for a few bytes must not wait for more; a unix socket refuses it.
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError:
-        pass
+    if sock.family == socket.AF_UNIX:  # it refuses TCP's options
+        return
+    for level, option, value in tcp_options:
+        try:
+            sock.setsockopt(level, option, value)
+        except OSError:  # a missing option costs some comfort, not the connection
+            pass
+
+
+def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
+    """Return what is left of `parts` after their first `sent` bytes."""
+    rest = bytearray()
+    for part in parts:
+        if sent < len(part):
+            rest += memoryview(part)[sent:]
+        sent = max(0, sent - len(part))
+    return rest
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Whether a write to `fd` of at most PIPE_BUF bytes will not block; may wait for that."""
+    """Return whether a write of at most PIPE_BUF bytes will not block. Wait up to `seconds`."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
 
 
-def ask_kernel(fd: int, question: int) -> int | None:
-    """Give the number by which the kernel answers an ioctl(2); None where it knows no answer."""
+def query_descriptor(fd: int, request: int) -> int | None:
+    """Return the number that an ioctl(2) `request` reports, or None if it is not supported."""
     try:
-        answer = fcntl.ioctl(fd, question, b"\0\0\0\0")
+        answer = fcntl.ioctl(fd, request, b"\0\0\0\0")
     except OSError:
         return None
     return int(struct.unpack("i", answer)[0])
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int | None:
-    """How much of what we sent (our end counts as one) the other kernel has not acknowledged.
+    """Return how many sent bytes the peer's kernel has not acknowledged. Our end counts as one.
 
-    None where the system cannot tell. On Linux: tcp(7) and unix(7), SIOCOUTQ, which is the
-    number of TIOCOUTQ; on a unix socket it is what the other end has not read.
+    None where the system does not report it. Linux: SIOCOUTQ of tcp(7) and unix(7), which has the
+    number of TIOCOUTQ. On a unix socket it counts what the peer has not read.
     """
-    return ask_kernel(sock.fileno(), termios.TIOCOUTQ)
+    return query_descriptor(sock.fileno(), termios.TIOCOUTQ)
 
 
 def unread_bytes(sock: socket.socket) -> int:
-    """How much has reached our kernel and was not yet read: tcp(7), SIOCINQ."""
-    return ask_kernel(sock.fileno(), termios.FIONREAD) or 0
+    """Return how many received bytes wait in our kernel: tcp(7), SIOCINQ."""
+    return query_descriptor(sock.fileno(), termios.FIONREAD) or 0
 
 
-# Linux, from Python 3.10 on.
+# Linux, Python 3.10 or later.
 splice: Callable[..., int] | None = getattr(os, "splice", None)
 
 
 class Pipe:
-    """A pipe, and how many bytes are in it: all of one direction of one pair."""
+    """A kernel pipe, and the number of bytes in it."""
 
     __slots__ = ("_filled", "_read_fd", "_write_fd", "is_large")
 
     def __init__(self) -> None:
-        """Raises OSError."""
+        """Make a pipe. Raises OSError."""
         self._read_fd, self._write_fd = os.pipe()
         self._filled = 0
         try:
             self.is_large = fcntl.fcntl(self._write_fd, F_SETPIPE_SZ, PIPE_BYTES) >= PIPE_BYTES
-        except OSError:  # our user has too much in pipes already
+        except OSError:  # our user has too many pages in pipes
             self.is_large = False
 
     def __len__(self) -> int:
         return self._filled
 
     def fill(self, sock: socket.socket) -> None:
-        """Take in what `sock` has, or as much of it as there is room for. Raises OSError.
+        """Move what `sock` has received into the pipe, up to its size. Raises OSError.
 
-        Only while the pipe is empty: "no room" and "nothing there" are one answer, EAGAIN.
+        The pipe must be empty: a full pipe and an empty socket have the same errno, EAGAIN.
         """
         assert splice is not None and not self._filled
         self._filled = splice(
@@ -361,42 +439,38 @@ class Pipe:
         )
 
     def pour(self, sock: socket.socket) -> None:
-        """Let `sock` have as much as it takes. Raises OSError."""
+        """Move bytes from the pipe to `sock`, as many as it accepts. Raises OSError."""
         assert splice is not None
         self._filled -= splice(
             self._read_fd, sock.fileno(), self._filled, None, None, SPLICE_F_NONBLOCK
         )
 
     def close(self) -> None:
-        """Throw it away, and all that is in it."""
+        """Close both ends and discard the bytes in it."""
         os.close(self._read_fd)
         os.close(self._write_fd)
 
-    def check_invariants(self) -> None:
-        """Raise AssertionError if the kernel counts differently. For the tests."""
-        assert ask_kernel(self._read_fd, termios.FIONREAD) == self._filled <= PIPE_BYTES
-
 
 class PipePool:
-    """All pipes there are: those that are lent, and some idle ones."""
+    """All pipes: the lent ones are counted, the idle ones are kept."""
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`most`: how many pipes there may be. `clock` gives monotonic seconds."""
-        self._most = most
+    def __init__(self, max_pipes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`max_pipes`: the most that are lent at one time. `clock` returns monotonic seconds."""
+        self._max_pipes = max_pipes
         self._clock = clock
         self._lent = 0
         self._idle: list[Pipe] = []
         self._pause_until = float("-inf")
 
     def lend(self) -> Pipe | None:
-        """Give an empty pipe, or None if none is to be had."""
+        """Return an empty pipe, or None if there is none."""
         pipe = self._idle.pop() if self._idle else self._make()
         self._lent += pipe is not None
         return pipe
 
     def _make(self) -> Pipe | None:
-        """Ask the system for one. If it gives none, or a poor one, it is not asked for a while."""
-        if self._lent >= self._most or self._clock() < self._pause_until:
+        """Make a large pipe. If the system refuses, return None and do not ask it for a while."""
+        if self._lent >= self._max_pipes or self._clock() < self._pause_until:
             return None
         try:
             pipe = Pipe()
@@ -409,29 +483,21 @@ class PipePool:
         return None
 
     def give_back(self, pipe: Pipe) -> None:
-        """Keep a pipe that was lent, if it is empty and there are not yet enough of them."""
+        """Return a lent pipe to the pool. It is kept if it is empty and few are idle."""
         self._lent -= 1
         if len(pipe) or len(self._idle) >= IDLE_PIPES:
             pipe.close()
         else:
             self._idle.append(pipe)
 
-    def close(self) -> None:
-        """Close those that are idle."""
+    def close_idle(self) -> None:
+        """Close the idle pipes."""
         while self._idle:
             self._idle.pop().close()
 
-    def check_invariants(self, lent: Sequence[Pipe]) -> None:
-        """Raise AssertionError if others are out, or bytes of a pair are in. For the tests."""
-        assert len({*lent, *self._idle}) == self._lent + len(self._idle), "lent twice, or lost"
-        assert self._lent <= self._most and len(self._idle) <= IDLE_PIPES
-        assert all(map(len, lent)) and not any(map(len, self._idle))
-        for pipe in (*lent, *self._idle):
-            pipe.check_invariants()
-
 
 def affordable_pipes() -> int:
-    """How many pipes we may have: half of what a user may; none where there is no splice."""
+    """Return how many pipes the relay may use: half of a user's; 0 where there is no splice."""
     if splice is None:
         return 0
     pages = PIPE_USER_PAGES
@@ -439,23 +505,110 @@ def affordable_pipes() -> int:
         with open("/proc/sys/fs/pipe-user-pages-soft", "rb") as file:
             pages = int(file.read())
     half = pages * resource.getpagesize() // 2 // PIPE_BYTES
-    return min(half, MOST_PIPES) if pages else MOST_PIPES  # 0: no limit
+    return min(half, MAX_PIPES) if pages else MAX_PIPES  # 0: no limit
+
+
+def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
+    """Divide `limit` descriptors, of which `open_now` are used: connections, pipes.
+
+    RESERVED_FDS stay free for SQLite's journal and for log files. A pipe has two descriptors;
+    pipes get at most an eighth of the limit.
+    """
+    pipes = min(affordable_pipes(), limit // 16)
+    return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
 
 
 # ---------------------------------------------------------------------------------------------
-# Session and Rendezvous
+# Interfaces
 #
-# The rules, and nothing else: no sockets, no bytes kept, no clock of its own. A Session is one
-# client's life; the Rendezvous is where all of them meet. A Session tells its Transport (in the
-# relay: its Connection) what to do and is told by it what happened.
+# The calls that go down the file: what a Session and a Framing ask of their Connection, and what a
+# Connection asks of the Server. Each of the two Protocols has one implementation in the relay.
+# (A Session also calls its Pair and the Rendezvous, which are defined after it.)
+# ---------------------------------------------------------------------------------------------
+
+Bytes = Union[bytes, memoryview]
+
+
+class Role(enum.Enum):
+    """What a listener is for, which decides how the first bytes of its clients are read."""
+
+    PORT = "port"  # --port: raw, unless the first bytes are an HTTP method
+    WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
+
+
+class Reason(enum.Enum):
+    """Why the relay ends a connection, for an encoding that can tell the client."""
+
+    ENDED = "ended"  # the client or its partner left, it was refused, or a time limit passed
+    STOPPING = "stopping"  # the relay stops
+
+
+class Transport(Protocol):
+    """What a Session and a Framing may ask of the connection that they serve."""
+
+    framing: Framing  # a Framing replaces itself here
+
+    @property
+    def is_raw(self) -> bool:
+        """Return whether the client's bytes are on the wire without an encoding."""
+
+    def send(self, data: Bytes) -> None:
+        """Encode and send `data`, now or when there is room. `data` may change afterwards."""
+
+    def write(self, data: Bytes, *more: Bytes) -> None:
+        """Send bytes that are encoded already, now or when there is room."""
+
+    def queued_bytes(self) -> int:
+        """Return the size of the backlog."""
+
+    def partner_changed(self) -> None:
+        """Compute the interest again, because the client has a partner now."""
+
+    def note_activity(self) -> None:
+        """Restart the time of silence after which the Framing is asked for a Ping."""
+
+    def finish(self, reason: Reason) -> None:
+        """Flush the backlog and end the connection. No other order may follow."""
+
+
+class EventLoop(Protocol):
+    """What a Connection uses of the Server, which is defined below."""
+
+    buffer: memoryview  # of READ_BYTES, shared by all connections
+    pipes: PipePool
+    rendezvous: Rendezvous
+    clock: Callable[[], float]  # monotonic seconds
+    wallclock: Callable[[], float]  # seconds since the epoch
+
+    def update_interest(self, conn: Connection) -> None:
+        """Register what `conn.interest()` returns now."""
+
+    def queue_bulk(self, conn: Connection, ready: int) -> None:
+        """Call `conn.on_bulk_turn(ready)` when it is this connection's turn."""
+
+    def note_activity(self, conn: Connection) -> None:
+        """Call `conn.framing.keep_alive` after PING_SECONDS, counted from now."""
+
+    def poll_linger(self, conn: Connection) -> None:
+        """Call `conn.check_linger` after LINGER_POLL_SECONDS."""
+
+    def doom(self, conn: Connection) -> None:
+        """Call `conn.close` at the end of this turn."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Session
 #
-# Only `_enter` sets a state, and only `_end` ends a life: whoever wants to know why a client
-# was sent away reads that one method's callers.
+# One client's rules, without sockets and without stored bytes. A Session gives orders to its
+# Transport (in the relay: its Connection). The Transport and the Framing report events to it.
+#
+# A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
+# fault. The callers of `_end` are the answers to the question why a client was sent away.
 # ---------------------------------------------------------------------------------------------
 
 
 class State(enum.Enum):
-    """Where a client is in its life. See the table in Session."""
+    """The states of a Session. Its docstring has the table."""
 
     WAIT_UPGRADE = "wait_upgrade"
     WAIT_HANDSHAKE = "wait_handshake"
@@ -467,69 +620,28 @@ class State(enum.Enum):
 HANDSHAKING = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
 
 
-class Role(enum.Enum):
-    """What a listener is for."""
-
-    PORT = "port"  # --port: a client sends a handshake, unless its first bytes are HTTP
-    WEBSOCKET = "websocket"  # --websocket: a client sends HTTP, unless it begins with a handshake
-
-
-class Reason(enum.Enum):
-    """Why a client's connection ends, for an encoding that can tell the client."""
-
-    ENDED = "ended"
-    STOPPING = "stopping"
-
-
-Bytes = Union[bytes, memoryview]
-
-
-class Transport(Protocol):
-    """What a Session may ask of the connection it decides for."""
-
-    def send(self, data: Bytes) -> None:
-        """Send `data`, now or when there is room. `data` is the caller's again on return."""
-
-    def link(self, partner: Transport) -> None:
-        """What comes from here goes there from now on: read no faster than it takes it."""
-
-    def finish(self, why: Reason) -> None:
-        """Send what is queued, then the end; throw away what still comes. The last order."""
-
-    framing: Framing  # the Framing puts the next one here
-
-    def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send what is spelled already, now or when there is room."""
-
-    def queued_bytes(self) -> int:
-        """How much the client has left with us."""
-
-    def note_activity(self, heard: bool) -> None:
-        """Something of a WebSocket moved, so its silence begins anew. `heard`: it came to us."""
-
-
 class Handshake(NamedTuple):
-    """What a client's first line says: which token, and on which side of it."""
+    """The content of a handshake line."""
 
     token: bytes
     side: bytes | None
 
     def matches(self, other: Handshake) -> bool:
-        """Whether two clients of one token are each other's partner: not if on the same side."""
+        """Return whether two clients of one token are partners: not if their side is the same."""
         return self.side != other.side or self.side is None
 
 
 def parse_handshake(line: bytes) -> Handshake | None:
-    """Read a first line (without its newline). None: it is no handshake."""
+    """Parse a first line (without its newline). Return None if it is no handshake."""
     match = HANDSHAKE.fullmatch(line)
     return Handshake(match[1], match[2]) if match else None
 
 
 class Session:
-    r"""One client's rules, from accept to the record of its life.
+    r"""One client's rules, from accept to the end.
 
-    This table is executed by tests/test_session.py, row by row; what it does not list is
-    either nothing (in `done`, where late events are normal) or a mistake of ours.
+    tests/test_session.py executes this table. An input that is not listed for a state has no
+    effect if the state is `done`, where late events are normal. Otherwise it is a bug.
 
     state           input      next            mood       reply
     --------------  ---------  --------------  ---------  ----------------
@@ -547,317 +659,363 @@ class Session:
     relaying        end        done            happy      -
     relaying        left       done            -          -
 
-    Who comes by HTTP has no stream of bytes, and no record, before the upgrade to WebSocket.
-    The mood of a pair is recorded once, when the side that stayed (its input is `left`) has
-    all of the other's bytes and the end: see `end_sent`.
+    An HTTP client has no byte stream, and no record, before its upgrade to WebSocket.
+    The record of a pair (mood happy) is written once, when the client that stayed has been sent
+    all bytes of the other and the end: see `end_sent`.
     """
 
-    __slots__ = (
-        "accepted",
-        "handshake",
-        "partner",
-        "transport",
-        "received_bytes",
-        "rendezvous",
-        "started",
-        "state",
-    )
+    # A reload carries these fields. The others are links to other objects.
+    CARRIED = ("accepted", "handshake", "started", "state")
+    __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
     def __init__(
         self, transport: Transport, rendezvous: Rendezvous, started: float, role: Role = Role.PORT
     ) -> None:
-        """A client was accepted just now; `started` is the time of day (s since the epoch).
-
-        `role`: at a listener where clients are expected to come by HTTP (see Endpoint).
-        """
+        """Begin at the accept. `started`: the time of day (s since the epoch)."""
         self.transport = transport
         self.rendezvous = rendezvous
         self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()
         self.started = started
-        self.handshake: Handshake | None = None  # State.WAIT_PARTNER: by which it is found
-        # State.RELAYING: the other side. State.DONE: still set only on the side that stayed, and only
-        # until the pair's record is written. Whoever waits has none.
-        self.partner: Session | None = None
-        self.received_bytes = 0  # behind the handshake, before the pair ended
+        self.handshake: Handshake | None = None  # while the client waits for a partner
+        self.pair: Pair | None = None  # while relaying
+        self.ended_pair: Pair | None = None  # this client stayed, and the record is not written
 
     def __repr__(self) -> str:
-        return f"<Session {self.state.value} received_bytes={self.received_bytes}>"
+        return f"<Session {self.state.value}>"
 
-    def matches(self, other: Session) -> bool:
-        """Whether the two, who have named the same token, can be a pair."""
-        assert self.handshake is not None and other.handshake is not None
-        return self.handshake.matches(other.handshake)
+    @property
+    def partner(self) -> Session | None:
+        """Return the other session of the pair, while relaying."""
+        return None if self.pair is None else self.pair.partner_of(self)
 
-    # What happened, as the Framing, the Connection and the Rendezvous tell it.
+    # Events, from the Framing, the Connection and the Rendezvous.
 
-    def http_begun(self) -> None:
-        """The client speaks HTTP: its stream of bytes begins behind the upgrade, if at all."""
+    def http_detected(self) -> None:
+        """Note that the client uses HTTP. Its byte stream begins after an upgrade."""
         assert self.state is State.WAIT_HANDSHAKE, self
-        self._enter(State.WAIT_UPGRADE)
+        self.state = State.WAIT_UPGRADE
 
-    def opened(self) -> None:
-        """The stream of bytes begins: the upgrade is done, or there is no need of one."""
+    def stream_opened(self) -> None:
+        """Note that the byte stream begins: the client is upgraded, or is raw after all."""
         assert self.state is State.WAIT_UPGRADE, self
-        self._enter(State.WAIT_HANDSHAKE)
+        self.state = State.WAIT_HANDSHAKE
 
     def line_received(self, line: bytes) -> None:
-        """The first line is whole (given without its newline), or too long to be one."""
-        if self.state is State.DONE:  # too late: its time was over
+        """Judge the first line (without its newline), which may be cut for its length."""
+        if self.state is State.DONE:  # a time limit passed before it came
             return
         assert self.state is State.WAIT_HANDSHAKE, self
         self.handshake = parse_handshake(line)
         if self.handshake is None:
             self._end("errory", BAD_HANDSHAKE)
         else:
-            self._enter(State.WAIT_PARTNER)
+            self.state = State.WAIT_PARTNER
             self.rendezvous.join(self)
 
     def bytes_received(self, data: Bytes) -> None:
-        """Something came behind the handshake. It is for the partner, if there is one."""
-        if self.state is State.RELAYING:
-            assert self.partner is not None
-            self.received_bytes += len(data)
-            self.partner.transport.send(data)
+        """Send bytes that followed the handshake to the partner, if there is one."""
+        pair = self.pair
+        if pair is not None:
+            pair.count(len(data))
+            pair.partner_of(self).transport.send(data)
         elif self.state is State.WAIT_PARTNER:
             self._end("impatient", IMPATIENT)
-        else:  # whoever was told to go may still be talking: not answered, not counted
+        else:  # a refused client may still be sending
             assert self.state is State.DONE, self
 
-    def bytes_passed(self, count: int) -> None:
-        """So many bytes go straight to the partner: both sides encode plainly."""
-        assert self.state is State.RELAYING, self
-        self.received_bytes += count
-
-    def matched(self, partner: Session) -> None:
-        """The Rendezvous has found a partner."""
+    def matched(self, pair: Pair) -> None:
+        """Begin to relay: the Rendezvous found a partner."""
         assert self.state is State.WAIT_PARTNER, self
-        self.handshake = None  # token and side have done their work: nobody need know them
-        self.partner = partner
-        self._enter(State.RELAYING)
-        self.transport.link(partner.transport)
+        self.handshake = None  # the token and the side are not needed any more
+        self.pair = pair
+        self.state = State.RELAYING
+        self.transport.partner_changed()
         self.transport.send(OK)
 
     def displaced(self) -> None:
-        """A partner took a newer connection of our side."""
+        """End as redundant: a partner was matched with a newer connection of this side."""
         assert self.state is State.WAIT_PARTNER, self
         self._end("redundant")
 
-    def client_ended(self, why: Reason = Reason.ENDED) -> None:
-        """This client is over: it left, broke a rule of its spelling, or was answered by HTTP;
-        its time is up, or we stop.
+    def client_ended(self, reason: Reason = Reason.ENDED) -> None:
+        """End this client: it left or broke its encoding's rules, it had its answer over HTTP,
+        a time limit passed, or the relay stops.
 
-        Half-close is not supported, as in the reference: the end of one direction is the end
-        of the client.
+        Half-close is not supported, as in the reference relay: the end of one direction is the
+        end of the client.
         """
         if self.state is State.WAIT_UPGRADE:
-            self._end(None, why=why)
+            self._end(None, reason=reason)
         elif self.state is State.WAIT_HANDSHAKE:
-            self._end("empty", why=why)
+            self._end("empty", reason=reason)
         elif self.state is State.WAIT_PARTNER:
-            self._end("lonely", why=why)
+            self._end("lonely", reason=reason)
         elif self.state is State.RELAYING:
-            self._end("happy", why=why)
+            self._end("happy", reason=reason)
 
-    def partner_left(self, why: Reason) -> None:
-        """The pair is over, and we are the side that stayed."""
+    def abandon(self) -> Session | None:
+        """End after a fault that left this session half changed. Return its partner, if any."""
+        self.pair = self.ended_pair = None
+        self.state = State.DONE
+        return self.rendezvous.expel(self)
+
+    def partner_left(self, reason: Reason) -> None:
+        """End as the side of a pair that stayed."""
         assert self.state is State.RELAYING, self
-        self._enter(State.DONE)
-        self.transport.finish(why)
+        self.ended_pair, self.pair = self.pair, None
+        self.state = State.DONE
+        self.transport.finish(reason)
 
     def end_sent(self) -> None:
-        """The last byte and the end are with this client's kernel, or it is gone for good.
+        """Note that the last byte and the end are with this client's kernel, or that it is gone.
 
-        For the side that stayed this is the moment at which the pair is over.
+        At this moment the pair of a client that stayed is over.
         """
-        if self.state is State.DONE and self.partner is not None:
-            partner, self.partner = self.partner, None
-            self.rendezvous.pair_ended(self, partner)
+        pair, self.ended_pair = self.ended_pair, None
+        if pair is not None:
+            self.rendezvous.pair_ended(pair)
 
     def connection_lost(self) -> None:
-        """The socket is closed: both directions are over, whatever was still to come."""
+        """Note that the socket is closed."""
         self.client_ended()
         self.end_sent()
 
-    # How it ends.
-
-    def _end(self, mood: str | None, reply: bytes = b"", why: Reason = Reason.ENDED) -> None:
-        """The one way out: take leave of all others, answer, finish."""
-        partner, self.partner = self.partner, None
+    def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
+        """Leave the Rendezvous or the pair, record `mood`, send `reply`, finish the transport."""
+        pair, self.pair = self.pair, None
         if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
-        self._enter(State.DONE)
-        if partner is not None:
-            assert mood == "happy"  # said by the pair's record, when it is written
-            partner.partner_left(why)
+        self.state = State.DONE
+        if pair is not None:  # its record is written when the partner has everything
+            pair.remove(self).partner_left(reason)
         elif mood is not None:
             self.rendezvous.record_single(self, mood)
         if reply:
             self.transport.send(reply)
-        self.transport.finish(why)
+        self.transport.finish(reason)
 
-    def _enter(self, state: State) -> None:
-        """The only place where a state changes."""
-        self.state = state
+
+# ---------------------------------------------------------------------------------------------
+# Rendezvous
+#
+# The Rendezvous matches clients. A Pair is two sessions that met: it counts their bytes and has
+# what their record needs.
+# ---------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two sessions that met, until their record is written.
+
+    The record needs nothing of the sessions. So when a client has left, the pair keeps only the
+    session that stayed.
+    """
+
+    CARRIED = ("accepted", "is_direct", "started", "total_bytes", "waiting_time")
+    __slots__ = (*CARRIED, "sessions")
+
+    def __init__(self, one: Session, other: Session) -> None:
+        first, second = (one, other) if one.accepted <= other.accepted else (other, one)
+        self.sessions: tuple[Session, ...] = (one, other)
+        self.started = first.started  # seconds since the epoch
+        self.accepted = first.accepted  # monotonic seconds
+        self.waiting_time = second.accepted - first.accepted
+        self.total_bytes = 0  # after the handshakes, before the end
+        # Between two raw clients, bytes need no Framing and no Session.
+        self.is_direct = one.transport.is_raw and other.transport.is_raw
+
+    def partner_of(self, session: Session) -> Session:
+        """Return the other session of a running pair."""
+        one, other = self.sessions
+        return other if session is one else one
+
+    def count(self, size: int) -> None:
+        """Count `size` bytes that one client sent to the other."""
+        self.total_bytes += size
+
+    def remove(self, leaver: Session) -> Session:
+        """Remove the session whose client left. Return the session that stayed."""
+        stayed = self.partner_of(leaver)
+        self.sessions = (stayed,)
+        return stayed
+
+    def record(self, now: float) -> UsageRecord:
+        """Return the record of the pair, which is over at `now` (monotonic seconds)."""
+        total_time = now - self.accepted
+        return UsageRecord(self.started, total_time, self.waiting_time, self.total_bytes, "happy")
 
 
 class Rendezvous:
-    """Who waits under which token, and which pairs are running.
+    """Which clients wait under which token, and which pairs are not yet recorded.
 
-    All that wait under one token are on the same side, or it is a single client without a
+    All clients that wait under one token have the same side, or there is one client without a
     side: any other two would have been matched. So a newcomer matches all of them or none.
     """
 
     def __init__(
         self, record: Callable[[UsageRecord], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`record` takes each life when it is over; `clock` gives monotonic seconds."""
+        """`record` is called with each record; `clock` returns monotonic seconds."""
         self.record = record
         self.clock = clock
-        self.waiting: dict[bytes, list[Session]] = {}  # by token; the newest is last
-        self.paired: set[Session] = set()  # both sides of each pair, until it is recorded
+        # By token, the newest last. The inner dicts are ordered sets: removal is O(1).
+        self.waiting: dict[bytes, dict[Session, None]] = {}
+        self.waiting_clients = 0
+        self.pairs: set[Pair] = set()
         self.pairs_ended = 0
         self._ended_bytes = 0
 
     def join(self, newcomer: Session) -> None:
-        """Match the newcomer with the newest of those that it matches, or let it wait.
+        """Match the newcomer with the newest client that it matches, or let it wait.
 
-        The newest, because an older one may be half dead without our knowing; the others of
-        its side switch_user redundant now. (In the reference it is an arbitrary one.)
+        The newest, because an older connection may be half dead. The others of its side become
+        redundant now. (The reference relay takes an arbitrary one.)
         """
         assert newcomer.handshake is not None
-        crowd = self.waiting.get(newcomer.handshake.token)
-        if crowd is None:
-            self.waiting[newcomer.handshake.token] = [newcomer]
+        crowd = self.waiting.setdefault(newcomer.handshake.token, {})
+        newest = next(reversed(crowd), None)
+        if newest is None or not self._are_partners(newcomer, newest):
+            crowd[newcomer] = None
+            self.waiting_clients += 1
             return
-        if not newcomer.matches(crowd[-1]):
-            crowd.append(newcomer)
-            return
-        newest = crowd[-1]
         self.forget(newest)
-        self.paired.update((newest, newcomer))
-        newest.matched(newcomer)
-        newcomer.matched(newest)
+        pair = Pair(newest, newcomer)
+        self.pairs.add(pair)
+        newest.matched(pair)
+        newcomer.matched(pair)
         for other in tuple(crowd):
             other.displaced()
 
+    @staticmethod
+    def _are_partners(one: Session, other: Session) -> bool:
+        assert one.handshake is not None and other.handshake is not None
+        return one.handshake.matches(other.handshake)
+
     def forget(self, session: Session) -> None:
-        """It no longer waits. O(n) in those of the same token and side: few, in real life."""
+        """Remove a client that waits. (A KeyError would name the token.)"""
         assert session.handshake is not None
-        crowd = self.waiting.get(session.handshake.token, [])  # a KeyError would name the token
-        crowd.remove(session)
+        crowd = self.waiting.get(session.handshake.token, {})
+        assert session in crowd, session
+        self._remove(session.handshake.token, session)
+
+    def _remove(self, token: bytes, session: Session) -> None:
+        crowd = self.waiting[token]
+        del crowd[session]
+        self.waiting_clients -= 1
         if not crowd:
-            del self.waiting[session.handshake.token]
+            del self.waiting[token]
 
     def record_single(self, session: Session, mood: str) -> None:
-        """A life without a partner is over."""
+        """Record a client that never had a partner."""
         total_time = self.clock() - session.accepted
         self.record(UsageRecord(session.started, total_time, None, 0, mood))
 
-    def pair_ended(self, one: Session, other: Session) -> None:
-        """A pair is over, and all that was to be delivered is."""
-        self.paired.discard(one)
-        self.paired.discard(other)
-        first, second = (one, other) if one.accepted <= other.accepted else (other, one)
-        total_bytes = first.received_bytes + second.received_bytes
+    def pair_ended(self, pair: Pair) -> None:
+        """Record a pair: everything that was to be delivered is delivered."""
+        self.pairs.discard(pair)
         self.pairs_ended += 1
-        self._ended_bytes += total_bytes
-        self.record(
-            UsageRecord(
-                started=first.started,
-                total_time=self.clock() - first.accepted,
-                waiting_time=second.accepted - first.accepted,
-                total_bytes=total_bytes,
-                mood="happy",
-            )
-        )
+        self._ended_bytes += pair.total_bytes
+        self.record(pair.record(self.clock()))
+
+    def expel(self, session: Session) -> Session | None:
+        """Remove `session` from all books after a fault. Return its partner, if it had one.
+
+        This searches all books, because the fault may have left the session half changed.
+        """
+        for token in [token for token, crowd in self.waiting.items() if session in crowd]:
+            self._remove(token, session)
+        for pair in [pair for pair in self.pairs if session in pair.sessions]:
+            if len(pair.sessions) > 1:
+                return pair.remove(session)
+            self.pair_ended(pair)
+        return None
 
     def incomplete_bytes(self) -> int:
-        """What the pairs that are not yet recorded have sent so far."""
-        return sum(session.received_bytes for session in self.paired)
+        """Return the bytes of all pairs that are not yet recorded."""
+        return sum(pair.total_bytes for pair in self.pairs)
 
     def relayed_bytes(self) -> int:
-        """What all pairs have sent since the start."""
+        """Return the bytes of all pairs since the start."""
         return self._ended_bytes + self.incomplete_bytes()
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError if what is written above does not hold. For the tests."""
-        for token, crowd in self.waiting.items():
-            assert crowd, "a token that nobody waits under"
-            for session in crowd:
-                assert session.state is State.WAIT_PARTNER and session.partner is None, session
-                assert session.handshake is not None and session.handshake.token == token
-            sides = {session.handshake.side for session in crowd if session.handshake}
-            assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
-        for session in self.paired:
-            if session.state is State.RELAYING:
-                assert session.partner is not None and session.partner.partner is session
-            else:
-                assert session.state is State.DONE, session
 
 
 # ---------------------------------------------------------------------------------------------
 # Framing
 #
-# How a client spells what a Session understands: one line, then bytes. Over TCP they stand
-# there as they are, over WebSocket they are the payload of messages whose borders mean nothing.
-# A connection begins as DetectFraming, and a Framing gives way to the next one as soon as it is clear
-# who comes; without ws_frames.py, that is at once:
+# How a client's byte stream, one line and then data, is encoded on the wire. Raw clients send the
+# bytes as they are. WebSocket clients send them as the payload of messages, whose borders have no
+# meaning. A connection begins with DetectFraming (without ws_frames.py: with RawFraming), and a
+# Framing replaces itself with the next one:
 #
-#     DetectFraming --+--> RawFraming                          a line, then bytes
-#                 +--> HttpFraming --> WebSocketFraming    the same, in messages
+#     DetectFraming --+--> RawFraming                          a line, then data
+#                     +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
-# Whichever it is gives way to DISCARD when the Session lets the client go.
-# A Framing keeps where it is in the stream in named fields, so that a half-read handshake or
-# frame can be carried elsewhere. What it has to say by itself (an answer, a Pong, a Close) it
-# writes to its Transport, already spelled.
+# When the Session ends, DISCARD takes the place of the last Framing.
+# A Framing keeps its position in the stream in named fields, so that a half-read handshake or
+# frame can be carried over a reload. It writes its own messages (an HTTP answer, a Pong, a Close)
+# to its Transport, already encoded.
 # ---------------------------------------------------------------------------------------------
 
 
 class Framing:
-    """One spelling, and where one client is in it. This one hears nothing and says nothing."""
+    """One encoding, and one client's position in it. This base class discards all input."""
 
-    __slots__ = ()
+    __slots__ = ("_session", "_transport")
+    CARRIED: tuple[str, ...] = ()  # the fields that are the position in the stream
 
-    is_raw = True  # the wire has the bytes as they are: past the line they may pass by us
-    max_read_bytes = READ_BYTES  # to be received in one move
+    is_raw = True  # the wire has the client's bytes as they are
+    max_read_bytes = READ_BYTES  # for one read
+
+    def __init__(self, session: Session, transport: Transport) -> None:
+        self._session = session
+        self._transport = transport
 
     def receive(self, data: memoryview) -> None:
-        """Tell the Session what `data`, the next bytes of the stream, means."""
+        """Decode `data`, the next bytes of the stream, and report it to the Session."""
 
     def encode(self, data: Bytes) -> Sequence[Bytes]:
-        """Give what `data`, which is sent now, looks like on the wire."""
+        """Return the bytes on the wire for `data`, in parts. They must be sent now."""
         return (data,)
 
-    def closing_bytes(self, why: Reason) -> bytes:
-        """Give what is sent before the end."""
+    def closing_bytes(self, reason: Reason) -> bytes:
+        """Return the bytes to send before the end of the connection."""
         return b""
 
     def drained(self) -> None:
-        """All that was queued is with the kernel."""
+        """React to an empty backlog."""
 
     def keep_alive(self) -> None:
-        """Nothing has moved for PING_SECONDS: do something about it."""
+        """React to PING_SECONDS without traffic."""
 
 
-DISCARD = Framing()
+class Discard(Framing):
+    """The Framing of a client whose Session has ended. It needs no fields."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+
+DISCARD = Discard()
 
 
 class RawFraming(Framing):
-    """Plain bytes: finds the handshake line, then is transparent."""
+    """Raw bytes: finds the handshake line, and passes on what follows."""
 
-    __slots__ = ("_line", "_past_line", "_session")
+    __slots__ = ("_line", "_past_line")
+    CARRIED = ("_line", "_past_line")
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._line = b""  # what came of the first line so far
+    def __init__(self, session: Session, transport: Transport) -> None:
+        super().__init__(session, transport)
+        self._line = b""  # the part of the first line that has come
         self._past_line = False
 
     def receive(self, data: Bytes) -> None:
-        """Find the line in `data`, or hand it on.
+        """Find the line in `data`, or pass `data` on.
 
-        The line counts as whole at its newline, and as hopeless at MAX_LINE_BYTES without
-        one, however the bytes were split. Bytes behind it, in the same segment, are data.
+        The line ends at its newline, or is bad at MAX_LINE_BYTES without one, however the bytes
+        were split. Bytes after the newline, in the same segment, are data.
         """
         if self._past_line:
             self._session.bytes_received(data)
@@ -874,7 +1032,7 @@ class RawFraming(Framing):
             self._session.bytes_received(rest)
 
     def message_ended(self) -> None:
-        """A message ends here: that will do in place of a newline behind a whole handshake."""
+        """Accept the end of a message in place of a newline, after a whole handshake."""
         if not self._past_line and parse_handshake(self._line):
             self._end_line(self._line)
 
@@ -885,133 +1043,142 @@ class RawFraming(Framing):
 
 
 class DetectFraming(Framing):
-    """The first bytes: they tell whether a client spells plainly or comes by HTTP."""
+    """The first bytes: decides whether a client is raw or uses HTTP."""
 
-    __slots__ = ("_session", "_start", "_wire")
+    __slots__ = ("_start",)
+    CARRIED = ("_start",)
 
     max_read_bytes = FIRST_READ_BYTES
 
-    def __init__(self, session: Session, wire: Transport) -> None:
-        self._session = session
-        self._wire = wire
-        self._start = b""  # what came, as long as it tells nothing
+    def __init__(self, session: Session, transport: Transport) -> None:
+        super().__init__(session, transport)
+        self._start = b""  # the first bytes, as long as they decide nothing
 
     def receive(self, data: memoryview) -> None:
-        """Make way for the right Framing, if `data` decides which one that is."""
-        session, wire = self._session, self._wire
+        """Install the right Framing as soon as the bytes decide which one that is."""
+        session, transport = self._session, self._transport
         expects_http = session.state is State.WAIT_UPGRADE
         unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS
         start = self._start + data[: len(RAW_BEGINNING)]
         if start.startswith(unexpected):
-            (session.opened if expects_http else session.http_begun)()
+            (session.stream_opened if expects_http else session.http_detected)()
         elif any(beginning.startswith(start) for beginning in unexpected):
             self._start = start
             return
         is_http = session.state is State.WAIT_UPGRADE
-        wire.framing = HttpFraming(session, wire) if is_http else RawFraming(session)
+        transport.framing = (HttpFraming if is_http else RawFraming)(session, transport)
         if self._start:
-            wire.framing.receive(memoryview(self._start))
-        wire.framing.receive(data)
+            transport.framing.receive(memoryview(self._start))
+        transport.framing.receive(data)
 
 
 class HttpFraming(Framing):
-    """A request: for an upgrade to WebSocket, or by somebody who looks whether we live."""
+    """One HTTP request: for an upgrade to WebSocket, or from a health check."""
 
-    __slots__ = ("_reader", "_session", "_wire")
+    __slots__ = ("_reader",)
+    CARRIED = ("_reader",)
 
-    max_read_bytes = FIRST_READ_BYTES  # there may be frames behind the head
+    max_read_bytes = FIRST_READ_BYTES  # frames may follow the head
 
-    def __init__(self, session: Session, wire: Transport) -> None:
-        self._session = session
-        self._wire = wire
+    def __init__(self, session: Session, transport: Transport) -> None:
+        super().__init__(session, transport)
         self._reader = ws_frames.RequestReader()
 
     def receive(self, data: memoryview) -> None:
-        """When the head is whole, answer it. What came behind it is frames."""
+        """Answer the request when its head is whole. What follows the head is frames."""
         try:
             read = self._reader.receive(data)
             if read is None:
                 return
             request, rest = read
             is_upgrade = request.wants_websocket
-            answer = request.accept() if is_upgrade else answer_visitor(request)
+            answer = request.accept() if is_upgrade else answer_plain_request(request)
         except ws_frames.UpgradeRejected as refusal:
             is_upgrade, answer = False, refusal.answer
-        self._wire.write(answer)
+        self._transport.write(answer)
         if is_upgrade:
-            self._session.opened()
-            self._wire.framing = WebSocketFraming(self._session, self._wire)
-            self._wire.framing.receive(memoryview(rest))  # or nothing: its silence begins
+            self._session.stream_opened()
+            self._transport.framing = WebSocketFraming(self._session, self._transport)
+            self._transport.framing.receive(memoryview(rest))
         else:
             self._session.client_ended()
 
 
-def answer_visitor(request: ws_frames.Request) -> bytes:
-    """Give the answer to a request that wants no WebSocket. Raises UpgradeRejected."""
+def answer_plain_request(request: ws_frames.Request) -> bytes:
+    """Return the answer to a request that asks for no upgrade. Raises UpgradeRejected."""
     if request.method not in ws_frames.METHODS:
         raise ws_frames.not_allowed(request.method)
     return ws_frames.http_answer(200, HTTP_TEXT, method=request.method)
 
 
 class WebSocketFraming(Framing):
-    """A stream of bytes in binary messages, and what a WebSocket says besides."""
+    """The byte stream in binary messages, and the control frames around it."""
 
-    __slots__ = ("_goodbye", "_parser", "_pong", "_session", "_stream", "_wire", "max_read_bytes")
+    __slots__ = (
+        "_close_frame",
+        "_parser",
+        "_pong",
+        "_stream",
+        "_unanswered_pings",
+        "max_read_bytes",
+    )
+    CARRIED = __slots__
 
     is_raw = False
 
-    def __init__(self, session: Session, wire: Transport) -> None:
-        self._session = session
-        self._wire = wire
-        self._stream = RawFraming(session)  # what the messages carry
+    def __init__(self, session: Session, transport: Transport) -> None:
+        super().__init__(session, transport)
+        self._stream = RawFraming(session, transport)  # the content of the messages
         self._parser = ws_frames.FrameParser(must_be_masked=True)
-        self._pong = b""  # the newest, if it has to wait until there is room
-        self._goodbye = b""  # the Close that answers what this client did, if it ended things
+        self._pong = b""  # the newest Pong, while it waits for the backlog to empty
+        self._close_frame = b""  # the answer to the client's Close, or to its protocol error
+        self._unanswered_pings = 0  # since the last byte from the client
         self.max_read_bytes = FIRST_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
-        """Take the payload out of the frames in `data`, and answer what is not payload.
+        """Take the payload out of the frames in `data`, and answer control frames.
 
-        For a pair all payload of one call is handed on at once, however small the frames are,
-        and the Pongs that are due go out together. Before that each piece may change what is to
-        be made of the next.
+        While relaying, all payload of one call is passed on at once, however small the frames
+        are, and its Pongs are sent together. Before that, each piece of payload can change the
+        state, and with it the meaning of the next piece.
         """
-        self._wire.note_activity(heard=True)
+        self._unanswered_pings = 0
+        self._transport.note_activity()
         payload: list[Bytes] = []
         pongs: list[bytes] = []
-        frames = 1  # or one more than there are
+        frames = 1  # one more than there are, so that it is never 0
         try:
             for event in self._parser.receive(data):
                 frames += 1
                 if event.opcode == ws_frames.BINARY:
                     payload.append(event.payload)
-                    if self._session.state is not State.RELAYING:
-                        self._hand_on(payload, pongs)
+                    if self._session.pair is None:
+                        self._pass_on(payload, pongs)
                         if event.is_last:
                             self._stream.message_ended()
                         if self._session.state is State.DONE:
                             return
                 elif event.opcode == ws_frames.PING:
                     pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
-                elif event.opcode == ws_frames.CLOSE:  # echo its code: 5.5.1
-                    self._goodbye = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
+                elif event.opcode == ws_frames.CLOSE:  # RFC 6455 5.5.1: echo its code
+                    self._close_frame = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
                     break
         except ws_frames.ProtocolError as error:
-            self._goodbye = ws_frames.build_close(error.code)
-        self._hand_on(payload, pongs)
-        # Up to four times as much the next time, if that is no more than FRAMES_PER_MOVE.
-        growth = min(4, FRAMES_PER_MOVE // frames)
+            self._close_frame = ws_frames.build_close(error.code)
+        self._pass_on(payload, pongs)
+        # The next read may be four times as large, if that is no more than FRAMES_PER_READ.
+        growth = min(4, FRAMES_PER_READ // frames)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
-        if self._goodbye:
+        if self._close_frame:
             self._session.client_ended()
 
-    def _hand_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
-        """Send the Pongs, tell the Session of the payload, and empty both."""
-        if pongs and self._wire.queued_bytes() > PONG_BACKLOG_BYTES:
+    def _pass_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
+        """Send the Pongs, pass the payload to the Session, and empty both lists."""
+        if pongs and self._transport.queued_bytes() > PONG_BACKLOG_BYTES:
             self._pong = pongs[-1]
         elif pongs:
             self._pong = b""
-            self._wire.write(b"".join(pongs))
+            self._transport.write(b"".join(pongs))
         data = payload[0] if len(payload) == 1 else b"".join(payload)
         if data:
             self._stream.receive(data)
@@ -1019,8 +1186,8 @@ class WebSocketFraming(Framing):
         pongs.clear()
 
     def encode(self, data: Bytes) -> Sequence[Bytes]:
-        """Binary messages, none longer than MAX_MESSAGE_BYTES: a header and a slice for each."""
-        self._wire.note_activity(heard=False)
+        """Return binary messages of at most MAX_MESSAGE_BYTES: a header and a slice for each."""
+        self._transport.note_activity()
         if len(data) <= MAX_MESSAGE_BYTES:
             return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
         parts: list[Bytes] = []
@@ -1030,256 +1197,292 @@ class WebSocketFraming(Framing):
             parts += (ws_frames.frame_header(ws_frames.BINARY, len(piece)), piece)
         return parts
 
-    def closing_bytes(self, why: Reason) -> bytes:
-        """A Close: the one that is due to what the client did, or one that says why we end it."""
-        code = ws_frames.GOING_AWAY if why is Reason.STOPPING else ws_frames.NORMAL
-        return self._pong + (self._goodbye or ws_frames.build_close(code))
+    def closing_bytes(self, reason: Reason) -> bytes:
+        """Return a Close: the answer to the client, or one with the code for `reason`."""
+        code = ws_frames.GOING_AWAY if reason is Reason.STOPPING else ws_frames.NORMAL
+        return self._pong + (self._close_frame or ws_frames.build_close(code))
 
     def drained(self) -> None:
-        """There is room for the Pong that had to wait."""
+        """Send the Pong that waited for the backlog to empty."""
         pong, self._pong = self._pong, b""
         if pong:
-            self._wire.write(pong)
-        self._wire.note_activity(heard=False)
+            self._transport.write(pong)
+        self._transport.note_activity()
 
     def keep_alive(self) -> None:
-        """Ping, so that proxies do not take silence for death.
+        """Send a Ping, so that proxies keep the connection open. End a waiting client that is gone.
 
-        Not before the handshake, which has its own limit, and not on top of a backlog.
+        No Ping before the handshake, which has its own time limit, nor behind a backlog.
+        A paired client is never ended for a missing Pong: its reading may be paused. Pings are
+        counted, not seconds: a relay that was itself suspended has sent none.
         """
-        if self._session.state not in HANDSHAKING and not self._wire.queued_bytes():
-            self._wire.write(ws_frames.build_frame(ws_frames.PING))
-        self._wire.note_activity(heard=False)
+        waits = self._session.state is State.WAIT_PARTNER
+        if waits and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
+            self._session.client_ended()
+            return
+        if self._session.state not in HANDSHAKING and not self._transport.queued_bytes():
+            self._transport.write(ws_frames.build_frame(ws_frames.PING))
+            self._unanswered_pings += 1
+        self._transport.note_activity()
 
 
-def first_framing(session: Session, wire: Transport) -> Framing:
-    """Who comes is DetectFraming, if there is more than one way to come."""
-    return RawFraming(session) if ws_frames is None else DetectFraming(session, wire)
+def first_framing(session: Session, transport: Transport) -> Framing:
+    """Return the Framing of a new connection."""
+    return (RawFraming if ws_frames is None else DetectFraming)(session, transport)
 
 
 # ---------------------------------------------------------------------------------------------
 # Connection
 #
-# One non-blocking socket, what it still has to send (its backlog), and which events it waits
-# for. The interest is computed from the backlogs whenever one appears or empties; nobody
-# toggles it. So backpressure is one line: a connection is not read while its partner has a
-# backlog, and a backlog is never more than what one read gave (and, of a WebSocket, some Pongs).
-# What was spliced is queued where it is: in its pipe.
+# One non-blocking socket, its backlog, its interest, and its phase. The interest (the events that
+# the selector waits for) is computed from backlogs and phase whenever one of them changes.
 #
-# Of the Server it uses the shared buffer, the pipes, the time of day and the Rendezvous, and asks
-# it for five things: `watch` (the interest may have changed), `queue_bulk` (there is bulk: others
-# first), `hold` (the end is sent, now wait for the other side's), `doom` (close this at the end of
-# the turn) and `note_activity` (it is not silent).
+# Backpressure: a connection is not read while its partner has a backlog. So a backlog is at most
+# what one read returned, and for a WebSocket some Pongs. A spliced backlog stays in its pipe.
 #
-# Nothing that was received is lost. A failed write is not the end of a client: what it sent
-# before it went is still in its socket, and is read to the end. After our end is sent we go on
-# reading, because closing a socket that has unread input resets it, and a reset destroys what
-# is still under way to the other side.
+# Nothing that was received is lost. A failed write is not the end of a client: what it sent before
+# is still in its socket, and is read to the end. After our end is sent the relay goes on reading,
+# because closing a socket that has unread input resets it, and a reset destroys bytes that are
+# still on their way to the peer.
 # ---------------------------------------------------------------------------------------------
 
 
+class Phase(enum.Enum):
+    """The phases of a Connection. Its docstring has the table."""
+
+    OPEN = "open"
+    FLUSHING = "flushing"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
 class Connection:
-    """One client's socket. Follows its Session's orders and tells it what happens."""
+    """One client's socket. It follows its Session's orders and reports events to it.
 
-    __slots__ = (
-        "_broken",
-        "_bulk",
-        "_end_sent",
-        "_finishing",
-        "_hold_until",
-        "_read_ended",
-        "_server",
-        "_straight_to",
+    tests/test_connection.py executes this table. An event that is not listed changes nothing.
+
+    phase      event                      next       what is done
+    ---------  -------------------------  ---------  -----------------------------------------
+    open       finish                     flushing   the closing bytes are queued
+    flushing   flushed                    lingering  our end is sent
+    flushing   flushed, peer had ended    closed     -
+    flushing   peer ended                 flushing   -
+    lingering  peer ended                 closed     -
+    lingering  5 s since acknowledged     closed     -
+    lingering  60 s, nothing reported     closed     -
+    any        doom                       closed     the backlog is discarded
+
+    flushed: the backlog is empty, or a write failed and it was discarded. A client that never
+    reads stays in `flushing`, or in `lingering` with bytes that its kernel does not acknowledge.
+    No time limit ends these two cases yet; the place for one is `check_linger` and `Timers`.
+    doom: a stop whose time is over, a fault, or a selector that refuses the registration.
+    A closed connection's socket is closed by the Server at the end of the turn.
+    """
+
+    # A reload carries these fields. The others are links, or follow from these.
+    CARRIED = (
+        "_is_bulk",
+        "_linger_deadline",
+        "_peer_ended",
+        "_write_failed",
         "backlog",
-        "dead",
         "fd",
-        "framing",
-        "mask",
-        "partner",
+        "phase",
         "read_bytes",
-        "session",
-        "sock",
     )
+    __slots__ = (*CARRIED, "_server", "framing", "is_unpolled", "mask", "session", "sock")
 
-    def __init__(self, sock: socket.socket, server: Server, role: Role) -> None:
+    def __init__(self, sock: socket.socket, server: EventLoop, role: Role) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
         self.session = Session(self, server.rendezvous, server.wallclock(), role)
         self.framing = first_framing(self.session, self)
-        self.read_bytes = 0  # all that was ever read, as it was spelled
-        self.partner: Connection | None = None  # while relaying: where our bytes go
-        self._straight_to: Connection | None = None  # the same, if both encode plainly
-        self.backlog: bytearray | Pipe | None = None  # None: all is with the kernel
-        self.mask = 0  # the events registered for us; the Server's
-        self.dead = False  # doomed: interested in nothing, whatever this turn's events still say
-        self._bulk = False  # the last read gave much: the next one lines up, and may be spliced
-        self._broken = False  # a write failed: what is sent there is thrown away
-        self._read_ended = False  # the other end's end, or its reset, was read
-        self._finishing = False
-        self._end_sent = False
-        self._hold_until: float | None = None  # None: not yet all acknowledged
+        self.phase = Phase.OPEN
+        self.read_bytes = 0  # all that was read, as it was on the wire
+        self.backlog: bytearray | Pipe | None = None  # None: the kernel has everything
+        self.mask = 0  # the registered events; the Server's field
+        self.is_unpolled = False  # queued for bulk, and not registered meanwhile
+        self._is_bulk = False  # the last read was large
+        self._write_failed = False  # bytes for this client are discarded
+        self._peer_ended = False  # the peer's end, or its reset, was read
+        self._linger_deadline: float | None = None  # None: not everything is acknowledged
 
     def __repr__(self) -> str:
-        """What is going on, without a word about who it is."""
-        flags = "".join(
-            f" {name}"
-            for name in ("broken", "read_ended", "finishing", "end_sent")
-            if getattr(self, f"_{name}")
-        )
+        """Return the state of the connection, without anything about its client."""
+        names = ("write_failed", "peer_ended")
+        flags = "".join(f" {name}" for name in names if getattr(self, f"_{name}"))
         return (
-            f"<Connection fd={self.fd} {'dead' if self.dead else self.session.state.value}"
+            f"<Connection fd={self.fd} {self.phase.value} {self.session.state.value}"
             f" read={'on' if self.mask & EVENT_READ else 'off'}"
             f" write={'on' if self.mask & EVENT_WRITE else 'off'}"
             f" queued={self.queued_bytes()}{flags}>"
         )
 
-    # The Server's questions.
+    @property
+    def partner(self) -> Connection | None:
+        """Return the connection of the partner, while relaying."""
+        partner = self.session.partner
+        if partner is None:
+            return None
+        assert isinstance(partner.transport, Connection)
+        return partner.transport
+
+    # Readiness.
 
     def interest(self) -> int:
-        """Which events we wait for: room, if something is queued; input, if it can go on."""
-        if self.dead:
+        """Return the events to be registered for this connection."""
+        return 0 if self.is_unpolled else self._usable_events()
+
+    def _usable_events(self) -> int:
+        """Return the events that this connection could handle now."""
+        if self.phase is Phase.CLOSED:
             return 0
         mask = 0 if self.backlog is None else EVENT_WRITE
-        if not self._read_ended and (self.partner is None or self.partner.backlog is None):
+        partner = self.partner
+        if not self._peer_ended and (
+            partner is None or (partner.backlog is None and not partner._write_failed)
+        ):
             mask |= EVENT_READ
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """One bounded move. `mask` may be out of date: an earlier event may have changed ours."""
+        """Handle readiness, or queue it if it is for bulk: small messages go first.
+
+        `mask` may be out of date, because an event of this turn may have changed the interest.
+        """
+        bulk = 0
         if mask & self.mask & EVENT_WRITE:
-            self._drain()
+            if self.queued_bytes() >= BULK_BYTES:
+                bulk |= EVENT_WRITE
+            else:
+                self._drain()
         if mask & self.mask & EVENT_READ:
-            if self._bulk:
-                self._server.queue_bulk(self)
+            if self._is_bulk:
+                bulk |= EVENT_READ
             else:
                 self._receive()
+        if bulk:
+            self._server.queue_bulk(self, bulk)
 
-    def on_bulk_turn(self) -> None:
-        """The same, for one who has lined up with bulk, and may have changed meanwhile."""
-        if self.mask & EVENT_READ:
-            self._receive()
+    def on_bulk_turn(self, ready: int) -> int:
+        """Handle readiness that was queued. Return how many bytes moved."""
+        moved = 0
+        if ready & self._usable_events() & EVENT_WRITE:
+            moved += self._drain()
+        if ready & self._usable_events() & EVENT_READ:
+            moved += self._receive()
+        if self.is_unpolled:
+            # As long as reads are large it stays in the queue, and is not polled.
+            if moved >= BULK_BYTES and self._usable_events():
+                self._server.queue_bulk(self, EVENT_READ | EVENT_WRITE)
+            else:
+                self.is_unpolled = False
+                self._server.update_interest(self)
+        return moved
 
-    def delivered(self) -> bool:
-        """Whether the end, and all before it, is sent and acknowledged, as far as one can know."""
-        return self._end_sent and not unacknowledged_bytes(self.sock)
+    # Orders of the Session and the Framing: see Transport.
 
-    def hold_is_over(self, now: float) -> bool:
-        """Whether a held connection had its time to end by itself; the Server asks each second.
-
-        A slow receiver may need long for what is under way to it: the time begins when we
-        first find that its kernel has acknowledged all of it.
-        """
-        if self._hold_until is None:
-            pending = unacknowledged_bytes(self.sock)
-            if pending is None:
-                self._hold_until = now + LINGER_BLIND_SECONDS
-            elif pending == 0:
-                self._hold_until = now + LINGER_SECONDS
-        return self._hold_until is not None and now >= self._hold_until
-
-    def close(self) -> None:
-        """Let go of the socket, and of what it was still to be sent."""
-        self._set_backlog(None)
-        self.sock.close()
-
-    # The Session's orders (see Transport).
+    @property
+    def is_raw(self) -> bool:
+        """Return whether the client's bytes are on the wire without an encoding."""
+        return self.framing.is_raw
 
     def send(self, data: Bytes) -> None:
-        """Have it spelled, and sent."""
+        """Encode and send `data`."""
         self.write(*self.framing.encode(data))
 
-    def link(self, partner: Transport) -> None:
-        """What comes from here goes to `partner` from now on."""
-        assert isinstance(partner, Connection)
-        self.partner = partner
-        if self.framing.is_raw and partner.framing.is_raw:
-            self._straight_to = partner
-        self._server.watch(self)
-
-    def finish(self, why: Reason) -> None:
-        """Send what is queued, then the end; throw away what still comes; then be closed."""
-        self._finishing = True
-        self.partner = self._straight_to = None
-        goodbye, self.framing = self.framing.closing_bytes(why), DISCARD
-        if goodbye and not self.dead:
-            self.write(goodbye)
-        self._go_on_finishing()
-        self._server.watch(self)
-
-    # The Framing's (see Transport).
-
     def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send at once what the kernel takes; only the rest is copied to the backlog."""
-        if self._broken:
+        """Send at once what the kernel accepts. Copy only the rest to the backlog."""
+        if self._write_failed:
             return
         if self.backlog is not None:
-            assert isinstance(self.backlog, bytearray)  # to whom bulk goes, nothing else does
+            assert isinstance(self.backlog, bytearray), "only bulk is sent to this client"
             for part in (data, *more):
                 self.backlog += part
             return
         try:
             sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in NO_ROOM_NOW:
+                self._stop_writing()
+                return
             sent = 0
-        except OSError:
-            self._broken = True
-            return
-        if more or sent < len(data):  # of several it is not worth asking for the sum
+        if more or sent < len(data):  # adding up several sizes would cost more than it saves
             left = unsent((data, *more), sent)
             if left:
                 self._set_backlog(left)
 
     def queued_bytes(self) -> int:
-        """How much the client has left with us."""
+        """Return the size of the backlog."""
         return 0 if self.backlog is None else len(self.backlog)
 
-    def note_activity(self, heard: bool) -> None:
-        """Something of a WebSocket moved, so its silence begins anew."""
-        self._server.note_activity(self, heard)
+    def partner_changed(self) -> None:
+        """Compute the interest again, which depends on the partner."""
+        self._server.update_interest(self)
+
+    def note_activity(self) -> None:
+        """Restart the time of silence."""
+        self._server.note_activity(self)
+
+    def finish(self, reason: Reason) -> None:
+        """Queue the closing bytes, and enter the phase `flushing`."""
+        if self.phase is Phase.CLOSED:
+            return
+        closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
+        self.phase = Phase.FLUSHING
+        if closing_bytes:
+            self.write(closing_bytes)
+        self._advance()
+        self._server.update_interest(self)
 
     # How bytes move.
 
-    def _receive(self) -> None:
-        """Read once, into the buffer that everybody shares, or what is bulk into a pipe.
+    def _receive(self) -> int:
+        """Read once and pass the bytes on. Return how many there were.
 
-        In a pair that spells plainly there is nothing more to decide or to encode: what comes
-        goes straight to the partner. All else is for the Framing.
+        In a direct pair, bytes go straight to the partner, and bulk through a pipe. All other
+        bytes go to the Framing.
         """
-        partner = self._straight_to
-        if self._bulk and partner is not None and self._splice(partner):
-            return
+        pair = self.session.pair
+        if pair is not None and not pair.is_direct:
+            pair = None
+        if pair is not None and self._is_bulk:
+            count = self._splice(pair)
+            if count:
+                return count
         buffer = self._server.buffer
         try:
             count = self.sock.recv_into(buffer, self.framing.max_read_bytes)
         except BlockingIOError:
-            return
-        except OSError:  # a reset: all that came before it was read by now
+            return 0
+        except OSError:  # a reset: everything that came before it was read already
             count = 0
         if not count:
-            self._read_ended = True
+            self._peer_ended = True
             self.session.client_ended()
-            self._go_on_finishing()
-            self._server.watch(self)
-            return
+            self._advance()
+            self._server.update_interest(self)
+            return 0
         self.read_bytes += count
-        self._bulk = count >= BULK_BYTES
-        if partner is not None:
-            self.session.bytes_passed(count)
-            partner.write(buffer[:count])
+        self._is_bulk = count >= BULK_BYTES
+        if pair is not None:
+            pair.count(count)
+            pair.partner_of(self.session).transport.write(buffer[:count])
         else:
             self.framing.receive(buffer[:count])
+        return count
 
-    def _splice(self, partner: Connection) -> bool:
-        """Read once into a pipe, and pour that out to the partner. False: it has to be copied.
+    def _splice(self, pair: Pair) -> int:
+        """Move one pipe's worth of bytes to the partner. Return how many, 0 if it must be copied.
 
-        That goes for all that splice does not give as bytes: the end, a reset, an urgent byte,
-        nothing at all, a refusal. To read tells which it is.
+        splice(2) cannot report the peer's end, a reset or an urgent byte, and it may be refused.
+        The caller's recv then finds out which it is.
         """
-        pipes = self._server.pipes
+        pipes, partner = self._server.pipes, self.partner
         pipe = pipes.lend()
-        if pipe is None:
-            return False
+        if pipe is None or partner is None:
+            return 0
         try:
             pipe.fill(self.sock)
         except OSError:
@@ -1287,189 +1490,476 @@ class Connection:
         count = len(pipe)
         if not count:
             pipes.give_back(pipe)
-            return False
+            return 0
         self.read_bytes += count
-        self._bulk = count >= BULK_BYTES
-        self.session.bytes_passed(count)
-        if partner._empty(pipe):
+        self._is_bulk = count >= BULK_BYTES
+        pair.count(count)
+        if partner._flush(pipe):
             pipes.give_back(pipe)
         else:
             partner._set_backlog(pipe)
-        return True
+        return count
 
-    def _drain(self) -> None:
-        """Send from the backlog. When it is empty, the partner is read again."""
+    def _drain(self) -> int:
+        """Send from the backlog. Return how many bytes left it."""
         assert self.backlog is not None
-        if self._empty(self.backlog):
-            self._set_backlog(None)
-            self.framing.drained()
-            if self._finishing:
-                self._go_on_finishing()
+        before = len(self.backlog)
+        if not self._flush(self.backlog):
+            return before - len(self.backlog)
+        self._set_backlog(None)
+        self.framing.drained()
+        self._advance()
+        return before
 
-    def _empty(self, backlog: bytearray | Pipe) -> bool:
-        """Send from `backlog` what the kernel takes. Whether the rest is nothing, or in vain."""
-        if self._broken:
+    def _flush(self, backlog: bytearray | Pipe) -> bool:
+        """Send from `backlog`. Return whether it is used up: empty, or to be discarded."""
+        if self._write_failed:
             return True
         try:
             if isinstance(backlog, Pipe):
                 backlog.pour(self.sock)
             else:
                 del backlog[: self.sock.send(backlog)]
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._broken = True
-        return self._broken or not len(backlog)
+        except OSError as error:
+            if error.errno in NO_ROOM_NOW:
+                return False
+            self._stop_writing()
+        return self._write_failed or not len(backlog)
+
+    def _stop_writing(self) -> None:
+        """React to a failed write: this client is gone, but what it sent is still delivered.
+
+        The partner is not read any more, because its bytes would be lost. After SHUT_RD a read
+        returns what is queued and then the end, so that the pair ends when that is delivered.
+        """
+        self._write_failed = True
+        try:
+            self.sock.shutdown(socket.SHUT_RD)
+        except OSError:  # a reset: a read will find it
+            pass
+        partner = self.partner
+        if partner is not None:
+            if partner._write_failed:  # neither of the two can be sent anything
+                self.session.client_ended()
+            else:
+                self._server.update_interest(partner)
 
     def _set_backlog(self, backlog: bytearray | Pipe | None) -> None:
-        """A backlog appears or is gone: this changes what we, and our partner, wait for."""
+        """Set or clear the backlog, on which our interest and the partner's depend."""
         if isinstance(self.backlog, Pipe):
             self._server.pipes.give_back(self.backlog)
         self.backlog = backlog
-        self._server.watch(self)
-        if self.partner is not None:
-            self._server.watch(self.partner)
+        self._server.update_interest(self)
+        partner = self.partner
+        if partner is not None:
+            self._server.update_interest(partner)
 
-    def _go_on_finishing(self) -> None:
-        """The one answer to "who closes this socket, and when?".
+    # What closes this socket, and when.
 
-        Not while something is queued. Then, if the other end's end was read, now; else our
-        end is sent, and the connection is held until the other's comes or its time is up.
-        (Who is dead already was doomed by a stop, which waits for nobody.)
-        """
-        assert self._finishing
-        if self.dead or self.backlog is not None:
-            return
-        if self._read_ended:
-            self._server.doom(self)
-        elif not self._end_sent:
-            self._end_sent = True
+    def _advance(self) -> None:
+        """Enter the next phase, if the table in the docstring says so."""
+        if self.phase is Phase.FLUSHING and self.backlog is None:
+            if self._peer_ended:
+                self.doom()
+                return
+            self.phase = Phase.LINGERING
             try:
                 self.sock.shutdown(socket.SHUT_WR)
-            except OSError:  # a reset: its end is read in a moment
+            except OSError:  # a reset: the next read finds it
                 pass
             self.session.end_sent()
-            self._server.hold(self)
+            self.check_linger(self._server.clock())
+        elif self.phase is Phase.LINGERING and self._peer_ended:
+            self.doom()
 
+    def check_linger(self, now: float) -> None:
+        """Close a lingering connection whose peer has had time to end. Else check again later.
 
-def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
-    """Give what is left of `parts` when so many bytes of it are sent."""
-    rest = bytearray()
-    for part in parts:
-        if sent < len(part):
-            rest += memoryview(part)[sent:]
-        sent = max(0, sent - len(part))
-    return rest
+        A slow receiver may need long for the bytes on their way to it. So the time begins when
+        its kernel is first seen to have acknowledged everything.
+        """
+        if self._linger_deadline is None:
+            pending = unacknowledged_bytes(self.sock)
+            if pending is None:
+                self._linger_deadline = now + LINGER_BLIND_SECONDS
+            elif pending == 0:
+                self._linger_deadline = now + LINGER_SECONDS
+        if self._linger_deadline is not None and now >= self._linger_deadline:
+            self.doom()
+        else:
+            self._server.poll_linger(self)
+
+    def is_delivered(self) -> bool:
+        """Return whether our end, and all before it, is acknowledged, as far as is known."""
+        if self.phase is Phase.LINGERING:
+            return not unacknowledged_bytes(self.sock)
+        return self.phase is Phase.CLOSED
+
+    def doom(self) -> None:
+        """Have the socket closed at the end of this turn."""
+        if self.phase is not Phase.CLOSED:
+            self.phase = Phase.CLOSED
+            self._server.doom(self)
+            self._server.update_interest(self)
+
+    def close(self) -> None:
+        """Close the socket and discard the backlog. Only the Server calls this."""
+        try:
+            self._set_backlog(None)
+        finally:
+            self.sock.close()
 
 
 # ---------------------------------------------------------------------------------------------
-# Time
+# Timers
 #
-# One queue for each kind. All entries of a kind wait equally long, so the queue is sorted by
-# construction, and whoever starts anew goes to its end. A queue says who is due; what that
-# means is the Server's to say, who may find that it means nothing any more. Beside the queues
-# there are the chores: what is done again and again, for nobody in particular.
+# One queue for each kind of time limit. All entries of a queue have the same limit, so the queue
+# is sorted by construction: a new entry goes to its end. It keeps the time at which an entry
+# began, not its deadline, so that a limit can be changed. The Server decides what an expired
+# entry means; often it means nothing any more. Chores are periodic tasks.
 # ---------------------------------------------------------------------------------------------
 
 
-class Timeouts:
-    """Connections that all wait equally long for something: sorted by construction."""
+class TimeLimit:
+    """Connections for which the same time limit runs, the earliest first."""
 
     def __init__(self, seconds: float) -> None:
-        """`seconds`: 0 switches it off."""
+        """`seconds`: the limit; 0 switches it off."""
         self._seconds = seconds
-        self._due: OrderedDict[Connection, float] = OrderedDict()
+        self._since: OrderedDict[Connection, float] = OrderedDict()
 
     def start(self, conn: Connection, now: float) -> None:
-        """`conn` is due `seconds` from now."""
+        """Start the limit for `conn` at `now`, or start it again."""
         if self._seconds:
-            self._due[conn] = now + self._seconds
-            self._due.move_to_end(conn)
+            self._since[conn] = now
+            self._since.move_to_end(conn)
 
     def cancel(self, conn: Connection) -> None:
-        """Forget `conn`, if it is in the queue."""
-        self._due.pop(conn, None)
+        """Remove `conn`, if it is in the queue."""
+        self._since.pop(conn, None)
 
     def next_due(self) -> float:
-        """When the first one is due; infinity if none is."""
-        return next(iter(self._due.values()), float("inf"))
+        """Return when the first entry expires; infinity if there is none."""
+        return next(iter(self._since.values()), float("inf")) + self._seconds
 
     def take_expired(self, now: float) -> list[Connection]:
-        """Take out all that are due."""
+        """Remove and return the connections whose limit has expired."""
         expired = []
         while self.next_due() <= now:
-            expired.append(self._due.popitem(last=False)[0])
+            expired.append(self._since.popitem(last=False)[0])
         return expired
 
-    def waiting(self) -> set[Connection]:
-        """All that are in the queue."""
-        return set(self._due)
+    def postpone(self, seconds: float) -> None:
+        """Move all deadlines: the process was suspended for so long."""
+        for conn in self._since:
+            self._since[conn] += seconds
+
+    def connections(self) -> set[Connection]:
+        """Return all connections for which the limit runs."""
+        return set(self._since)
 
 
 class Chore:
-    """What is done every so many seconds, for the first time at once."""
+    """A task that is done periodically, for the first time at once."""
 
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self.due = float("-inf")  # monotonic seconds
+        self.work = work
         self._seconds = seconds
-        self._work = work
 
-    def do_if_due(self, now: float) -> None:
-        """Do it, if it is time."""
-        if now >= self.due:
-            self.due = now + self._seconds
-            self._work()
+    def start(self, now: float) -> bool:
+        """Return whether the task is due at `now`. If so, its next period begins."""
+        if now < self.due:
+            return False
+        self.due = now + self._seconds
+        return True
 
 
 class Timers:
-    """The queues, one for each thing that somebody may wait for too long, and the chores."""
+    """The queues of all time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # Nobody is taken out when his handshake is there: to look once, later, is cheaper.
-        self.handshaking = Timeouts(limits.handshake_seconds)
-        self.holding = Timeouts(LINGER_POLL_SECONDS)
-        # WebSockets only: since anything moved, and since a client without partner was heard.
-        self.quiet = Timeouts(PING_SECONDS)
-        self.unheard = Timeouts(SILENCE_SECONDS)
-        self._queues = (self.handshaking, self.holding, self.quiet, self.unheard)
+        # An entry stays when its handshake has come: to look at it once, later, is cheaper.
+        self.handshaking = TimeLimit(limits.handshake_seconds)
+        self.lingering = TimeLimit(LINGER_POLL_SECONDS)
+        self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
+        self._queues = (self.handshaking, self.lingering, self.silent)
         self.chores: list[Chore] = []
 
     def next_due(self) -> float:
-        """When the first of all is due; infinity if none is."""
+        """Return when the first limit or chore is due; infinity if there is none."""
         chores_due = min((chore.due for chore in self.chores), default=float("inf"))
         return min(chores_due, *(queue.next_due() for queue in self._queues))
 
+    def postpone(self, seconds: float) -> None:
+        """Move all deadlines of connections."""
+        for queue in self._queues:
+            queue.postpone(seconds)
+
     def forget(self, conn: Connection) -> None:
-        """It is gone."""
+        """Remove a closed connection from all queues."""
         for queue in self._queues:
             queue.cancel(conn)
 
-    def check_invariants(self, connections: set[Connection]) -> None:
-        """Raise AssertionError if somebody waits who is gone. For the tests."""
-        for queue in self._queues:
-            assert queue.waiting() <= connections, "a time limit for nobody"
+
+# ---------------------------------------------------------------------------------------------
+# Accepting and draining
+#
+# The listeners in the loop. Newcomers are accepted until the relay has as many connections as its
+# descriptors allow. Then, and when the system has no more resources, the listeners are taken out
+# of the selector, and newcomers wait in the kernel's queue. `Drain` is the opposite: what a stop
+# waits for.
+# ---------------------------------------------------------------------------------------------
+
+
+class Door(NamedTuple):
+    """One listener in the selector."""
+
+    acceptor: Acceptor
+    listener: Listener
+
+    def on_ready(self, _mask: int) -> None:
+        """Accept newcomers."""
+        self.acceptor.accept(self.listener)
+
+
+class Acceptor:
+    """All listeners: accepts newcomers, or pauses.
+
+    A pause ends after ACCEPT_RETRY_SECONDS, or when `resume` is called because a connection has
+    closed. After an errno that is not known only time ends it, so that it cannot spin.
+    """
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        admit: Callable[[socket.socket, Role], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`admit` is called with each newcomer's socket."""
+        self._listeners = list(listeners)
+        self._admit = admit
+        self._clock = clock
+        self._selector: selectors.BaseSelector | None = None
+        self._is_accepting = False
+        self._may_resume = False  # a closed connection ends the pause
+        self.retry_at = float("inf")  # monotonic seconds; infinity while accepting
+        self._complaints = Throttle()
+
+    def start(self, selector: selectors.BaseSelector) -> None:
+        """Begin to accept. Raises OSError if the selector refuses a listener."""
+        self._selector = selector
+        for listener in self._listeners:
+            selector.register(listener.fd, EVENT_READ, Door(self, listener))
+        self._is_accepting = bool(self._listeners)
+
+    def accept(self, listener: Listener) -> None:
+        """Accept some of the newcomers of a listener. The rest are accepted in the next turn."""
+        for _ in range(ACCEPTS_PER_WAKEUP):
+            if not self._is_accepting:
+                return
+            try:
+                sock, _address = listener.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_RESOURCES:
+                    self.pause(error_text(error))
+                elif error.errno not in NEWCOMER_LOST:
+                    name = errno.errorcode.get(error.errno or 0, "unknown error")
+                    self.pause(f"accept: {name}, {error_text(error)}", may_resume=False)
+            else:
+                self._admit(sock, listener.role)
+
+    def pause(self, why: str, may_resume: bool = True) -> None:
+        """Stop accepting for a while. Log the reason, at most once a minute."""
+        if not self._is_accepting:
+            return
+        now = self._clock()
+        self._unregister()
+        self._may_resume = may_resume
+        self.retry_at = now + ACCEPT_RETRY_SECONDS
+        if self._complaints.is_due(now):
+            log.warning("newcomers have to wait: %s", why)
+
+    def resume(self, now: float) -> None:
+        """End a pause, if its time is over or if a closed connection ends it."""
+        if self.retry_at == float("inf") or (now < self.retry_at and not self._may_resume):
+            return
+        assert self._selector is not None
+        self.retry_at = float("inf")
+        try:
+            self.start(self._selector)
+        except OSError as error:
+            self._is_accepting = True
+            self.pause(error_text(error), may_resume=False)
+
+    def descriptors(self) -> set[int]:
+        """Return the listeners' descriptors."""
+        return {listener.fd for listener in self._listeners}
+
+    def close(self) -> None:
+        """Close the listeners."""
+        self._unregister()
+        self.retry_at = float("inf")
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+
+    def _unregister(self) -> None:
+        self._is_accepting = False
+        if self._selector is not None:
+            registered = self._selector.get_map()
+            for listener in self._listeners:
+                if listener.fd in registered:
+                    self._selector.unregister(listener.fd)
+
+
+class WakeUp:
+    """A socket pair: a byte written to one end by a signal ends the select."""
+
+    def __init__(self) -> None:
+        """Make the sockets. Raises OSError."""
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def on_ready(self, _mask: int) -> None:
+        """Read what was written."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def fileno(self) -> int:
+        """Return the descriptor that the selector waits for."""
+        return self._reader.fileno()
+
+    def signal_fd(self) -> int:
+        """Return the descriptor that Python writes to when a signal comes."""
+        return self._writer.fileno()
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Drain:
+    """What a stop waits for: that everything which has arrived by now is delivered."""
+
+    def __init__(self, connections: Iterable[Connection]) -> None:
+        """Note how much has arrived from each client."""
+        self._arrived_bytes = {
+            conn: conn.read_bytes + unread_bytes(conn.sock)
+            for conn in connections
+            if conn.session.pair is not None
+        }
+        self._undelivered = set(connections)
+
+    def finished_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
+        """Yield the leaver of each pair, among `connections`, of which all arrived bytes are read."""
+        for leaver in self.all_pairs(connections):
+            partner = leaver.partner
+            assert partner is not None
+            if all(one.read_bytes >= self._arrived_bytes[one] for one in (leaver, partner)):
+                yield leaver
+
+    def all_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
+        """Yield the leaver of each running pair: a side without a backlog, if there is one.
+
+        The side that still has a backlog stays, so that the pair lasts until that is delivered.
+        """
+        for conn in tuple(connections):
+            partner = conn.partner
+            if partner is not None:
+                yield partner if conn.backlog is not None else conn
+
+    def is_complete(self) -> bool:
+        """Return whether every connection's end is acknowledged. Each one is asked until it is."""
+        while self._undelivered:
+            conn = next(iter(self._undelivered))
+            if not conn.is_delivered():
+                return False
+            self._undelivered.discard(conn)
+        return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+#
+# Unexpected exceptions that were contained. The texts name places in the program and never contain
+# data of a client: of most exceptions only the type is logged, as their message might.
+# ---------------------------------------------------------------------------------------------
+
+
+class Faults:
+    """Counts contained exceptions, and logs each place in the program once a minute."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.count = 0
+        self._clock = clock
+        self._throttles: dict[str, Throttle] = {}
+        self._unlogged: dict[str, int] = {}
+        self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
+
+    def note_exception(self) -> None:
+        """Note the exception that is being handled, with its traceback."""
+        error = sys.exc_info()[1]
+        assert error is not None
+        if isinstance(error, MemoryError):
+            self._memory_reserve = None
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{frames[-1].name}, line {frames[-1].lineno}"
+        lines = "".join(traceback.format_list(frames))
+        has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
+        text = f": {error}" if has_own_text and str(error) else ""
+        self._log(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+
+    def note(self, what: str, error: OSError) -> None:
+        """Note an error of the system that ends a connection."""
+        self._log(what, f"{what}: {error_text(error)}")
+
+    def restore_memory_reserve(self) -> None:
+        """Allocate the reserve again, if it was released and there is room."""
+        if self._memory_reserve is None:
+            with contextlib.suppress(MemoryError):
+                self._memory_reserve = bytearray(MEMORY_RESERVE_BYTES)
+
+    def _log(self, place: str, message: str) -> None:
+        self.count += 1
+        if self._throttles.setdefault(place, Throttle()).is_due(self._clock()):
+            unlogged = self._unlogged.pop(place, 0)
+            more = f" ({unlogged} more since the last message)" if unlogged else ""
+            log.error("%s%s", message, more)
+        else:
+            self._unlogged[place] = self._unlogged.get(place, 0) + 1
 
 
 # ---------------------------------------------------------------------------------------------
 # Server
 #
-# One select, one dispatch; each ready object gets one bounded move. Whoever has bulk lines up for
-# it, so that a few bytes of one pair need not wait for the megabytes of all others.
+# One select, one dispatch. Small reads are handled at once; bulk is queued, and a turn serves only
+# so much of it that small messages do not wait long.
 #
-# Closing is deferred: `doom` marks a connection now, `_reap` closes it at the end of the turn, so
+# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, so
 # that no event of the turn meets a closed socket or its reused number. Signal handlers only note
-# the signal; Python writes a byte to the wake-up socket, which ends the select.
+# the signal; the loop acts on it.
+#
+# Faults are contained: an unexpected exception ends the connection that was being served, and its
+# pair. It is logged and counted. Only a fault of the loop itself ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
-class Watcher(NamedTuple):
-    """Who is told that a socket is ready, if that is no Connection's."""
+class ServerPhase(enum.Enum):
+    """The phases of a Server, in their order. Each stop phase has a deadline."""
 
-    on_ready: Callable[[int], None]
+    SERVING = "serving"
+    STOPPING_BYTES = "stopping: bytes"  # pairs end when what has arrived is delivered
+    STOPPING_RECORDS = "stopping: records"  # all connections are closed
+    OVER = "over"
 
 
 class Server:
-    """Waits for all sockets at once, and owns everything that there is only one of."""
+    """Waits for all sockets at once, and owns everything of which there is one."""
 
     def __init__(
         self,
@@ -1478,325 +1968,338 @@ class Server:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         wallclock: Callable[[], float] = time.time,
-        most_pipes: int = 0,
+        *,
+        max_pipes: int = 0,
+        max_connections: int | None = None,
     ) -> None:
-        """`clock` and `wallclock` give seconds: monotonic, and since the epoch.
+        """Make a Server that opens and registers nothing before `start`.
 
-        `most_pipes`: lent to bulk at one time; with 0 all is copied.
+        `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: lent
+        to bulk at one time; 0: everything is copied. `max_connections`: None: no maximum.
         """
         self.clock = clock
         self.wallclock = wallclock
         self.recorder = recorder
-        self.rendezvous = Rendezvous(self.recorder.record, clock)
+        self.rendezvous = Rendezvous(recorder.record, clock)
         self.buffer = memoryview(bytearray(READ_BYTES))
-        self.pipes = PipePool(most_pipes, clock)
+        self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
-        self.over = False  # nothing is left to be done
-        self._rebooted = int(wallclock())
-        self._selector = selectors.DefaultSelector()
+        self.phase = ServerPhase.SERVING
+        self.faults = Faults(clock)
+        self._started = clock()
+        self._selector: selectors.BaseSelector
+        self._wakeup: WakeUp | None = None
+        self._acceptor = Acceptor(listeners, self.admit, clock)
+        self._max_connections = max_connections
+        self._tcp_options = socket_options(limits.keepalive_seconds)
         self._doomed: deque[Connection] = deque()
-        self._line: OrderedDict[Connection, None] = OrderedDict()  # those who have bulk
+        self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self._timers = Timers(limits)
-        self.every(CURRENT_SECONDS, lambda: recorder.update(self.current()))
+        self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
         self._signals: deque[int] = deque()
-        self._wakeup, self._waker = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._waker.setblocking(False)
-        self._selector.register(self._wakeup, EVENT_READ, Watcher(self._on_wakeup))
-        self._listeners = list(listeners)
-        self._accepting = False
-        self._accept_at = float("inf")
-        self._accept_complaints = Throttle()
-        self._start_accepting()
-        # A stop has two phases, each with its last moment: bytes, then records. How much we have
-        # read from a connection, once we have all that had reached us when the stop began.
-        self._flush_until: float | None = None
-        self._record_until: float | None = None
-        self._owing: dict[Connection, int] = {}
+        self._signal_actions: dict[int, Callable[[], None]] = {
+            number: partial(self._stop_signalled, number) for number in STOP_SIGNALS
+        }
+        self._deadline = float("inf")  # of a stop phase
+        self._drain: Drain | None = None  # from the begin of a stop
+
+    def start(self) -> None:
+        """Open the selector and begin to accept. Raises OSError."""
+        self._selector = selectors.DefaultSelector()
+        self._wakeup = WakeUp()
+        self._selector.register(self._wakeup.fileno(), EVENT_READ, self._wakeup)
+        self._acceptor.start(self._selector)
 
     # The loop.
 
     def run(self, ready: Callable[[], None], stopping: Callable[[], None]) -> None:
-        """Serve until SIGTERM or SIGINT, and to the end of the stop that follows.
+        """Serve until a signal stops the relay, and until the stop is complete.
 
-        `ready` is called when everything is in place, `stopping` when a stop has begun.
+        `ready` is called when signals are handled and newcomers are accepted, `stopping` when a
+        stop has begun.
         """
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        assert self._wakeup is not None, "not started"
+        signal.set_wakeup_fd(self._wakeup.signal_fd(), warn_on_full_buffer=False)
+        for number in IGNORED_SIGNALS - set(self._signal_actions):
+            signal.signal(number, signal.SIG_IGN)
+        for number in self._signal_actions:
             signal.signal(number, lambda number, _: self._signals.append(number))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a reload
+        # Blocked signals are inherited: a relay must not be deaf because its parent was.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signal_actions)
         try:
             ready()
-            while self._flush_until is None:
-                self.run_once(self._patience())
+            while self.phase is ServerPhase.SERVING:
+                self.run_once(self._timeout())
             stopping()
-            while not self.over:
-                self.run_once(self._patience())
+            while self.phase is not ServerPhase.OVER:
+                self.run_once(self._timeout())
         finally:
             signal.set_wakeup_fd(-1)
 
-    def run_once(self, timeout: float | None) -> None:
-        """One turn: wait at most `timeout` seconds (None: as long as it takes), then work.
-
-        Whoever has little is served at once. Of those lined up with bulk a quarter is: all would
-        keep the others waiting, and much less would cost too many selects.
-        """
-        for key, mask in self._selector.select(0 if self._line else timeout):
-            key.data.on_ready(mask)
-        for _ in range((len(self._line) + 3) // 4):
-            conn, _ = self._line.popitem(last=False)
-            conn.on_bulk_turn()
+    def run_once(self, timeout: float) -> None:
+        """Run one turn: wait at most `timeout` seconds, then work."""
+        events = self._wait(0 if self._bulk_queue else timeout)
+        for key, mask in events:
+            try:
+                key.data.on_ready(mask)
+            except Exception:
+                self._contain(key.data)
+        served = self._serve_bulk()
         while self._signals:
-            self._on_signal(self._signals.popleft())
+            action = self._signal_actions[self._signals.popleft()]
+            self._guard(action)
+        if self._drain is not None:
+            served += [key.data for key, _ in events if isinstance(key.data, Connection)]
+            self._end_pairs(self._drain.finished_pairs(served))
         self._run_timers(self.clock())
         self._reap()
+        self.faults.restore_memory_reserve()
 
-    def close(self) -> None:
-        """Let go of everything, at once."""
-        self._stop_listening()
-        self._close_connections()
-        self.pipes.close()
-        self._selector.close()
-        self._wakeup.close()
-        self._waker.close()
+    def _wait(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return the events of one select.
 
-    def every(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do `work` in the next turn, and then every `seconds`: it must not block."""
-        self._timers.chores.append(Chore(seconds, work))
+        If the process was suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
+        went on, and select returns an empty list without asking the kernel again. So ask again
+        before any timer runs, and give everybody the lost time back.
+        """
+        before = self.clock()
+        events = self._selector.select(timeout)
+        suspended_seconds = self.clock() - before - timeout
+        if suspended_seconds > SUSPENDED_SECONDS:
+            self._timers.postpone(suspended_seconds)
+            self._deadline += suspended_seconds
+            events = events or self._selector.select(0)
+        return events
 
-    def snapshot(self) -> Snapshot:
-        """How things stand, for people."""
-        return Snapshot(
-            pairs=len(self.rendezvous.paired) // 2,
-            waiting=sum(map(len, self.rendezvous.waiting.values())),
-            connections=len(self.connections),
-            pairs_ended=self.rendezvous.pairs_ended,
-            relayed_bytes=self.rendezvous.relayed_bytes(),
-        )
+    def _timeout(self) -> float:
+        """Return how long the select may wait (seconds)."""
+        due = min(self._timers.next_due(), self._acceptor.retry_at)
+        timeout = max(0.0, due - self.clock())
+        return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
 
-    def current(self) -> Current:
-        """How things stand, for the `current` row."""
-        return Current(
-            rebooted=self._rebooted,
-            updated=int(self.wallclock()),
-            connected=len(self.rendezvous.paired),
-            waiting=len(self.rendezvous.waiting),
-            incomplete_bytes=self.rendezvous.incomplete_bytes(),
-        )
-
-    def _on_wakeup(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wakeup.recv(4096)
+    def _serve_bulk(self) -> list[Connection]:
+        """Serve the front of the bulk queue, until a turn's share is used. Return which ones."""
+        served: list[Connection] = []
+        moved = 0
+        deadline = self.clock() + TURN_BULK_SECONDS if self._bulk_queue else 0.0
+        for _ in range((len(self._bulk_queue) + 3) // 4):
+            conn, ready = self._bulk_queue.popitem(last=False)
+            served.append(conn)
+            try:
+                moved += conn.on_bulk_turn(ready)
+            except Exception:
+                self._contain(conn)
+            if moved >= TURN_BULK_BYTES or self.clock() >= deadline:
+                break
+        return served
 
     def _run_timers(self, now: float) -> None:
         for conn in self._timers.handshaking.take_expired(now):
             if conn.session.state in HANDSHAKING:
-                conn.session.client_ended()
-        for conn in self._timers.unheard.take_expired(now):
-            if conn.session.state is State.WAIT_PARTNER:
-                conn.session.client_ended()
-        for conn in self._timers.quiet.take_expired(now):
-            conn.framing.keep_alive()
-        for conn in self._timers.holding.take_expired(now):
-            self.hold(conn)
-        if now >= self._accept_at:
-            self._start_accepting()
+                self._guard(conn.session.client_ended, conn)
+        for conn in self._timers.silent.take_expired(now):
+            self._guard(conn.framing.keep_alive, conn)
+        for conn in self._timers.lingering.take_expired(now):
+            self._guard(partial(conn.check_linger, now), conn)
+        if now >= self._acceptor.retry_at:
+            self._guard(partial(self._acceptor.resume, now))
         for chore in self._timers.chores:
-            chore.do_if_due(now)
-        if self._flush_until is not None:
-            self._go_on_stopping(now)
+            if chore.start(now):
+                self._guard(chore.work)
+        if self.phase is not ServerPhase.SERVING:
+            self._guard(partial(self._continue_stop, now))
 
-    def _patience(self) -> float:
-        """How long the select may wait, in seconds."""
-        patience = max(0.0, min(self._timers.next_due(), self._accept_at) - self.clock())
-        return patience if self._flush_until is None else min(patience, STOP_POLL_SECONDS)
+    def close(self) -> None:
+        """Close everything at once."""
+        self._acceptor.close()
+        self._close_connections()
+        self.pipes.close_idle()
+        if self._wakeup is not None:
+            self._selector.close()
+            self._wakeup.close()
 
-    # What a Connection asks for.
+    def every(self, seconds: float, work: Callable[[], None]) -> None:
+        """Call `work`, which must not block, in the next turn and then every `seconds`."""
+        self._timers.chores.append(Chore(seconds, work))
 
-    def watch(self, conn: Connection) -> None:
-        """Wait for what `conn` is interested in. The only place that changes a registration."""
+    def on_signal(self, number: int, action: Callable[[], None]) -> None:
+        """Have the loop call `action` after signal `number`. To be called before `run`."""
+        self._signal_actions[number] = action
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the relay."""
+        now = self.wallclock()
+        return Snapshot(
+            # Not the time of day at the start: the clock may have been set since then.
+            started_at=now - (self.clock() - self._started),
+            taken_at=now,
+            pairs=len(self.rendezvous.pairs),
+            waiting_clients=self.rendezvous.waiting_clients,
+            waiting_tokens=len(self.rendezvous.waiting),
+            connections=len(self.connections),
+            pairs_ended=self.rendezvous.pairs_ended,
+            relayed_bytes=self.rendezvous.relayed_bytes(),
+            incomplete_bytes=self.rendezvous.incomplete_bytes(),
+            faults=self.faults.count,
+        )
+
+    # What a Connection asks for: see EventLoop.
+
+    def update_interest(self, conn: Connection) -> None:
+        """Register what `conn` is interested in. Doom it if the selector refuses."""
         mask = conn.interest()
         if mask == conn.mask:
             return
-        if not mask:  # epoll would go on reporting a hang-up with an empty mask: unregister
-            self._selector.unregister(conn.fd)
-        elif not conn.mask:
-            self._selector.register(conn.fd, mask, conn)
-        else:
-            self._selector.modify(conn.fd, mask, conn)
-        conn.mask = mask
+        try:
+            if not mask:  # epoll would report a hang-up for ever: unregister
+                self._selector.unregister(conn.fd)
+            elif not conn.mask:
+                self._selector.register(conn.fd, mask, conn)
+            else:
+                self._selector.modify(conn.fd, mask, conn)
+            conn.mask = mask
+        except OSError as error:  # ENOSPC, ENOMEM: the selector has forgotten the descriptor
+            conn.mask = 0
+            self.faults.note("the selector refused a connection", error)
+            conn.doom()
 
-    def queue_bulk(self, conn: Connection) -> None:
-        """`conn` has bulk to be read: those who have little, and who came before it, go first."""
-        self._line.setdefault(conn)
+    def queue_bulk(self, conn: Connection, ready: int) -> None:
+        """Put `conn` at the end of the bulk queue, if it is not in it.
 
-    def hold(self, conn: Connection) -> None:
-        """The end is sent: close `conn` if its peer has had time to take it in, else ask again."""
-        now = self.clock()
-        if conn.hold_is_over(now):
-            self.doom(conn)
-        else:
-            self._timers.holding.start(conn, now)
+        In a long queue it is not polled: the select would return it in each turn until it is
+        served, and cost more than the bytes.
+        """
+        self._bulk_queue[conn] = self._bulk_queue.get(conn, 0) | ready
+        if len(self._bulk_queue) > POLLED_BULK and not conn.is_unpolled:
+            conn.is_unpolled = True
+            self.update_interest(conn)
 
-    def note_activity(self, conn: Connection, heard: bool) -> None:
-        """Something of a WebSocket moved: its times of silence begin anew."""
-        now = self.clock()
-        self._timers.quiet.start(conn, now)
-        if heard and conn.partner is None:
-            self._timers.unheard.start(conn, now)
+    def note_activity(self, conn: Connection) -> None:
+        """Restart the time of silence of a WebSocket."""
+        self._timers.silent.start(conn, self.clock())
+
+    def poll_linger(self, conn: Connection) -> None:
+        """Have the acknowledgements of `conn` checked again after LINGER_POLL_SECONDS."""
+        self._timers.lingering.start(conn, self.clock())
 
     def doom(self, conn: Connection) -> None:
-        """Close `conn` at the end of this turn. Whoever is doomed hears nothing more."""
-        if not conn.dead:
-            conn.dead = True
-            self._doomed.append(conn)
-            self.watch(conn)
+        """Close `conn` at the end of this turn."""
+        self._doomed.append(conn)
 
     def _reap(self) -> None:
-        """Close the doomed. To take leave may doom others, so until there are none."""
+        """Close the doomed connections. Their ends may doom others, so until there are none."""
         if not self._doomed:
             return
         while self._doomed:
             conn = self._doomed.popleft()
-            conn.close()
+            self._bulk_queue.pop(conn, None)
+            self._guard(conn.close, conn)
+            self._guard(conn.session.connection_lost, conn)
             self.connections.discard(conn)
             self._timers.forget(conn)
-            conn.session.connection_lost()
-        if self._listeners and not self._accepting:
-            self._start_accepting()  # there is room again
+        if self._has_room():
+            self._acceptor.resume(self.clock())
 
     def _close_connections(self) -> None:
         for conn in self.connections:
-            self.doom(conn)
+            self._guard(conn.doom, conn)
         self._reap()
 
     # Newcomers.
 
-    def admit(self, sock: socket.socket, role: Role = Role.PORT) -> Connection:
-        """Take in a newcomer's socket; `role`: from a `--websocket` listener."""
-        prepare(sock)
-        conn = Connection(sock, self, role)
-        self.connections.add(conn)
-        self._timers.handshaking.start(conn, self.clock())
-        self.watch(conn)
-        return conn
+    def admit(self, sock: socket.socket, role: Role = Role.PORT) -> None:
+        """Add a newcomer. `role`: of the listener that accepted it."""
+        conn = None
+        try:
+            prepare_socket(sock, self._tcp_options)
+            conn = Connection(sock, self, role)
+            self.connections.add(conn)
+            self._timers.handshaking.start(conn, self.clock())
+            self.update_interest(conn)
+        except Exception:
+            self._contain(conn)
+            if conn is None:
+                sock.close()
+        if conn is not None and not conn.mask:
+            self._acceptor.pause("the selector is full")
+        elif not self._has_room():
+            self._acceptor.pause(f"{len(self.connections)} connections, the most that can be open")
 
-    def _accept(self, listener: Listener, _mask: int) -> None:
-        """Take in some of the newcomers that wait. The rest is there in the next turn too."""
-        for _ in range(ACCEPTS_PER_WAKEUP):
-            if not self._accepting:
-                return
-            try:
-                sock, _address = listener.sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno not in NEWCOMER_LOST:  # no descriptors, no memory: it will pass
-                    self._pause_accepting(error_text(error))
-            else:
-                self.admit(sock, listener.role)
+    def _has_room(self) -> bool:
+        return self._max_connections is None or len(self.connections) < self._max_connections
 
-    def _start_accepting(self) -> None:
-        self._accept_at = float("inf")
-        self._accepting = True
-        for listener in self._listeners:
-            watcher = Watcher(partial(self._accept, listener))
-            self._selector.register(listener.fd, EVENT_READ, watcher)
+    # Faults.
 
-    def _pause_accepting(self, why: Reason) -> None:
-        """Leave newcomers in the kernel's queue for a second, or until somebody leaves."""
-        now = self.clock()
-        self._accepting = False
-        self._accept_at = now + ACCEPT_RETRY_SECONDS
-        for listener in self._listeners:
-            self._selector.unregister(listener.fd)
-        self.pipes.close()  # newcomers need descriptors more than bulk does
-        if self._accept_complaints.is_due(now):
-            log.warning("newcomers have to wait: %s", why)
+    def _guard(self, work: Callable[[], None], conn: Connection | None = None) -> None:
+        """Call `work`, on behalf of `conn` if given, and contain an exception."""
+        try:
+            work()
+        except Exception:
+            self._contain(conn)
 
-    def _stop_listening(self) -> None:
-        for listener in self._listeners:
-            if self._accepting:
-                self._selector.unregister(listener.fd)
-            listener.close()
-        self._listeners = []
-        self._accepting = False
-        self._accept_at = float("inf")
+    def _contain(self, served: object) -> None:
+        """Note the exception that is being handled, and end the connection that was served.
+
+        The connection ends as at any end if it can. If it is not open, or if that fails as well,
+        it is closed, and its session is removed from all books.
+        """
+        self.faults.note_exception()
+        if not isinstance(served, Connection):
+            return
+        was_open = served.phase is Phase.OPEN
+        try:
+            served.session.client_ended()
+        except Exception:
+            self.faults.note_exception()
+        if was_open and served.phase is not Phase.OPEN and served.session.pair is None:
+            return
+        served.doom()
+        partner = served.session.abandon()
+        if partner is not None:
+            assert isinstance(partner.transport, Connection)
+            self._guard(partial(partner.partner_left, Reason.ENDED), partner.transport)
 
     # The end.
 
     def stop(self) -> None:
-        """Begin to stop: no newcomers; whoever has no partner goes. `over` tells when it is done.
-
-        A pair goes on until what has reached us by now is read, its end perhaps included.
-        """
-        self._stop_listening()
-        self._flush_until = self.clock() + STOP_FLUSH_SECONDS
+        """Begin to stop: close the listeners, and end the clients that have no partner."""
+        self._acceptor.close()
+        self.phase = ServerPhase.STOPPING_BYTES
+        self._deadline = self.clock() + STOP_FLUSH_SECONDS
+        self._drain = Drain(self.connections)
         for conn in tuple(self.connections):
-            session = conn.session
-            if session.state is State.RELAYING:
-                self._owing[conn] = conn.read_bytes + unread_bytes(conn.sock)
-            else:
-                session.client_ended(Reason.STOPPING)
+            if conn.session.pair is None:
+                self._guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
+        self._end_pairs(self._drain.finished_pairs(self.connections))
 
-    def _end_pairs(self, late: bool) -> None:
-        """End the pairs that owe each other nothing more, or all if it is too late for that."""
-        # The side that still has to take something is the one that stayed.
-        for conn in sorted(self.connections, key=lambda conn: conn.backlog is not None):
-            if conn.partner is not None:
-                both = (conn, conn.partner)
-                if late or all(one.read_bytes >= self._owing[one] for one in both):
-                    conn.session.client_ended(Reason.STOPPING)
+    def _end_pairs(self, leavers: Iterable[Connection]) -> None:
+        for leaver in leavers:
+            self._guard(partial(leaver.session.client_ended, Reason.STOPPING), leaver)
 
-    def _on_signal(self, number: int) -> None:
+    def _stop_signalled(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._flush_until is None:
+        if self.phase is ServerPhase.SERVING:
             log.info("%s: stopping", name)
             self.stop()
         else:
             log.info("%s again: ending at once", name)
-            self.over = True
+            self.phase = ServerPhase.OVER
 
-    def _go_on_stopping(self, now: float) -> None:
-        """First the bytes, then the records; each has its time."""
-        assert self._flush_until is not None
-        if self._record_until is None:
-            late = now >= self._flush_until
-            self._end_pairs(late)
-            if not late and not all(conn.delivered() for conn in self.connections):
+    def _continue_stop(self, now: float) -> None:
+        """Enter the next phase of the stop, if this one is complete or its deadline has passed."""
+        if self.phase is ServerPhase.STOPPING_BYTES:
+            assert self._drain is not None
+            if now < self._deadline and not self._drain.is_complete():
                 return
+            self._end_pairs(self._drain.all_pairs(self.connections))
             self._close_connections()
-            self.recorder.update(self.current())
+            self.recorder.update(self.snapshot().current())
             self.recorder.stop()
-            self._record_until = now + STOP_RECORD_SECONDS
-        if self.recorder.finished or now >= self._record_until:
-            self.over = True
-
-    # For the tests.
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError if the books do not balance."""
-        self.rendezvous.check_invariants()
-        others = {self._wakeup.fileno(), *(one.fd for one in self._listeners)}
-        entries = self._selector.get_map().items()
-        registered = {fd: key.events for fd, key in entries if fd not in others}
-        assert registered == {conn.fd: conn.mask for conn in self.connections if conn.mask}
-        for conn in self.connections:
-            assert conn.mask == conn.interest(), conn
-            assert conn.backlog is None or len(conn.backlog) > 0, conn
-            assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
-            assert (conn.partner is not None) == (conn.session.state is State.RELAYING), conn
-            assert conn.partner is None or conn.partner.session is conn.session.partner, conn
-        backlogs = [conn.backlog for conn in self.connections]
-        self.pipes.check_invariants([one for one in backlogs if isinstance(one, Pipe)])
-        self._timers.check_invariants(self.connections)
-        waiting = sum(len(crowd) for crowd in self.rendezvous.waiting.values())
-        states = [conn.session.state for conn in self.connections]
-        assert waiting == states.count(State.WAIT_PARTNER)
-        assert self.rendezvous.paired >= {
-            conn.session for conn in self.connections if conn.session.state is State.RELAYING
-        }
+            self.phase = ServerPhase.STOPPING_RECORDS
+            self._deadline = now + STOP_RECORD_SECONDS
+        if self.recorder.finished or now >= self._deadline:
+            self.phase = ServerPhase.OVER
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1963,8 +2466,11 @@ class Recorder:
         self._blur_seconds = blur_seconds
         self._complaints = Throttle()
         self._reported = 0  # how many of the dropped have been spoken of
+
+    def start(self) -> None:
+        """Start the sinks' threads. Raises StartupError."""
         try:
-            for sink in sinks:
+            for sink in self._sinks:
                 sink.start()
         except RuntimeError as error:
             raise StartupError(str(error)) from None
@@ -2230,7 +2736,7 @@ class UsageDatabase(Sink):
 def status_line(now: Snapshot) -> str:
     """One line for `systemctl status`."""
     return (
-        f"{count_text(now.pairs, 'pair')}, {now.waiting:,} waiting,"
+        f"{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
         f" {count_text(now.connections, 'connection')}; since the start"
         f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
     )
@@ -3264,9 +3770,11 @@ def serve(options: argparse.Namespace) -> int:
             sinks.append(JsonLines(log_fd))
         limit = raise_open_files_limit()
         recorder = Recorder(sinks, options.blur_usage)
+        recorder.start()
         limits = Limits(options.handshake_timeout)
         most_pipes = 0 if options.no_splice else affordable_pipes()
-        server = Server(listeners, recorder, limits, most_pipes=most_pipes)
+        server = Server(listeners, recorder, limits, max_pipes=most_pipes)
+        server.start()
         manager.attend(server)
 
         def ready() -> None:

@@ -38,7 +38,7 @@ def loop(splices: bool | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop
     if splices:
         monkeypatch.setattr(transit_relay, "BULK_BYTES", 0)
     before = open_descriptors()
-    loop = Loop(most_pipes=0 if splices is False else transit_relay.affordable_pipes())
+    loop = Loop(max_pipes=0 if splices is False else transit_relay.affordable_pipes())
     yield loop
     loop.pump()
     loop.close()

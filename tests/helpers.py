@@ -25,8 +25,10 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from invariants import check_server
+
 import transit_relay
-from transit_relay import Connection, Limits, Recorder, Role, Server, Transport, UsageRecord
+from transit_relay import Connection, Limits, Reason, Recorder, Role, Server, UsageRecord
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
@@ -86,25 +88,26 @@ class FakeClock:
 
 
 class FakeTransport:
-    """A Session's Transport that only notes what it is told."""
+    """A Session's Transport that only notes its orders."""
+
+    is_raw = True
 
     def __init__(self) -> None:
         self.sent = b""
-        self.partner: Transport | None = None
+        self.partner_changes = 0
         self.finished = False
 
     def send(self, data: bytes | memoryview) -> None:
         assert not self.finished, "sent after the end"
         self.sent += data
 
-    def link(self, partner: Transport) -> None:
-        assert self.partner is None, "linked twice"
-        self.partner = partner
+    def partner_changed(self) -> None:
+        self.partner_changes += 1
 
-    def finish(self, why: str) -> None:
+    def finish(self, reason: Reason) -> None:
         assert not self.finished, "finished twice"
         self.finished = True
-        self.why = why
+        self.reason = reason
 
 
 class ListRecorder(Recorder):
@@ -396,13 +399,14 @@ def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
 class Loop:
     """A Server without listeners, in this thread, with clocks that stand still."""
 
-    def __init__(self, limits: Limits | None = None, most_pipes: int = 0) -> None:
+    def __init__(self, limits: Limits | None = None, max_pipes: int = 0) -> None:
         self.clock = FakeClock(1_000.0)  # monotonic
         self.wallclock = FakeClock(1_700_000_000.0)  # since the epoch
         self.recorder = ListRecorder()
         limits = limits or Limits()
         clocks = self.clock, self.wallclock
-        self.server = Server([], self.recorder, limits, *clocks, most_pipes=most_pipes)
+        self.server = Server([], self.recorder, limits, *clocks, max_pipes=max_pipes)
+        self.server.start()
         self._clients: list[socket.socket] = []
         self._over_tcp: list[tuple[socket.socket, socket.socket]] = []  # both ends of each
 
@@ -467,13 +471,13 @@ class Loop:
         """Take turns until nothing is ready, nor on its way. Checks the books after each."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
-        while self.server._selector.select(0):
+        while self.server._bulk_queue or self.server._selector.select(0):
             self.server.run_once(0)
-            self.server.check_invariants()
+            check_server(self.server)
             self.wait_for_arrivals()
             assert time.monotonic() < deadline, "the loop is busy for ever"
         self.server.run_once(0)  # the timers, and whoever they doomed
-        self.server.check_invariants()
+        check_server(self.server)
 
     def wait_for_arrivals(self) -> None:
         """Wait, and take no turn, until nothing is on its way between the clients and the relay."""

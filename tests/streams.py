@@ -12,6 +12,7 @@ from transit_relay import (
     DISCARD,
     Bytes,
     Framing,
+    Reason,
     Rendezvous,
     Role,
     Session,
@@ -123,6 +124,10 @@ class FramedTransport(FakeTransport):
 
     framing: Framing
 
+    @property
+    def is_raw(self) -> bool:  # type: ignore[override]
+        return self.framing.is_raw
+
     def __init__(
         self, rendezvous: Rendezvous, role: Role = Role.PORT, journal: list[object] | None = None
     ) -> None:
@@ -132,7 +137,7 @@ class FramedTransport(FakeTransport):
         self.framing = first_framing(self.session, self)
         self.journal = [] if journal is None else journal
         self.queued = 0  # what the client leaves unread, as the test says
-        self.stirs: list[bool] = []
+        self.activities = 0
 
     def feed(self, *pieces: bytes) -> None:
         """Each comes into the same buffer, which is soon used for others."""
@@ -153,17 +158,17 @@ class FramedTransport(FakeTransport):
         self.sent += written
         self.journal.append((self, written))
 
-    def finish(self, why: str) -> None:
-        goodbye, self.framing = self.framing.closing_bytes(why), DISCARD
+    def finish(self, reason: Reason) -> None:
+        goodbye, self.framing = self.framing.closing_bytes(reason), DISCARD
         if goodbye:
             self.write(goodbye)
-        super().finish(why)
+        super().finish(reason)
 
     def queued_bytes(self) -> int:
         return self.queued
 
-    def note_activity(self, heard: bool) -> None:
-        self.stirs.append(heard)
+    def note_activity(self) -> None:
+        self.activities += 1
 
     def said(self) -> list[tuple[int, bytes]]:
         """The frames that a WebSocket client was sent."""
@@ -202,7 +207,7 @@ class Room:
     def socket(self) -> FramedTransport:
         """Somebody comes whose upgrade is done."""
         wire = self.client(role=Role.WEBSOCKET)
-        wire.session.opened()
+        wire.session.stream_opened()
         wire.framing = WebSocketFraming(wire.session, wire)
         return wire
 
@@ -213,7 +218,7 @@ class Room:
         assert partner.sent == b"ok\n" and wire.said() == [(BINARY, b"ok\n")]
         for one in (partner, wire):
             one.sent = b""
-            one.stirs.clear()
+            one.activities = 0
         self.journal.clear()
         return wire, partner
 

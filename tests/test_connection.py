@@ -400,8 +400,8 @@ def test_dead_means_deaf_and_dumb(loop: Loop) -> None:
 
 def test_doomed_twice_is_closed_once(loop: Loop) -> None:
     client, conn = loop.connect_both()
-    loop.server.doom(conn)
-    loop.server.doom(conn)
+    conn.doom()
+    conn.doom()
     loop.pump()
     assert conn.sock.fileno() == -1
     assert loop.recorder.moods() == ["empty"]
@@ -452,7 +452,7 @@ def test_never_answered_while_held(loop: Loop, tcp: bool) -> None:
     partner = loop.connect(tcp)
     partner.sendall(handshake())
     loop.pump()
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
     assert client.recv(1) == b""
 
 

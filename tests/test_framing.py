@@ -28,7 +28,7 @@ from transit_relay import (
     DISCARD,
     FIRST_READ_BYTES,
     FRAMED_READ_BYTES,
-    FRAMES_PER_MOVE,
+    FRAMES_PER_READ,
     MAX_LINE_BYTES,
     DetectFraming,
     Framing,
@@ -570,7 +570,7 @@ def test_a_read_never_holds_much_more_frames_than_a_move_should(room: Room, smal
         frames = wire.framing.max_read_bytes // len(small)
         wire.feed(small * frames)
         size = wire.framing.max_read_bytes
-        assert FIRST_READ_BYTES <= size <= max(FIRST_READ_BYTES, FRAMES_PER_MOVE * len(small))
+        assert FIRST_READ_BYTES <= size <= max(FIRST_READ_BYTES, FRAMES_PER_READ * len(small))
 
 
 # How it ends.
@@ -787,7 +787,7 @@ def carry(wire: FramedTransport) -> None:
         return
     new: Framing
     if isinstance(old, RawFraming):
-        new = RawFraming(session)
+        new = RawFraming(session, session.transport)
     elif isinstance(old, DetectFraming):
         new = DetectFraming(session, wire)
     elif isinstance(old, HttpFraming):

@@ -29,6 +29,7 @@ from helpers import (
     frame,
     handshake,
 )
+from invariants import check_rendezvous
 from streams import (
     SWITCHED,
     UPGRADE,
@@ -118,12 +119,12 @@ def outcome(pieces: list[bytes], partner_side: str | None, partner: bool) -> tup
     if partner:
         waiting.line_received(handshake("token", partner_side)[:-1])
     session = Session(FakeTransport(), rendezvous, 0.0)
-    framing = RawFraming(session)
+    framing = RawFraming(session, session.transport)
     for piece in pieces:
         buffer = bytearray(piece)
         framing.receive(memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # the next client's bytes come into the same buffer
-        rendezvous.check_invariants()
+        check_rendezvous(rendezvous)
     state = session.state
     session.connection_lost()
     waiting.connection_lost()
@@ -446,11 +447,11 @@ def story(pieces: list[bytes], case: Case) -> tuple[Story, list[bytes]]:
     wire: FramedTransport = room.client(case.role)
     for piece in pieces:
         wire.feed(piece)
-        room.rendezvous.check_invariants()
+        check_rendezvous(room.rendezvous)
     state = wire.session.state
     wire.session.connection_lost()
     partner.session.connection_lost()
-    room.rendezvous.check_invariants()
+    check_rendezvous(room.rendezvous)
     start, said, pongs, close = wire.sent, b"", [], None
     if start.startswith(b"HTTP/1.1 101 "):
         size = start.index(b"\r\n\r\n") + 4

@@ -7,7 +7,7 @@ import socket
 import pytest
 from helpers import Loop, handshake, read_to_end
 
-from transit_relay import Limits, Server, Timeouts
+from transit_relay import Limits, Server, TimeLimit
 
 
 def connect(loop: Loop, seconds: float = 60) -> socket.socket:
@@ -38,7 +38,7 @@ def test_a_handshake_just_in_time(loop: Loop) -> None:
     client.sendall(handshake())
     loop.advance(0.1)  # ready in the same turn: it counts
     assert loop.recorder.moods() == []
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 @pytest.mark.parametrize("early", [0, 1, -1], ids=["all of it", "its tail", "its newline"])
@@ -49,7 +49,7 @@ def test_a_handshake_that_comes_too_late(loop: Loop, early: int) -> None:
     client.sendall(handshake()[early:])
     loop.pump()
     assert loop.recorder.moods() == ["empty"]
-    assert loop.server.current().waiting == 0
+    assert loop.server.snapshot().current().waiting_tokens == 0
     assert read_to_end(client) == b""
 
 
@@ -83,7 +83,7 @@ def test_whoever_waits_may_wait(loop: Loop) -> None:
     loop.pump()
     loop.advance(1_000_000)
     assert loop.recorder.moods() == []
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_a_silent_pair_goes_on(loop: Loop) -> None:
@@ -100,7 +100,7 @@ def test_zero_switches_it_off(loop: Loop) -> None:
     client.sendall(handshake())
     loop.pump()
     assert loop.recorder.moods() == []
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_the_loop_sleeps_no_longer_than_the_limit(loop: Loop) -> None:
@@ -108,13 +108,13 @@ def test_the_loop_sleeps_no_longer_than_the_limit(loop: Loop) -> None:
     loop.advance(1)
     connect(loop, 7)
     loop.pump()
-    assert loop.server._patience() == 7
+    assert loop.server._timeout() == 7
 
 
 def test_the_loop_looks_after_held_ones_once_a_second(loop: Loop) -> None:
     loop.connect().sendall(b"junk\n")
     loop.pump()
-    assert loop.server._patience() == 1
+    assert loop.server._timeout() == 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"junk\n", handshake()], ids=["empty", "junk", "waiting"])
@@ -152,7 +152,7 @@ def assert_nobody_is_due(loop: Loop) -> None:
 
 
 def test_due_in_the_order_of_their_starts() -> None:
-    limit = Timeouts(10)
+    limit = TimeLimit(10)
     limit.start("a", 0)
     limit.start("b", 1)
     limit.start("c", 2)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers import FakeClock, FakeTransport, handshake
+from invariants import check_rendezvous
 
 from transit_relay import (
     Rendezvous,
@@ -30,7 +31,7 @@ class Place:
         """A client with its handshake."""
         session = Session(FakeTransport(), self.rendezvous, 1_000_100.0)
         session.line_received(handshake(token, side)[:-1])
-        self.rendezvous.check_invariants()
+        check_rendezvous(self.rendezvous)
         return session
 
     def moods(self) -> list[str]:
@@ -205,7 +206,7 @@ def test_many_at_random(seed: int) -> None:
                 connected.remove(client)
 
         waiting = [one for one in waiting if one.session.state == State.WAIT_PARTNER]
-        place.rendezvous.check_invariants()
+        check_rendezvous(place.rendezvous)
         there = {id(one) for crowd in place.rendezvous.waiting.values() for one in crowd}
         assert there == {id(one.session) for one in waiting}, (seed, step)
         told = Counter(place.moods())

@@ -14,6 +14,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 from helpers import TIMEOUT, Loop, handshake, read_to_end
+from invariants import check_server
 
 import transit_relay
 from transit_relay import (
@@ -22,6 +23,7 @@ from transit_relay import (
     Limits,
     Listener,
     Server,
+    ServerPhase,
     State,
 )
 
@@ -116,7 +118,7 @@ def test_without_descriptors_newcomers_wait_a_second(
     loop.pump()
     assert warnings(caplog) == [f"newcomers have to wait: {os.strerror(number)}"]
     assert loop.server._selector.select(0) == []  # not busy, though somebody knocks ...
-    assert loop.server._patience() == 1  # ... and yet not asleep
+    assert loop.server._timeout() == 1  # ... and yet not asleep
     loop.advance(0.5)
     loop.pump()
     assert len(loop.server.connections) == 0
@@ -213,7 +215,7 @@ def test_a_number_is_not_used_again_within_a_batch(
     assert new.fd != old.fd
     newcomer.sendall(handshake())
     loop.pump()
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
     assert loop.recorder.moods() == ["empty"]
 
 
@@ -229,7 +231,7 @@ def test_who_has_the_number_of_a_dead_one_gets_none_of_its_events(loop: Loop) ->
         old.on_ready(EVENT_READ | EVENT_WRITE)
         assert new.session.state is State.WAIT_HANDSHAKE
         loop.pump()
-        assert loop.server.current().waiting == 1
+        assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_both_of_a_pair_leave_in_one_batch(loop: Loop) -> None:
@@ -252,7 +254,7 @@ def test_the_doomed_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> No
     client.sendall(handshake())
     loop.pump()
     for conn in (waiter, newcomer):
-        loop.server.doom(conn)
+        conn.doom()
     assert waiter.sock.fileno() == waiter.fd
     assert loop.recorder.moods() == []
     loop.server.run_once(0)
@@ -263,7 +265,7 @@ def test_the_doomed_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> No
 def test_the_partner_of_a_doomed_one_hears_of_it_in_the_same_turn(loop: Loop) -> None:
     one, other = loop.pair()
     conn = next(iter(loop.server.connections))
-    loop.server.doom(conn)
+    conn.doom()
     loop.server.run_once(0)
     assert read_to_end(one) == read_to_end(other) == b""
     assert loop.recorder.moods() == ["happy"]
@@ -275,8 +277,8 @@ def test_the_partner_of_a_doomed_one_hears_of_it_in_the_same_turn(loop: Loop) ->
 def test_current_through_a_day(loop: Loop) -> None:
     def counts() -> tuple[int, int, int]:
         loop.pump()
-        now = loop.server.current()
-        return now.connected, now.waiting, now.incomplete_bytes
+        now = loop.server.snapshot().current()
+        return now.connected, now.waiting_tokens, now.incomplete_bytes
 
     loop.connect()
     assert counts() == (0, 0, 0)
@@ -306,20 +308,20 @@ def test_a_pair_counts_until_its_record_is_written(loop: Loop) -> None:
     one, other = loop.pair()
     stuff(loop, one)
     stuff(loop, other)
-    size = loop.server.current().incomplete_bytes
+    size = loop.server.snapshot().current().incomplete_bytes
     assert size > 0
     loop.server.stop()
     loop.pump()
     assert loop.recorder.records == []
-    assert loop.server.current()[2:] == (2, 0, size)
+    assert loop.server.snapshot().current()[2:] == (2, 0, size)
     loop.advance(2)
     assert [record.total_bytes for record in loop.recorder.records] == [size]
-    assert loop.server.current()[2:] == (0, 0, 0)
+    assert loop.server.snapshot().current()[2:] == (0, 0, 0)
 
 
 def test_rebooted_stays_and_updated_goes_on(loop: Loop) -> None:
     loop.advance(100.5)
-    assert loop.server.current()[:2] == (1_700_000_000, 1_700_000_100)
+    assert loop.server.snapshot().current()[:2] == (1_700_000_000, 1_700_000_100)
 
 
 def test_current_is_told_every_half_minute_when_idle(
@@ -332,7 +334,7 @@ def test_current_is_told_every_half_minute_when_idle(
 
     monkeypatch.setattr(loop.server._selector, "select", sleep)
     for _ in range(4):
-        loop.server.run_once(loop.server._patience())
+        loop.server.run_once(loop.server._timeout())
     assert [now.updated - now.rebooted for now in currents] == [0, 30, 60, 90]
 
 
@@ -356,7 +358,7 @@ def test_a_stop_ends_everybody_with_the_right_mood(loop: Loop) -> None:
     loop.pump()
     assert sorted(loop.recorder.moods()) == ["empty", "happy", "lonely"]
     assert [read_to_end(client) for client in clients] == [b""] * 4
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
     assert loop.server.connections == set()
 
 
@@ -378,7 +380,7 @@ def test_a_stop_shuts_the_door_that_is_not_watched(loop: Loop, door: Door) -> No
     loop.server.stop()
     leaver.close()
     loop.advance(1)
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_queued_bytes_get_two_seconds(loop: Loop) -> None:
@@ -386,9 +388,9 @@ def test_queued_bytes_get_two_seconds(loop: Loop) -> None:
     stuff(loop, one)
     loop.server.stop()
     loop.advance(1.75)
-    assert not loop.server.over
+    assert loop.server.phase is not ServerPhase.OVER
     loop.advance(0.25)
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
     assert loop.server.connections == set()
     assert loop.recorder.moods() == ["happy"]
 
@@ -397,16 +399,16 @@ def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
     """Nor is anything lost that had reached the relay's kernel, though it was not read yet."""
     one, other = loop.pair()
     sent = stuff(loop, one)
-    assert sent > loop.server.current().incomplete_bytes
+    assert sent > loop.server.snapshot().current().incomplete_bytes
     loop.server.stop()
     loop.pump()
-    assert not loop.server.over
+    assert loop.server.phase is not ServerPhase.OVER
     size = 0
     while part := other.recv(1 << 16):
         size += len(part)
         loop.pump()
     assert size == sent
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
@@ -418,7 +420,7 @@ def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
     loop.pump()
     assert read_to_end(other).startswith(b"before")
     loop.pump()
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 @pytest.mark.parametrize("has_all", [True, False], ids=["acknowledged", "not acknowledged"])
@@ -430,19 +432,19 @@ def test_a_stop_waits_for_no_held_one_that_has_all(loop: Loop, has_all: bool) ->
         assert read_to_end(client) == b"bad handshake\n"
     loop.server.stop()
     loop.pump()
-    assert loop.server.over == has_all
+    assert loop.server.phase is ServerPhase.OVER == has_all
     loop.advance(2)
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_a_stop_waits_for_the_records(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(loop.recorder), "finished", False)
     loop.server.stop()
     loop.advance(5)
-    assert not loop.server.over
+    assert loop.server.phase is not ServerPhase.OVER
     monkeypatch.setattr(type(loop.recorder), "finished", True)
     loop.pump()
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_a_stop_waits_ten_seconds_for_the_records(
@@ -452,9 +454,9 @@ def test_a_stop_waits_ten_seconds_for_the_records(
     loop.server.stop()
     loop.pump()
     loop.advance(9.75)
-    assert not loop.server.over
+    assert loop.server.phase is not ServerPhase.OVER
     loop.advance(0.25)
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_the_last_that_the_recorder_hears(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,5 +588,5 @@ def test_the_self_check_notices(loop: Loop, monkeypatch: pytest.MonkeyPatch, nam
     with monkeypatch.context() as patch:
         patch.setattr(*CORRUPTIONS[name](world))
         with pytest.raises(AssertionError):
-            loop.server.check_invariants()
-    loop.server.check_invariants()
+            check_server(loop.server)
+    check_server(loop.server)

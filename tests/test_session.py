@@ -76,8 +76,8 @@ def sent(session: Session) -> bytes:
 
 # The inputs, by the names that the table gives them ...
 INPUTS: dict[str, Callable[[World, Session], object]] = {
-    "http": lambda world, session: session.http_begun(),
-    "opened": lambda world, session: session.opened(),
+    "http": lambda world, session: session.http_detected(),
+    "opened": lambda world, session: session.stream_opened(),
     "handshake": lambda world, session: session.line_received(LINE),
     "junk": lambda world, session: session.line_received(b"GET / HTTP/1.1\r"),
     "bytes": lambda world, session: session.bytes_received(b"some bytes"),

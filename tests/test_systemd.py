@@ -396,4 +396,4 @@ def test_a_chore_is_done_at_once_and_then_at_its_pace(loop: Loop) -> None:
         loop.clock.advance(step)
         loop.server.run_once(0)
     assert [at - 1_000 for at in done] == [0, 15, 55, 70]
-    assert loop.server._patience() <= 15
+    assert loop.server._timeout() <= 15

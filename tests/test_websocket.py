@@ -32,7 +32,7 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import Role
+from transit_relay import Role, ServerPhase
 
 LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
@@ -364,7 +364,7 @@ def test_an_upgrade_in_other_words(loop: Loop, role: Role, lines: list[str]) -> 
     client.send_wire(rest + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n")
     client.send(LEFT)
     assert client.receive_now() == b""  # having looked at the answer
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 # The handshake in messages.
@@ -473,13 +473,13 @@ def test_empty_messages_are_nothing(loop: Loop) -> None:
     one = websocket(loop, LEFT)
     one.send_wire(EMPTY * 3 + message(b"", b"", b""))
     loop.pump()
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
     other = websocket(loop, RIGHT)
     assert one.receive(3) == other.receive(3) == b"ok\n"
     one.send_wire(EMPTY * 3 + message(b"", b"", b""))
     one.send(b"x")
     assert other.next_frame() == (BINARY, b"x")
-    assert loop.server.current().incomplete_bytes == 1
+    assert loop.server.snapshot().current().incomplete_bytes == 1
 
 
 # Messages to a client.
@@ -573,7 +573,7 @@ def test_one_who_waits_is_pinged_each_25_seconds(loop: Loop) -> None:
         assert (one.receive_now(), len(one.pings)) == (b"", number + 1)
         one.send_wire(frame(PONG, one.pings[-1]))
         loop.pump()
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_nobody_else_is_pinged(loop: Loop) -> None:
@@ -666,7 +666,7 @@ def test_one_who_waits_in_silence_is_ended_after_75_seconds(loop: Loop) -> None:
     loop.advance(0.25)
     assert one.read_to_end(1000) == b""
     assert [(life.mood, life.total_time) for life in loop.recorder.records] == [("lonely", 75)]
-    assert loop.server.current().waiting == 0
+    assert loop.server.snapshot().current().waiting_tokens == 0
 
 
 def test_pings_do_not_count_as_a_sign_of_life(loop: Loop) -> None:
@@ -701,7 +701,7 @@ def test_over_tcp_one_may_wait_in_silence(loop: Loop) -> None:
     loop.pump()
     loop.advance(10_000)
     assert one.receive_now() == b""
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_one_whose_partner_came_may_be_silent(loop: Loop) -> None:
@@ -740,7 +740,7 @@ def test_a_handshake_in_time(loop: Loop) -> None:
     loop.advance(0.25)
     loop.advance(10)
     assert client.receive_now() == b""
-    assert loop.server.current().waiting == 1
+    assert loop.server.snapshot().current().waiting_tokens == 1
 
 
 def test_a_head_that_trickles_does_not_extend_it(loop: Loop) -> None:
@@ -781,7 +781,7 @@ def test_pongs_are_for_nobody(loop: Loop, second: str) -> None:
     one.send(b"x")
     assert other.receive(1) == b"x"
     assert other.receive_now() == b""
-    assert loop.server.current().incomplete_bytes == 1
+    assert loop.server.snapshot().current().incomplete_bytes == 1
 
 
 def flood(loop: Loop, client: WebSocketClient) -> list[bytes]:
@@ -965,7 +965,7 @@ def test_a_stop_says_so(loop: Loop) -> None:
     assert plain.read_to_end() == b""
     assert refused.read_to_end(1000) == b"bad handshake\n"
     loop.pump()
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
     assert sorted(loop.recorder.moods()) == ["empty", "happy", "happy", "lonely"]
 
 
@@ -985,11 +985,11 @@ def test_what_had_reached_us_at_a_stop_is_delivered(
     whole, rest = divmod(sent, len(wire))
     loop.server.stop()
     loop.pump()
-    assert not loop.server.over
+    assert loop.server.phase is not ServerPhase.OVER
     assert digest(other.read_to_end(1001)) == digest(data * whole + data[: max(0, rest - overhead)])
     assert one.read_to_end(1001) == b""
     loop.pump()
-    assert loop.server.over
+    assert loop.server.phase is ServerPhase.OVER
 
 
 def test_sigterm(relay: Callable[..., RelayProcess]) -> None:

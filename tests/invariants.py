@@ -1,0 +1,75 @@
+"""What must hold between two turns of a Server: its books agree with each other and the kernel."""
+
+from __future__ import annotations
+
+import termios
+from collections.abc import Sequence
+
+from transit_relay import (
+    IDLE_PIPES,
+    MAX_BACKLOG_BYTES,
+    PIPE_BYTES,
+    Pipe,
+    PipePool,
+    Rendezvous,
+    Server,
+    State,
+    query_descriptor,
+)
+
+
+def check_pipe(pipe: Pipe) -> None:
+    """Raise AssertionError if the kernel's count of the bytes in a pipe differs."""
+    assert query_descriptor(pipe._read_fd, termios.FIONREAD) == pipe._filled <= PIPE_BYTES
+
+
+def check_pool(pool: PipePool, lent: Sequence[Pipe]) -> None:
+    """Raise AssertionError unless exactly `lent` are lent, and only they have bytes."""
+    assert len({*lent, *pool._idle}) == pool._lent + len(pool._idle), "lent twice, or lost"
+    assert pool._lent <= pool._max_pipes and len(pool._idle) <= IDLE_PIPES
+    assert all(map(len, lent)) and not any(map(len, pool._idle))
+    for pipe in (*lent, *pool._idle):
+        check_pipe(pipe)
+
+
+def check_rendezvous(rendezvous: Rendezvous) -> None:
+    """Raise AssertionError if a client waits wrongly, or a pair is not mutual."""
+    for token, crowd in rendezvous.waiting.items():
+        assert crowd, "a token without clients"
+        for session in crowd:
+            assert session.state is State.WAIT_PARTNER, session
+            assert session.handshake is not None and session.handshake.token == token
+        sides = {session.handshake.side for session in crowd if session.handshake}
+        assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
+    assert rendezvous.waiting_clients == sum(map(len, rendezvous.waiting.values()))
+    for pair in rendezvous.pairs:
+        if len(pair.sessions) > 1:
+            assert all(session.pair is pair for session in pair.sessions), pair
+            assert all(session.state is State.RELAYING for session in pair.sessions), pair
+        else:
+            (stayed,) = pair.sessions
+            assert stayed.ended_pair is pair and stayed.state is State.DONE, stayed
+
+
+def check_server(server: Server) -> None:
+    """Raise AssertionError if the books of a Server contradict each other."""
+    check_rendezvous(server.rendezvous)
+    assert server._wakeup is not None
+    others = {server._wakeup.fileno(), *server._acceptor.descriptors()}
+    entries = server._selector.get_map().items()
+    registered = {fd: key.events for fd, key in entries if fd not in others}
+    assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
+    for conn in server.connections:
+        assert conn.mask == conn.interest(), conn
+        assert conn.backlog is None or len(conn.backlog) > 0, conn
+        assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
+        assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn
+        assert conn.session.pair in (None, *server.rendezvous.pairs), conn
+        assert not conn.is_unpolled or conn in server._bulk_queue, conn
+    backlogs = [conn.backlog for conn in server.connections]
+    check_pool(server.pipes, [one for one in backlogs if isinstance(one, Pipe)])
+    for queue in server._timers._queues:
+        assert queue.connections() <= server.connections, "a time limit of a closed connection"
+    states = [conn.session.state for conn in server.connections]
+    assert server.rendezvous.waiting_clients == states.count(State.WAIT_PARTNER)
+    assert 2 * len(server.rendezvous.pairs) >= states.count(State.RELAYING)
