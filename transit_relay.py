@@ -22,7 +22,8 @@ Server and handed to it.
     Framing              the encodings: raw bytes, HTTP, WebSocket messages
     Connection           one socket: its backlog, its interest, its phases
     Timers               time limits of connections, and periodic tasks
-    Accepting            listeners in the loop and their pauses; what a stop waits for
+    Accepting            listeners in the loop, and the pauses when resources run out
+    Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
     Server               one select, one dispatch, deferred closing, contained faults
     Recorder             takes records out of the loop: one queue and one thread per sink
@@ -521,9 +522,10 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------
 # Interfaces
 #
-# The calls that go down the file: what a Session and a Framing ask of their Connection, and what a
-# Connection asks of the Server. Each of the two Protocols has one implementation in the relay.
-# (A Session also calls its Pair and the Rendezvous, which are defined after it.)
+# The names that several sections share, and the calls that go down the file: what a Session and a
+# Framing ask of their Connection, and what a Connection asks of the Server. Each of the two
+# Protocols has one implementation in the relay. (A Session also calls its Pair and the Rendezvous,
+# which are defined after it.)
 # ---------------------------------------------------------------------------------------------
 
 Bytes = Union[bytes, memoryview]
@@ -543,14 +545,19 @@ class Reason(enum.Enum):
     STOPPING = "stopping"  # the relay stops
 
 
+class Phase(enum.Enum):
+    """The phases of a Connection. Its docstring has the table."""
+
+    OPEN = "open"
+    FLUSHING = "flushing"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
 class Transport(Protocol):
     """What a Session and a Framing may ask of the connection that they serve."""
 
     framing: Framing  # a Framing replaces itself here
-
-    @property
-    def is_raw(self) -> bool:
-        """Return whether the client's bytes are on the wire without an encoding."""
 
     def send(self, data: Bytes) -> None:
         """Encode and send `data`, now or when there is room. `data` may change afterwards."""
@@ -822,7 +829,7 @@ class Pair:
         self.waiting_time = second.accepted - first.accepted
         self.total_bytes = 0  # after the handshakes, before the end
         # Between two raw clients, bytes need no Framing and no Session.
-        self.is_direct = one.transport.is_raw and other.transport.is_raw
+        self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
 
     def partner_of(self, session: Session) -> Session:
         """Return the other session of a running pair."""
@@ -1247,15 +1254,6 @@ def first_framing(session: Session, transport: Transport) -> Framing:
 # ---------------------------------------------------------------------------------------------
 
 
-class Phase(enum.Enum):
-    """The phases of a Connection. Its docstring has the table."""
-
-    OPEN = "open"
-    FLUSHING = "flushing"
-    LINGERING = "lingering"
-    CLOSED = "closed"
-
-
 class Connection:
     """One client's socket. It follows its Session's orders and reports events to it.
 
@@ -1310,8 +1308,7 @@ class Connection:
 
     def __repr__(self) -> str:
         """Return the state of the connection, without anything about its client."""
-        names = ("write_failed", "peer_ended")
-        flags = "".join(f" {name}" for name in names if getattr(self, f"_{name}"))
+        flags = " write_failed" * self._write_failed + " peer_ended" * self._peer_ended
         return (
             f"<Connection fd={self.fd} {self.phase.value} {self.session.state.value}"
             f" read={'on' if self.mask & EVENT_READ else 'off'}"
@@ -1383,11 +1380,6 @@ class Connection:
 
     # Orders of the Session and the Framing: see Transport.
 
-    @property
-    def is_raw(self) -> bool:
-        """Return whether the client's bytes are on the wire without an encoding."""
-        return self.framing.is_raw
-
     def send(self, data: Bytes) -> None:
         """Encode and send `data`."""
         self.write(*self.framing.encode(data))
@@ -1439,10 +1431,10 @@ class Connection:
     # How bytes move.
 
     def _receive(self) -> int:
-        """Read once and pass the bytes on. Return how many there were.
+        """Read once, and return how many bytes came.
 
-        In a direct pair, bytes go straight to the partner, and bulk through a pipe. All other
-        bytes go to the Framing.
+        In a direct pair they go straight to the partner, bulk through a pipe. All others go to
+        the Framing.
         """
         pair = self.session.pair
         if pair is not None and not pair.is_direct:
@@ -1483,10 +1475,8 @@ class Connection:
         pipe = pipes.lend()
         if pipe is None or partner is None:
             return 0
-        try:
+        with contextlib.suppress(OSError):
             pipe.fill(self.sock)
-        except OSError:
-            pass
         count = len(pipe)
         if not count:
             pipes.give_back(pipe)
@@ -1533,10 +1523,8 @@ class Connection:
         returns what is queued and then the end, so that the pair ends when that is delivered.
         """
         self._write_failed = True
-        try:
+        with contextlib.suppress(OSError):  # after a reset, a read returns the error
             self.sock.shutdown(socket.SHUT_RD)
-        except OSError:  # a reset: a read will find it
-            pass
         partner = self.partner
         if partner is not None:
             if partner._write_failed:  # neither of the two can be sent anything
@@ -1563,10 +1551,8 @@ class Connection:
                 self.doom()
                 return
             self.phase = Phase.LINGERING
-            try:
+            with contextlib.suppress(OSError):  # after a reset, the next read returns the error
                 self.sock.shutdown(socket.SHUT_WR)
-            except OSError:  # a reset: the next read finds it
-                pass
             self.session.end_sent()
             self.check_linger(self._server.clock())
         elif self.phase is Phase.LINGERING and self._peer_ended:
@@ -1575,8 +1561,7 @@ class Connection:
     def check_linger(self, now: float) -> None:
         """Close a lingering connection whose peer has had time to end. Else check again later.
 
-        A slow receiver may need long for the bytes on their way to it. So the time begins when
-        its kernel is first seen to have acknowledged everything.
+        The time begins when the peer's kernel is first seen to have acknowledged everything.
         """
         if self._linger_deadline is None:
             pending = unacknowledged_bytes(self.sock)
@@ -1588,12 +1573,6 @@ class Connection:
             self.doom()
         else:
             self._server.poll_linger(self)
-
-    def is_delivered(self) -> bool:
-        """Return whether our end, and all before it, is acknowledged, as far as is known."""
-        if self.phase is Phase.LINGERING:
-            return not unacknowledged_bytes(self.sock)
-        return self.phase is Phase.CLOSED
 
     def doom(self) -> None:
         """Have the socket closed at the end of this turn."""
@@ -1703,12 +1682,11 @@ class Timers:
 
 
 # ---------------------------------------------------------------------------------------------
-# Accepting and draining
+# Accepting
 #
 # The listeners in the loop. Newcomers are accepted until the relay has as many connections as its
 # descriptors allow. Then, and when the system has no more resources, the listeners are taken out
-# of the selector, and newcomers wait in the kernel's queue. `Drain` is the opposite: what a stop
-# waits for.
+# of the selector, and newcomers wait in the kernel's queue.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1815,32 +1793,58 @@ class Acceptor:
                     self._selector.unregister(listener.fd)
 
 
-class WakeUp:
-    """A socket pair: a byte written to one end by a signal ends the select."""
+# ---------------------------------------------------------------------------------------------
+# Signals and stops
+#
+# `Signals` ends the select when a signal comes, and notes it; the loop then acts on it. `Drain` is
+# what a stop waits for.
+# ---------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """The handled signals, and the socket pair by which they wake the loop."""
 
     def __init__(self) -> None:
-        """Make the sockets. Raises OSError."""
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        self._noted: deque[int] = deque()
+        self._actions: dict[int, Callable[[], None]] = {}
+        self._sockets: tuple[socket.socket, ...] = ()
+
+    def handle(self, number: int, action: Callable[[], None]) -> None:
+        """Have the loop call `action` after signal `number`. To be called before `install`."""
+        self._actions[number] = action
+
+    def open(self) -> int:
+        """Make the sockets. Return the descriptor to wait for. Raises OSError."""
+        self._sockets = socket.socketpair()
+        for sock in self._sockets:
+            sock.setblocking(False)
+        return self._sockets[0].fileno()
+
+    def install(self) -> None:
+        """Install the handlers. Ignore signals that would end the process and have no meaning."""
+        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+        for number in IGNORED_SIGNALS - set(self._actions):
+            signal.signal(number, signal.SIG_IGN)
+        for number in self._actions:
+            signal.signal(number, lambda number, _: self._noted.append(number))
+        # A parent may have started this process with them blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._actions)
 
     def on_ready(self, _mask: int) -> None:
-        """Read what was written."""
+        """Read the bytes that woke the loop."""
         with contextlib.suppress(BlockingIOError):
-            self._reader.recv(4096)
+            self._sockets[0].recv(4096)
 
-    def fileno(self) -> int:
-        """Return the descriptor that the selector waits for."""
-        return self._reader.fileno()
-
-    def signal_fd(self) -> int:
-        """Return the descriptor that Python writes to when a signal comes."""
-        return self._writer.fileno()
+    def take_actions(self) -> Iterator[Callable[[], None]]:
+        """Yield the action of each noted signal."""
+        while self._noted:
+            yield self._actions[self._noted.popleft()]
 
     def close(self) -> None:
-        """Close both ends."""
-        self._reader.close()
-        self._writer.close()
+        """Close the sockets. Signals do not wake the loop any more."""
+        signal.set_wakeup_fd(-1)
+        for sock in self._sockets:
+            sock.close()
 
 
 class Drain:
@@ -1856,7 +1860,7 @@ class Drain:
         self._undelivered = set(connections)
 
     def finished_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield the leaver of each pair, among `connections`, of which all arrived bytes are read."""
+        """Yield the leaver of each pair of which all arrived bytes are read."""
         for leaver in self.all_pairs(connections):
             partner = leaver.partner
             assert partner is not None
@@ -1874,10 +1878,11 @@ class Drain:
                 yield partner if conn.backlog is not None else conn
 
     def is_complete(self) -> bool:
-        """Return whether every connection's end is acknowledged. Each one is asked until it is."""
+        """Return whether every connection's end is acknowledged. Each is asked until it is."""
         while self._undelivered:
             conn = next(iter(self._undelivered))
-            if not conn.is_delivered():
+            is_sent = conn.phase in (Phase.LINGERING, Phase.CLOSED)
+            if not is_sent or (conn.phase is Phase.LINGERING and unacknowledged_bytes(conn.sock)):
                 return False
             self._undelivered.discard(conn)
         return True
@@ -1944,8 +1949,8 @@ class Faults:
 # that no event of the turn meets a closed socket or its reused number. Signal handlers only note
 # the signal; the loop acts on it.
 #
-# Faults are contained: an unexpected exception ends the connection that was being served, and its
-# pair. It is logged and counted. Only a fault of the loop itself ends the process.
+# Faults are contained: an unexpected exception is logged and counted, and ends the connection that
+# was being served, with its pair. Only a fault of the loop itself ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1972,7 +1977,7 @@ class Server:
         max_pipes: int = 0,
         max_connections: int | None = None,
     ) -> None:
-        """Make a Server that opens and registers nothing before `start`.
+        """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: lent
         to bulk at one time; 0: everything is copied. `max_connections`: None: no maximum.
@@ -1987,8 +1992,7 @@ class Server:
         self.phase = ServerPhase.SERVING
         self.faults = Faults(clock)
         self._started = clock()
-        self._selector: selectors.BaseSelector
-        self._wakeup: WakeUp | None = None
+        self._selector: selectors.BaseSelector | None = None
         self._acceptor = Acceptor(listeners, self.admit, clock)
         self._max_connections = max_connections
         self._tcp_options = socket_options(limits.keepalive_seconds)
@@ -1997,18 +2001,16 @@ class Server:
         self._timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
-        self._signals: deque[int] = deque()
-        self._signal_actions: dict[int, Callable[[], None]] = {
-            number: partial(self._stop_signalled, number) for number in STOP_SIGNALS
-        }
+        self.signals = Signals()
+        for number in STOP_SIGNALS:
+            self.signals.handle(number, partial(self._stop_signalled, number))
         self._deadline = float("inf")  # of a stop phase
         self._drain: Drain | None = None  # from the begin of a stop
 
     def start(self) -> None:
         """Open the selector and begin to accept. Raises OSError."""
         self._selector = selectors.DefaultSelector()
-        self._wakeup = WakeUp()
-        self._selector.register(self._wakeup.fileno(), EVENT_READ, self._wakeup)
+        self._selector.register(self.signals.open(), EVENT_READ, self.signals)
         self._acceptor.start(self._selector)
 
     # The loop.
@@ -2019,23 +2021,13 @@ class Server:
         `ready` is called when signals are handled and newcomers are accepted, `stopping` when a
         stop has begun.
         """
-        assert self._wakeup is not None, "not started"
-        signal.set_wakeup_fd(self._wakeup.signal_fd(), warn_on_full_buffer=False)
-        for number in IGNORED_SIGNALS - set(self._signal_actions):
-            signal.signal(number, signal.SIG_IGN)
-        for number in self._signal_actions:
-            signal.signal(number, lambda number, _: self._signals.append(number))
-        # Blocked signals are inherited: a relay must not be deaf because its parent was.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signal_actions)
-        try:
-            ready()
-            while self.phase is ServerPhase.SERVING:
-                self.run_once(self._timeout())
-            stopping()
-            while self.phase is not ServerPhase.OVER:
-                self.run_once(self._timeout())
-        finally:
-            signal.set_wakeup_fd(-1)
+        self.signals.install()
+        ready()
+        while self.phase is ServerPhase.SERVING:
+            self.run_once(self._timeout())
+        stopping()
+        while self.phase is not ServerPhase.OVER:
+            self.run_once(self._timeout())
 
     def run_once(self, timeout: float) -> None:
         """Run one turn: wait at most `timeout` seconds, then work."""
@@ -2046,8 +2038,7 @@ class Server:
             except Exception:
                 self._contain(key.data)
         served = self._serve_bulk()
-        while self._signals:
-            action = self._signal_actions[self._signals.popleft()]
+        for action in self.signals.take_actions():
             self._guard(action)
         if self._drain is not None:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
@@ -2059,10 +2050,11 @@ class Server:
     def _wait(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the events of one select.
 
-        If the process was suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
-        went on, and select returns an empty list without asking the kernel again. So ask again
-        before any timer runs, and give everybody the lost time back.
+        If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
+        goes on, and select returns an empty list without asking the kernel again. So ask again
+        before any timer runs, and move all deadlines.
         """
+        assert self._selector is not None, "not started"
         before = self.clock()
         events = self._selector.select(timeout)
         suspended_seconds = self.clock() - before - timeout
@@ -2115,17 +2107,13 @@ class Server:
         self._acceptor.close()
         self._close_connections()
         self.pipes.close_idle()
-        if self._wakeup is not None:
+        self.signals.close()
+        if self._selector is not None:
             self._selector.close()
-            self._wakeup.close()
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
         """Call `work`, which must not block, in the next turn and then every `seconds`."""
         self._timers.chores.append(Chore(seconds, work))
-
-    def on_signal(self, number: int, action: Callable[[], None]) -> None:
-        """Have the loop call `action` after signal `number`. To be called before `run`."""
-        self._signal_actions[number] = action
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
@@ -2151,6 +2139,7 @@ class Server:
         mask = conn.interest()
         if mask == conn.mask:
             return
+        assert self._selector is not None, "not started"
         try:
             if not mask:  # epoll would report a hang-up for ever: unregister
                 self._selector.unregister(conn.fd)
@@ -2167,8 +2156,7 @@ class Server:
     def queue_bulk(self, conn: Connection, ready: int) -> None:
         """Put `conn` at the end of the bulk queue, if it is not in it.
 
-        In a long queue it is not polled: the select would return it in each turn until it is
-        served, and cost more than the bytes.
+        In a long queue it is not polled: each select would return it until it is served.
         """
         self._bulk_queue[conn] = self._bulk_queue.get(conn, 0) | ready
         if len(self._bulk_queue) > POLLED_BULK and not conn.is_unpolled:
@@ -2203,7 +2191,7 @@ class Server:
 
     def _close_connections(self) -> None:
         for conn in self.connections:
-            self._guard(conn.doom, conn)
+            conn.doom()
         self._reap()
 
     # Newcomers.
@@ -2287,7 +2275,7 @@ class Server:
             self.phase = ServerPhase.OVER
 
     def _continue_stop(self, now: float) -> None:
-        """Enter the next phase of the stop, if this one is complete or its deadline has passed."""
+        """Enter the next phase of the stop, if this one is complete or its deadline passed."""
         if self.phase is ServerPhase.STOPPING_BYTES:
             assert self._drain is not None
             if now < self._deadline and not self._drain.is_complete():

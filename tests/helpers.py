@@ -28,7 +28,7 @@ from typing import NamedTuple
 from invariants import check_server
 
 import transit_relay
-from transit_relay import Connection, Limits, Reason, Recorder, Role, Server, UsageRecord
+from transit_relay import DISCARD, Connection, Limits, Reason, Recorder, Role, Server, UsageRecord
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
@@ -90,7 +90,7 @@ class FakeClock:
 class FakeTransport:
     """A Session's Transport that only notes its orders."""
 
-    is_raw = True
+    framing = DISCARD
 
     def __init__(self) -> None:
         self.sent = b""

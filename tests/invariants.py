@@ -54,8 +54,8 @@ def check_rendezvous(rendezvous: Rendezvous) -> None:
 def check_server(server: Server) -> None:
     """Raise AssertionError if the books of a Server contradict each other."""
     check_rendezvous(server.rendezvous)
-    assert server._wakeup is not None
-    others = {server._wakeup.fileno(), *server._acceptor.descriptors()}
+    assert server._selector is not None
+    others = {server.signals._sockets[0].fileno(), *server._acceptor.descriptors()}
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}

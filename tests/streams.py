@@ -124,10 +124,6 @@ class FramedTransport(FakeTransport):
 
     framing: Framing
 
-    @property
-    def is_raw(self) -> bool:  # type: ignore[override]
-        return self.framing.is_raw
-
     def __init__(
         self, rendezvous: Rendezvous, role: Role = Role.PORT, journal: list[object] | None = None
     ) -> None:
