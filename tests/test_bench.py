@@ -1,8 +1,9 @@
-"""What tests/bench makes of its numbers: medians, verdicts, tables. Nothing is measured here."""
+"""The arithmetic of tests/bench: medians, verdicts, comparisons, tables. Nothing is measured."""
 
 from __future__ import annotations
 
 import importlib.util
+import random
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import pytest
 
 
 def load_table() -> ModuleType:
-    """tests/bench/table.py: the folder is a program, not a package."""
+    """Return the module tests/bench/table.py. The folder is a program, not a package."""
     path = Path(__file__).parent / "bench" / "table.py"
     spec = importlib.util.spec_from_file_location("bench_table", path)
     assert spec and spec.loader
@@ -22,12 +23,13 @@ def load_table() -> ModuleType:
 table = load_table()
 OURS = table.Quantity("bulk-1", "ours", table.BULK)
 TWISTED = table.Quantity("bulk-1", "twisted", table.BULK)
+BEFORE = table.Quantity("bulk-1", "before", table.BULK)
 MEMORY = table.Quantity("memory", "ours", "start_bytes")
 TWICE_TWISTED = table.at_least(2, "twisted", "bulk-1", table.BULK)
 TWO_MB = table.no_more(2, "MB at the start", "memory", "start_bytes", table.MB)
 
 
-def test_the_median_of_the_rounds_counts() -> None:
+def test_a_value_is_the_median_of_its_rounds() -> None:
     assert table.medians({OURS: [9.0, 1.0, 2.0], TWISTED: [1.0, 2.0]}) == {OURS: 2.0, TWISTED: 1.5}
 
 
@@ -41,7 +43,7 @@ def test_the_median_of_the_rounds_counts() -> None:
         (0.99, True, "no: fails", 1),
     ],
 )
-def test_a_ratio_that_should_be_large(ours: float, quick: bool, answer: str, code: int) -> None:
+def test_a_minimum_of_a_ratio(ours: float, quick: bool, answer: str, code: int) -> None:
     verdicts = table.judge([TWICE_TWISTED], {OURS: ours, TWISTED: 1.0}, quick)
     assert answered(verdicts) == [answer]
     assert table.exit_code(verdicts) == code
@@ -56,7 +58,7 @@ def test_a_ratio_that_should_be_large(ours: float, quick: bool, answer: str, cod
         (2.1e6, True, True, "no: fails", 1),
     ],
 )
-def test_a_number_that_should_be_small(
+def test_a_maximum_of_a_number(
     size: float, quick: bool, steady: bool, answer: str, code: int
 ) -> None:
     bar = TWO_MB._replace(is_steady=steady)
@@ -65,21 +67,102 @@ def test_a_number_that_should_be_small(
     assert table.exit_code(verdicts) == code
 
 
-def test_what_was_not_measured_fails_nothing() -> None:
+def test_a_bar_without_a_measurement_does_not_fail_the_run() -> None:
     verdicts = table.judge([TWICE_TWISTED], {OURS: 1.0}, quick=False)
     assert answered(verdicts) == ["not measured"]
     assert table.exit_code(verdicts) == 0
 
 
-def test_a_work_that_nobody_did_is_not_judged() -> None:
+def test_a_workload_without_measurements_is_not_judged() -> None:
     assert table.judge([TWICE_TWISTED, TWO_MB], {MEMORY: 1e6}, quick=False)[0].bar is TWO_MB
     assert table.judge([TWICE_TWISTED], {MEMORY: 1e6}, quick=False) == []
 
 
+def test_a_bar_on_a_comparator_that_does_not_run_is_left_out() -> None:
+    assert TWICE_TWISTED.concerns(["ours", "twisted"])
+    assert not TWICE_TWISTED.concerns(["ours", "before"])
+    assert TWO_MB.concerns(["ours"])
+
+
 def answered(verdicts: list[tuple[object, ...]]) -> list[str]:
-    """The last column of what is shown."""
+    """Return the last column of the table of bars."""
     _, _, *rows = table.bars_table(verdicts).splitlines()
     return [row.split("|")[-2].strip() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "answer", "code"),
+    [
+        ([1.0] * 10, "yes", 0),
+        ([0.95] * 10, "yes", 0),
+        ([0.949] * 10, "no: fails", 1),
+        # A spread of less than 5 %: the median decides.
+        ([0.93, 0.96] * 5, "no: fails", 1),
+        ([0.94, 0.99] * 5, "yes", 0),
+        # One outlier at each end is left out of the range.
+        ([0.1, *[1.0] * 8, 9.0], "yes", 0),
+        # A larger spread: the whole range decides, if it lies on one side of the bar.
+        ([0.8, 1.0] * 5, "inconclusive", 0),
+        ([1.0, 1.3] * 5, "yes", 0),
+        ([0.5, 0.9] * 5, "no: fails", 1),
+        # The range of few rounds is larger than the ratios.
+        ([0.97, 1.0, 1.02], "inconclusive", 0),
+        ([0.99, 1.0, 1.01], "yes", 0),
+        ([0.8, 0.81, 0.82], "no: fails", 1),
+    ],
+)
+def test_a_comparison_with_another_checkout(ratios: list[float], answer: str, code: int) -> None:
+    comparisons = table.compare(
+        {OURS: [2 * ratio for ratio in ratios], BEFORE: [2.0] * len(ratios)}
+    )
+    assert compared(comparisons) == [answer]
+    assert table.exit_code([], comparisons) == code
+
+
+def compared(comparisons: list[object]) -> list[str]:
+    """Return the last column of the table of comparisons."""
+    _, _, *rows = table.comparisons_table(comparisons).splitlines()
+    return [row.split("|")[-2].strip() for row in rows]
+
+
+def test_a_comparison_uses_the_ratios_of_the_rounds() -> None:
+    [comparison] = table.compare({OURS: [1.0, 2.0, 30.0], BEFORE: [1.0, 2.0, 3.0]})
+    assert (comparison.before, comparison.ours, comparison.ratio) == (2.0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize(("ratio", "answer"), [(1.05, "yes"), (1.06, "no: fails"), (0.5, "yes")])
+def test_a_comparison_of_a_metric_that_should_be_small(ratio: float, answer: str) -> None:
+    before = MEMORY._replace(comparator="before")
+    comparisons = table.compare({MEMORY: [ratio * 1e7] * 10, before: [1e7] * 10})
+    assert compared(comparisons) == [answer]
+
+
+@pytest.mark.parametrize("workload", ["ws-tcp", "ws-ws"])
+def test_a_comparison_may_need_a_speedup(workload: str) -> None:
+    ours, before = OURS._replace(workload=workload), BEFORE._replace(workload=workload)
+    assert compared(table.compare({ours: [1.34] * 10, before: [1.0] * 10})) == ["no: fails"]
+    assert compared(table.compare({ours: [1.35] * 10, before: [1.0] * 10})) == ["yes"]
+
+
+def test_metrics_without_a_direction_are_not_compared() -> None:
+    metrics = ["gb_per_second", "beside_p99_microseconds", "cpu_percent"]
+    samples = {
+        table.Quantity("bulk-1", comparator, metric): [value] * 10
+        for comparator, value in [("ours", 1.0), ("before", 2.0)]
+        for metric in metrics
+    }
+    assert table.compare(samples) == []
+    assert table.comparisons_table([]) == ""
+
+
+@pytest.mark.parametrize("rounds", [3, 6, 10, 20])
+def test_the_range_of_a_comparison_contains_the_true_median(rounds: int) -> None:
+    numbers = random.Random(17)
+    hits = 0
+    for _ in range(2_000):
+        low, high = table.median_range([numbers.gauss(1.0, 0.1) for _ in range(rounds)])
+        hits += low <= 1.0 <= high
+    assert hits >= 0.93 * 2_000
 
 
 @pytest.mark.parametrize(
@@ -93,16 +176,16 @@ def answered(verdicts: list[tuple[object, ...]]) -> list[str]:
         (123_456, "123,000"),
     ],
 )
-def test_numbers_have_three_digits_that_count(value: float, text: str) -> None:
+def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
     assert table.number(value) == text
 
 
-def test_a_table_has_only_what_was_measured() -> None:
+def test_a_table_has_no_empty_rows_and_columns() -> None:
     values = {
         OURS: 3.0,
         OURS._replace(metric="gb_per_second"): 2.0,
-        TWISTED._replace(work="ws-ws"): 0.5,
-        TWISTED._replace(work="round-trip", metric=table.P50): 100.0,
+        TWISTED._replace(workload="ws-ws"): 0.5,
+        TWISTED._replace(workload="round-trip", metric=table.P50): 100.0,
     }
     assert table.bulk_table(values).splitlines() == [
         "| GB per CPU-second (per second) |        ours | Twisted |",
@@ -113,7 +196,7 @@ def test_a_table_has_only_what_was_measured() -> None:
     assert table.many_table(values) == table.growth_table(values) == ""
 
 
-def test_growth_has_a_column_for_each_number_of_pairs() -> None:
+def test_the_growth_table_has_a_column_for_each_number_of_pairs() -> None:
     def bulk_with(pairs: int) -> tuple[str, ...]:
         quantity: tuple[str, ...] = table.Quantity("growth", "ours", f"bulk_{pairs}_{table.BULK}")
         return quantity
@@ -126,7 +209,7 @@ def test_growth_has_a_column_for_each_number_of_pairs() -> None:
     assert messages.split("|")[2:4] == ["      ", "       "]
 
 
-def test_every_bar_can_be_shown() -> None:
+def test_the_report_shows_every_bar() -> None:
     ones = {
         quantity: 1.0
         for bar in table.BARS

@@ -1,12 +1,17 @@
-"""Compares relays: what they do with a second of CPU, how long they take, how much they hold.
+"""Compare relays: work per second of CPU, times, and memory.
 
-Each row is a kind of work (works.py), which is given to each comparator (relays.py) in turn, and
-that again for each round, so that a machine whose speed changes does so for all. What counts is
-the median of the rounds. The relay is alone on one core; all that generates load (load.py) is on
-another. The tables (table.py) go to stdout, progress to stderr.
+A round gives one workload (workloads.py) to each comparator (relays.py) in turn, so that a change
+of the machine's speed affects all comparators. The tables show the median of the rounds. The relay
+has one core for itself; the load generator (load.py) uses another. The report (table.py) is written
+to stdout, progress to stderr.
 
-The exit code is 1 if our relay misses a bar, or if anything went wrong. Of what cannot be had
-there is a line; with RELAY_BENCH_REQUIRED=1 it is an error too.
+With --against DIR only our relay and the relay in DIR ("before") run, for more rounds. Each round
+yields a ratio ours / before for each metric; the order of the two alternates. A metric must not be
+worse by more than 5 %. Where the ratios differ too much to decide that, the workload is repeated
+once, and is then reported as inconclusive.
+
+The exit code is 1 if our relay misses a bar, or after an error. An unavailable comparator is
+reported; with RELAY_BENCH_REQUIRED=1 it is an error too.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
@@ -31,166 +36,230 @@ import relays
 import table
 from load import LoadError
 from readme import publish
-from relays import COMPARATORS, RelayError, Unavailable
+from relays import Maker, RelayError, Unavailable
 from table import Quantity
-from works import FULL, QUICK, WORKS, Measured, Scale, Stage, Work
+from workloads import (
+    COMPARISON,
+    COMPARISON_QUICK,
+    FULL,
+    QUICK,
+    WORKLOADS,
+    Measured,
+    Scale,
+    Subject,
+    Workload,
+)
 
 ROUNDS = 5
-STEP_SECONDS = 300  # for one comparator at one work in one round; the longest needs a third
-DISTURBED_PERCENT = 20  # of the machine for others; ksoftirqd alone may be 15
-MARKS = ("<!-- bench -->", "<!-- end of bench -->")  # in README.md
+QUICK_ROUNDS = 1
+COMPARISON_ROUNDS = 10
+COMPARISON_QUICK_ROUNDS = 3
+STEP_SECONDS = 300  # the time limit of one step; the longest needs a third
+DISTURBED_PERCENT = 20  # of the machine, used by other processes; ksoftirqd alone may use 15
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+MARKS = ("<!-- bench -->", "<!-- end of bench -->")  # lines in the file of --readme
 REQUIRED = os.environ.get("RELAY_BENCH_REQUIRED") == "1"
 
 
 class BenchError(Exception):
-    """The run is over, with this reason."""
+    """The run ends; the text is the reason."""
 
 
 class Step(NamedTuple):
-    """One comparator at one work in one round."""
+    """One comparator at one workload in one round."""
 
-    work: Work
+    workload: Workload
     comparator: str
     round: int
     rounds: int
 
     def __str__(self) -> str:
-        return f"{self.work.name} {self.round}/{self.rounds} {self.comparator}"
+        return f"{self.workload.name} {self.round}/{self.rounds} {self.comparator}"
 
 
 class Machine(NamedTuple):
-    """What this machine has done up to a moment."""
+    """The machine's counters at one moment."""
 
     at: float  # monotonic seconds
-    others_seconds: float  # of CPU, which neither we used nor what we have started
+    others_seconds: float  # of CPU, not used by us or by processes that we started
 
     @classmethod
     def now(cls) -> Machine:
-        """Look: proc(5). What we have started counts as ours once it has ended.
+        """Read the counters: proc(5). A process that we started counts as ours after its end.
 
-        What counts as others': the kernel's own threads (some of the network's work is done in
-        ksoftirqd), and what other virtual machines took from us.
+        The kernel's threads count as others (ksoftirqd does some of the network's work), and so
+        does the time that the hypervisor took.
         """
         with open("/proc/stat") as lines:
             user, nice, system, _, _, irq, softirq, steal = lines.readline().split()[1:9]
         ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
-        return cls(time.monotonic(), ticks / relays.TICKS_PER_SECOND - sum(os.times()[:4]))
+        return cls(time.monotonic(), ticks / TICKS_PER_SECOND - sum(os.times()[:4]))
 
     def others_percent(self, since: Machine) -> float:
-        """Of all cores. The kernel takes samples of that, so a few percent mean nothing."""
+        """Return the others' share of all cores. The kernel samples it, to a few percent."""
         available = (self.at - since.at) * (os.cpu_count() or 1)
         return max(0.0, (self.others_seconds - since.others_seconds) / available * 100)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    rows = "\n".join(f"  {work.name:<13} {work.about}" for work in WORKS)
+    rows = "\n".join(f"  {workload.name:<13} {workload.about}" for workload in WORKLOADS)
     parser = argparse.ArgumentParser(
         prog="python3 tests/bench",
-        description="Compare relays; see the head of tests/bench/__main__.py.",
-        epilog=f"rows:\n{rows}\n\ncomparators:\n  {', '.join(COMPARATORS)}",
+        description="Compare relays; see the docstring of tests/bench/__main__.py.",
+        epilog=f"rows:\n{rows}\n\ncomparators:\n  {', '.join(table.TITLES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare only with the relay in DIR (transit_relay.py and ws_frames.py of another"
+        f" commit), {COMPARISON_ROUNDS} rounds in about 20 minutes, 40 if all rows are repeated;"
+        f" with --quick {COMPARISON_QUICK_ROUNDS} rounds in about 5 minutes",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one short round, judged less strictly"
     )
-    parser.add_argument(
-        "--rounds", type=int, metavar="N", help=f"how many rounds (default: {ROUNDS}; quick: 1)"
-    )
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"rounds (default: {ROUNDS})")
     parser.add_argument(
         "--only",
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="ROW",
-        choices=[work.name for work in WORKS],
-        help="only this row; may be given several times",
+        choices=[workload.name for workload in WORKLOADS],
+        help="only these rows; may be repeated",
     )
     parser.add_argument(
         "--comparators",
         action="extend",
         nargs="+",
         metavar="NAME",
-        choices=list(COMPARATORS),
-        help="only these; may be given several times",
+        choices=list(table.TITLES),
+        help="only these comparators; may be repeated",
     )
     parser.add_argument(
         "--as-it-is",
         action="store_true",
-        help="in the machine's network, with its congestion control (default: in a loopback of our"
-        f" own, with {network.CONGESTION_CONTROL}, if we may)",
+        help="use the machine's network and its congestion control (default: a loopback of our"
+        f" own, with {network.CONGESTION_CONTROL}, where that is permitted)",
     )
     parser.add_argument(
         "--readme",
         type=Path,
         metavar="FILE",
-        help=f"put the tables there too, between the lines {MARKS[0]} and {MARKS[1]}",
+        help=f"write the tables to FILE too, between the lines {MARKS[0]} and {MARKS[1]}",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.against:
+        options.against = options.against.resolve()
+        options.comparators = options.comparators or ["ours", "before"]
+    elif "before" in (options.comparators or []):
+        parser.error("the comparator before needs --against DIR")
+    if options.rounds is not None and options.rounds < (2 if options.against else 1):
+        parser.error("--rounds is too small")
+    return options
 
 
-def say(text: str) -> None:
-    """Tell of progress."""
+def report_progress(text: str) -> None:
+    """Write a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def plan(works: Sequence[Work], comparators: Sequence[str] | None, rounds: int) -> Iterator[Step]:
-    """All steps, in their order."""
-    for work in works:
-        of_work = min(rounds, work.most_rounds)
-        for number in range(1, of_work + 1):
-            for name in work.comparators:
-                if not comparators or name in comparators:
-                    yield Step(work, name, number, of_work)
+def choose_scale(options: argparse.Namespace) -> tuple[Scale, int]:
+    """Return the duration of the measurements, and the number of rounds."""
+    if options.against:
+        scale, rounds = (
+            (COMPARISON_QUICK, COMPARISON_QUICK_ROUNDS)
+            if options.quick
+            else (COMPARISON, COMPARISON_ROUNDS)
+        )
+    else:
+        scale, rounds = (QUICK, QUICK_ROUNDS) if options.quick else (FULL, ROUNDS)
+    return scale, options.rounds or rounds
 
 
-def find_missing(steps: Sequence[Step]) -> dict[str, str]:
-    """The works and comparators that cannot be had here, with the reason."""
+def plan(
+    workloads: Sequence[Workload], comparators: Sequence[str] | None, rounds: int
+) -> Iterator[Step]:
+    """Yield all steps in their order. `comparators`: only these; None: all but "before"."""
+    is_comparison = "before" in (comparators or [])
+    for workload in workloads:
+        count = rounds if is_comparison and workload.is_compared else workload.rounds(rounds)
+        names = [
+            name
+            for name in ("before", *workload.comparators)
+            if (name in comparators if comparators else name != "before")
+        ]
+        for number in range(1, count + 1):
+            names.reverse()  # the first one of a round may be at an advantage
+            for name in names:
+                yield Step(workload, name, number, count)
+
+
+def find_missing(steps: Sequence[Step], makers: Mapping[str, Maker]) -> dict[str, str]:
+    """Return the unavailable workloads and comparators, with the reasons."""
     missing = {}
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for work in dict.fromkeys(step.work for step in steps):
-        if work.open_files > limit:
-            missing[work.name] = f"ulimit -Hn is {limit:,}, and it needs {work.open_files:,}"
+    for workload in dict.fromkeys(step.workload for step in steps):
+        if workload.open_files > limit:
+            missing[workload.name] = f"ulimit -Hn is {limit:,}, {workload.open_files:,} are needed"
     for name in dict.fromkeys(step.comparator for step in steps):
         try:
-            COMPARATORS[name](relays.BUILD, None)
+            makers[name](relays.BUILD, None)
         except Unavailable as error:
             missing[name] = str(error)
     return missing
 
 
-def take(step: Step, scale: Scale) -> Measured:
-    """Measure. Raises BenchError."""
-    signal.alarm(STEP_SECONDS)
-    try:
-        with tempfile.TemporaryDirectory(prefix="step-", dir=relays.BUILD) as folder:
-            return step.work.measure(Stage(COMPARATORS[step.comparator], Path(folder)), scale)
-    except (LoadError, RelayError, OSError, sqlite3.Error) as error:
-        raise BenchError(f"{step}: {error}") from error
-    finally:
-        signal.alarm(0)
+class Run:
+    """A run: the samples of all its steps so far."""
 
+    def __init__(self, makers: Mapping[str, Maker], scale: Scale) -> None:
+        self._makers = makers
+        self._scale = scale
+        self.samples: dict[Quantity, list[float]] = {}
+        self.steps = 0
+        self.disturbed_steps = 0  # other processes used much of the machine
 
-def take_all(steps: Sequence[Step], scale: Scale) -> tuple[dict[Quantity, list[float]], int]:
-    """Measure, one after the other: what came of each round. Raises BenchError.
+    def measure_all(self, steps: Sequence[Step]) -> None:
+        """Take the steps one after the other. Raise BenchError if one fails."""
+        for step in steps:
+            before = Machine.now()
+            measured = self._measure(step)
+            after = Machine.now()
+            others_percent = after.others_percent(before)
+            numbers = ", ".join(f"{name} {table.number(value)}" for name, value in measured.items())
+            report_progress(
+                f"{step}: {after.at - before.at:.1f} s, others {others_percent:.0f} %; {numbers}"
+            )
+            self.steps += 1
+            self.disturbed_steps += others_percent > DISTURBED_PERCENT
+            for metric, value in measured.items():
+                quantity = Quantity(step.workload.name, step.comparator, metric)
+                self.samples.setdefault(quantity, []).append(value)
 
-    Gives also how many steps were disturbed by what else runs on the machine.
-    """
-    samples: dict[Quantity, list[float]] = {}
-    disturbed = 0
-    for step in steps:
-        before = Machine.now()
-        measured = take(step, scale)
-        after = Machine.now()
-        found = ", ".join(f"{metric} {table.number(value)}" for metric, value in measured.items())
-        others_percent = after.others_percent(before)
-        say(f"{step}: {after.at - before.at:.1f} s, others {others_percent:.0f} %; {found}")
-        disturbed += others_percent > DISTURBED_PERCENT
-        for metric, value in measured.items():
-            samples.setdefault(Quantity(step.work.name, step.comparator, metric), []).append(value)
-    return samples, disturbed
+    def _measure(self, step: Step) -> Measured:
+        """Return what one step measured. Raise BenchError if the step fails."""
+        signal.alarm(STEP_SECONDS)
+        try:
+            with tempfile.TemporaryDirectory(prefix="step-", dir=relays.BUILD) as folder:
+                subject = Subject(self._makers[step.comparator], Path(folder))
+                return step.workload.measure(subject, self._scale)
+        except (LoadError, RelayError, OSError, sqlite3.Error) as error:
+            raise BenchError(f"{step}: {error}") from error
+        finally:
+            signal.alarm(0)
+
+    def inconclusive(self) -> list[str]:
+        """Return the names of the workloads with an inconclusive comparison."""
+        comparisons = table.compare(self.samples)
+        found = [one for one in comparisons if one.answer is table.Answer.INCONCLUSIVE]
+        return list(dict.fromkeys(one.workload for one in found))
 
 
 def hardware() -> str:
-    """What this was measured on."""
+    """Return a description of this machine."""
     with open("/proc/cpuinfo") as lines:
         models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     model = models[0] if models else platform.machine()
@@ -198,88 +267,101 @@ def hardware() -> str:
 
 
 def enter_network(as_it_is: bool) -> str:
-    """Go where all is measured; give what there is to say about that."""
-    machines_own = network.congestion_control()
-    why = "as it is"
+    """Enter the network of the run, and return a description of it."""
+    of_machine = network.congestion_control()
+    which = "in the machine's network"
     if not as_it_is:
         try:
             network.enter_our_own()
-            why = f"in a network of our own (the machine's is {machines_own})"
+            which = f"in a network of our own (the machine's is {of_machine})"
         except network.NotPermitted as error:
-            why = f"as the machine has it ({error})"
-    return f"TCP with {network.congestion_control()}, {why}"
+            which = f"in the machine's network ({error})"
+    return f"TCP with {network.congestion_control()}, {which}"
 
 
 def make_notes(
-    options: argparse.Namespace, missing: dict[str, str], where: str, disturbed: int, steps: int
+    options: argparse.Namespace, missing: Mapping[str, str], network_text: str, done: Run
 ) -> list[str]:
-    """What has to be known about the tables. `disturbed`: so many of the steps were."""
+    """Return the notes below the tables: the conditions of this run."""
     notes = []
-    if options.quick:
+    if options.quick and not options.against:
         notes.append(
             "One short round: a bar fails only where it is missed by a factor of"
-            f" {table.QUICK_SLACK}, but those about memory as always."
+            f" {table.QUICK_SLACK}; bars on memory have no such slack."
+        )
+    if options.against:
+        notes.append(
+            "Ours / before is the median of the ratios of the rounds. The range contains the true"
+            f" median with {table.CONFIDENCE:.0%} confidence. Inconclusive: the range is wider"
+            f" than ±{table.TOLERANCE:.0%} and contains the bar. A repeated row has more rounds."
         )
     if relays.RELAY_CORE == relays.LOAD_CORE:
-        notes.append("There is one core only, which the relay shares with what generates load.")
-    notes += [f"{name} cannot be had: {reason}." for name, reason in missing.items()]
-    if disturbed:
+        notes.append("There is only one core; the relay shares it with the load generator.")
+    notes += [f"{name} is not available: {reason}." for name, reason in missing.items()]
+    if done.disturbed_steps:
         notes.append(
-            f"Others used more than {DISTURBED_PERCENT} % of the machine's CPU in {disturbed} of"
-            f" {steps} measurements."
+            f"Other processes used more than {DISTURBED_PERCENT} % of the machine's CPU in"
+            f" {done.disturbed_steps} of {done.steps} measurements."
         )
-    notes.append("; ".join([hardware(), *relays.versions(), where]))
+    notes.append("; ".join([hardware(), *relays.versions(options.against), network_text]))
     command = shlex.join(["python3", "tests/bench", *sys.argv[1:]])
     notes.append(f"{time.strftime('%Y-%m-%d')}: {command}")
     return notes
 
 
-def give_up(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal: the step takes too long, or somebody wants us to end. What we started, ends."""
+def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise an exception, so that the processes of the step are ended."""
     if number == signal.SIGALRM:
         raise RelayError(f"not done after {STEP_SECONDS} s")
     raise BenchError("ended by a signal")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print: give the exit code. Raises BenchError."""
-    works = [work for work in WORKS if not options.only or work.name in options.only]
-    rounds = options.rounds or (1 if options.quick else ROUNDS)
-    steps = list(plan(works, options.comparators, rounds))
-    missing = find_missing(steps)
+    """Measure and print the report. Return the exit code, or raise BenchError."""
+    workloads = [one for one in WORKLOADS if not options.only or one.name in options.only]
+    scale, rounds = choose_scale(options)
+    makers = relays.makers(options.against)
+    steps = list(plan(workloads, options.comparators, rounds))
+    bars = [bar for bar in table.BARS if bar.concerns([step.comparator for step in steps])]
+    missing = find_missing(steps, makers)
     for name, reason in missing.items():
-        say(f"{name} cannot be had: {reason}")
-    if "ours" in missing or (missing and REQUIRED):
-        raise BenchError("without that there is nothing to tell")
-    steps = [one for one in steps if not {one.work.name, one.comparator} & missing.keys()]
-    where = enter_network(options.as_it_is)
-    say(where)
-    samples, disturbed = take_all(steps, QUICK if options.quick else FULL)
-    values = table.medians(samples)
-    verdicts = table.judge(table.BARS, values, options.quick)
-    notes = make_notes(options, missing, where, disturbed, len(steps))
-    print(table.report(values, verdicts, notes), end="")
+        report_progress(f"{name} is not available: {reason}")
+    if missing.keys() & {"ours", "before"} or (missing and REQUIRED):
+        raise BenchError("the run needs what is not available")
+    steps = [one for one in steps if not {one.workload.name, one.comparator} & missing.keys()]
+    network_text = enter_network(options.as_it_is)
+    report_progress(network_text)
+    done = Run(makers, scale)
+    done.measure_all(steps)
+    if not options.quick and (names := done.inconclusive()):
+        report_progress(f"inconclusive so far, repeated once: {', '.join(names)}")
+        done.measure_all([step for step in steps if step.workload.name in names])
+    values = table.medians(done.samples)
+    verdicts = table.judge(bars, values, options.quick)
+    comparisons = table.compare(done.samples)
+    notes = make_notes(options, missing, network_text, done)
+    print(table.report(values, verdicts, notes, comparisons), end="")
     if options.readme:
         try:
             publish(options.readme, MARKS, table.report(values, [], notes))
         except ValueError as error:
             raise BenchError(str(error)) from None
-    return table.exit_code(verdicts)
+    return table.exit_code(verdicts, comparisons)
 
 
 def main() -> int:
-    """Run the program: give its exit code."""
+    """Run the program and return its exit code."""
     options = parse_arguments()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     os.sched_setaffinity(0, {relays.LOAD_CORE})
     relays.BUILD.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, give_up)
+        signal.signal(number, on_signal)
     try:
         return run(options)
     except (BenchError, KeyboardInterrupt) as error:
-        say(f"bench: {error or 'interrupted'}")
+        report_progress(f"bench: {error or 'interrupted'}")
         return 1
 
 

@@ -1,9 +1,9 @@
-"""The clients of a relay, as far as a benchmark needs them: how they connect, and how they spell.
+"""The clients of a relay, as far as the benchmark needs them.
 
-A client connects, over WebSocket asks for the upgrade, and says a handshake; two with the same
-token are a pair. What comes behind that is bulk or messages, and is sent and received by load.py.
+A client connects, requests an upgrade if it uses WebSocket, and sends a handshake. Two clients with
+the same token are a pair. load.py sends and receives the bulk and the messages that follow.
 
-Nothing here is imported from the relay: a benchmark of its must not be helped by its own code.
+Nothing here is imported from the relay: a mistake in its code must not hide itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import struct
 from typing import NamedTuple
 
 HOST = "127.0.0.1"
-LIMIT_SECONDS = 20.0  # whoever is silent for so long hangs
+LIMIT_SECONDS = 20.0  # without progress, then the run fails
 
-# Clients come from many addresses of the loopback, in turn. One alone would run out of ports, as
-# that of a closed connection is not free for a minute (TIME_WAIT).
+# Clients use many source addresses of the loopback, in turn. One address would run out of ports,
+# because the port of a closed connection is not free for a minute (TIME_WAIT).
 SOURCE_ADDRESSES = [f"127.0.{low}.1" for low in range(1, 65)]
-IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: choose the port at connect, when the other end is known
+IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: choose the port at connect, by destination
 
 OK = b"ok\n"
 BINARY, CLOSE = 2, 8  # opcodes: RFC 6455, 5.2
@@ -34,21 +34,21 @@ _tokens = itertools.count()
 
 
 class Pair(NamedTuple):
-    """Two clients that have met, or the two ends of whatever takes the place of a relay."""
+    """Two connected clients."""
 
     first: socket.socket
     second: socket.socket
 
     def close(self) -> None:
-        """Be gone, both."""
+        """Close both clients."""
         self.first.close()
         self.second.close()
 
 
 def prepare(sock: socket.socket, buffer_bytes: int | None) -> None:
-    """What is set before connecting, or before listening for those that are accepted.
+    """Set the options of a client before it connects, or of a listener for accepted clients.
 
-    `buffer_bytes`: as much as the kernel may hold in each direction; None lets it find out.
+    `buffer_bytes`: the size of the kernel's buffer in each direction; None: the kernel adapts it.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if buffer_bytes is not None:
@@ -57,7 +57,7 @@ def prepare(sock: socket.socket, buffer_bytes: int | None) -> None:
 
 
 def connect(port: int, buffer_bytes: int | None = None) -> socket.socket:
-    """A connection to that port of this machine. It blocks, for at most LIMIT_SECONDS."""
+    """Return a connection to a port of the loopback. Its calls block, for at most LIMIT_SECONDS."""
     sock = socket.socket()
     prepare(sock, buffer_bytes)
     sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -68,28 +68,28 @@ def connect(port: int, buffer_bytes: int | None = None) -> socket.socket:
 
 
 def new_token() -> str:
-    """A token that no other pair has, be it of another process of the generator."""
+    """Return a token that no other pair has, in all processes of the load generator."""
     return f"{os.getpid()}_{next(_tokens)}_".ljust(64, "t")
 
 
 def handshake(token: str, side: str) -> bytes:
-    """A handshake line; the `side` is filled up to its length."""
+    """Return a handshake line. The `side` is padded to the required length."""
     return f"please relay {token} for side {side:0>16}\n".encode()
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """The next `size` bytes. An end before that is an error."""
+    """Return the next `size` bytes. Raise ConnectionError if the stream ends before."""
     data = bytearray()
     while len(data) < size:
         part = sock.recv(size - len(data))
         if not part:
-            raise ConnectionError(f"the end came after {bytes(data)!r}")
+            raise ConnectionError(f"the stream ended after {bytes(data)!r}")
         data += part
     return bytes(data)
 
 
 def masked_frame(opcode: int, payload: bytes) -> bytes:
-    """A frame as a client spells it, with a fresh key. RFC 6455, 5.2 and 5.3."""
+    """Return a frame of a client, with a new key. RFC 6455, 5.2 and 5.3."""
     size = len(payload)
     key = os.urandom(4)
     if size < 126:
@@ -101,22 +101,22 @@ def masked_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def upgrade(sock: socket.socket) -> None:
-    """Ask for WebSocket, and read the answer. RFC 6455, 4.1."""
+    """Send an upgrade request and read the response. RFC 6455, 4.1."""
     key = base64.b64encode(os.urandom(16))
     sock.sendall(
         b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n\r\n" % key
     )
-    answer = bytearray()
-    while not answer.endswith(b"\r\n\r\n"):  # nothing follows before the handshake
-        answer += receive_exactly(sock, 1)
+    response = bytearray()
+    while not response.endswith(b"\r\n\r\n"):
+        response += receive_exactly(sock, 1)
     accept = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
-    if not answer.startswith(b"HTTP/1.1 101 ") or accept not in answer:
-        raise ConnectionError(f"no upgrade: {bytes(answer)!r}")
+    if not response.startswith(b"HTTP/1.1 101 ") or accept not in response:
+        raise ConnectionError(f"no upgrade: {bytes(response)!r}")
 
 
-def introduce(sock: socket.socket, is_websocket: bool, token: str, side: str) -> None:
-    """Say the handshake, over WebSocket as one message behind the upgrade."""
+def send_handshake(sock: socket.socket, is_websocket: bool, token: str, side: str) -> None:
+    """Send the handshake; over WebSocket as one message after the upgrade."""
     line = handshake(token, side)
     if is_websocket:
         upgrade(sock)
@@ -125,15 +125,15 @@ def introduce(sock: socket.socket, is_websocket: bool, token: str, side: str) ->
 
 
 def expect_ok(sock: socket.socket, is_websocket: bool) -> None:
-    """Read the relay's word that there is a partner; over WebSocket it is a message of its own."""
-    wanted = bytes([0x80 | BINARY, len(OK)]) + OK if is_websocket else OK
-    said = receive_exactly(sock, len(wanted))
-    if said != wanted:
-        raise ConnectionError(f"no ok: {said!r}")
+    """Read the relay's ok; over WebSocket as one message."""
+    expected = bytes([0x80 | BINARY, len(OK)]) + OK if is_websocket else OK
+    received = receive_exactly(sock, len(expected))
+    if received != expected:
+        raise ConnectionError(f"no ok: {received!r}")
 
 
-def say_end(sock: socket.socket, is_websocket: bool) -> None:
-    """Say that nothing more will come."""
+def send_end(sock: socket.socket, is_websocket: bool) -> None:
+    """Send the end of the stream; over WebSocket a Close."""
     if is_websocket:
         sock.sendall(masked_frame(CLOSE, CLOSE_NORMAL))
     else:
@@ -141,8 +141,8 @@ def say_end(sock: socket.socket, is_websocket: bool) -> None:
 
 
 def expect_end(sock: socket.socket, is_websocket: bool) -> None:
-    """Read the other side's end, and nothing before it."""
-    wanted = bytes([0x80 | CLOSE, len(CLOSE_NORMAL)]) + CLOSE_NORMAL if is_websocket else b""
-    said = sock.recv(1024)
-    if said != wanted:
-        raise ConnectionError(f"no orderly end, but {said!r}")
+    """Read the end of the stream. Raise ConnectionError if anything comes before it."""
+    expected = bytes([0x80 | CLOSE, len(CLOSE_NORMAL)]) + CLOSE_NORMAL if is_websocket else b""
+    received = sock.recv(1024)
+    if received != expected:
+        raise ConnectionError(f"no orderly end, but {received!r}")

@@ -1,17 +1,17 @@
-"""The load generator: processes that send, receive and count, as cheaply as Python can.
+"""The load generator: processes that send, receive and count, with as little CPU as possible.
 
-What is to be measured is the relay, so whatever the generator does with a byte should cost next to
-nothing. Bulk is sent by sendfile(2) from a file in memory and thrown away by recv(2) with
-MSG_TRUNC, so it is never touched here. It lies in pages of 4 KiB then, much as what comes from a
-network; what send(2) gives to the loopback lies in larger pieces, by which splicing is counted.
+The relay is measured, so the generator must be cheaper than the relay. sendfile(2) sends bulk from
+a file in memory, and recv(2) with MSG_TRUNC discards it, so the generator never copies the bytes.
+The file consists of pages of 4 KiB, as data from a network often does. Data from send(2) would have
+larger pieces on the loopback, and the number of pieces determines the cost of splice(2).
 
-The content is known. In one flow of each transfer the beginning and the end are received for real,
-and their SHA-256 is compared; in all flows the number of bytes must be exact. It is the sender's to
-say when its time is up: then it writes the number to memory that both share, *before* it sends the
-last bytes. So whoever has received those finds the number written. The orderly end follows behind
-what is measured: ending thousands of pairs is work of another kind.
+The content is known. In one flow of each transfer the first and the last bytes are received for
+real, and their SHA-256 is compared. In all flows the number of bytes must be exact. When the time
+is up, the sender writes this number to shared memory *before* it sends the last bytes, so a
+receiver that has all bytes finds the number. The end of the stream is sent after the measurement:
+ending thousands of pairs is another kind of work.
 
-A Worker is one process. It runs one function, which talks to us over a pipe.
+A Worker is one process. It runs one function and exchanges messages with us over a pipe.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from typing import Any, NamedTuple
 import clients
 from clients import LIMIT_SECONDS, Pair
 
-CONTENT_BYTES = 8 << 20  # at random; they are sent again and again
-HEAD_BYTES = 8 << 20  # what is hashed of a checked flow at its beginning
-TAIL_BYTES = 4 << 20  # what is sent of it when the number is known, and hashed, but for:
-SEND_BYTES = 1 << 20  # at once, at most: the next flow, or process, need not wait long for its turn
-RECEIVE_BYTES = 2 << 20  # thrown away at once, at most: maybe by a recv that began before that
-READ_BYTES = 256 << 10  # received for real at once
-MESSAGE_BYTES = 16_412  # of wormhole-william, the client in Go: one message for each record
-MESSAGES = 512  # that many have as much content as above
+CONTENT_BYTES = 8 << 20  # random, and sent repeatedly
+HEAD_BYTES = 8 << 20  # hashed at the beginning of a checked flow
+# Sent on a checked flow after the number is written, and hashed. One recv may discard some of it: a
+# recv that began before the number was written.
+TAIL_BYTES = 4 << 20
+SEND_BYTES = 1 << 20  # the limit of one sendfile, so that other flows need not wait long
+RECEIVE_BYTES = 2 << 20  # the limit of one recv that discards
+READ_BYTES = 256 << 10  # the limit of one recv for real
+MESSAGE_BYTES = 16_412  # one record of wormhole-william, the client in Go
+MESSAGES = 512  # together about CONTENT_BYTES
 
 
 class LoadError(Exception):
-    """What came out is not what went in, or nothing comes any more."""
+    """The received bytes are wrong, or nothing arrives any more."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -54,22 +56,22 @@ class LoadError(Exception):
 
 
 class Failure(NamedTuple):
-    """What a worker says when its function has failed."""
+    """The message of a worker whose function has failed."""
 
     reason: str
 
 
 class Worker:
-    """A process that runs `function(channel, *arguments)`, forked, so it has our sockets."""
+    """A process that runs `function(channel, *arguments)`. It is forked, so it has our sockets."""
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("fork")
-        self._channel, its_end = context.Pipe()
+        self._channel, workers_end = context.Pipe()
         self._process = context.Process(
-            target=_work, args=(its_end, function, arguments), daemon=True
+            target=_work, args=(workers_end, function, arguments), daemon=True
         )
         self._process.start()
-        its_end.close()
+        workers_end.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -78,74 +80,77 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Whatever it does, it is gone now."""
+        """Kill the process if it is still running."""
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
         self._channel.close()
 
-    def stand_back(self) -> None:
-        """Let it run only while no other process of its core can."""
+    def run_in_background(self) -> None:
+        """Let the process run only while no other process needs its core."""
         assert self._process.pid
         os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
 
-    def tell(self, word: Any) -> None:
-        """Give it what it waits for."""
-        self._channel.send(word)
+    def send(self, message: Any) -> None:
+        """Send a message to the process."""
+        self._channel.send(message)
 
-    def hear(self, seconds: float = LIMIT_SECONDS) -> Any:
-        """What it says next, within so many seconds. Raises LoadError, also in its place."""
-        word = hear(self._channel, seconds)
-        if isinstance(word, Failure):
-            raise LoadError(word.reason)
-        return word
+    def receive(self, seconds: float = LIMIT_SECONDS) -> Any:
+        """Return the next message of the process.
+
+        Raise LoadError after so many seconds, or if the function of the process has failed.
+        """
+        message = receive(self._channel, seconds)
+        if isinstance(message, Failure):
+            raise LoadError(message.reason)
+        return message
 
 
 def _work(channel: Connection, function: Callable[..., None], arguments: Sequence[Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # whoever started us ends us
-    gc.disable()  # a collection in the middle of a round trip would be measured with it
+        signal.signal(number, signal.SIG_IGN)  # our parent process ends us
+    gc.disable()  # a collection during a round trip would be measured
     try:
         function(channel, *arguments)
     except (LoadError, OSError) as error:
         channel.send(Failure(f"{function.__name__}: {error}"))
 
 
-def hear(channel: Connection, seconds: float = LIMIT_SECONDS) -> Any:
-    """What the other end of a channel says next, within so many seconds. Raises LoadError."""
+def receive(channel: Connection, seconds: float = LIMIT_SECONDS) -> Any:
+    """Return the next message. Raise LoadError after so many seconds."""
     if not channel.poll(seconds):
-        raise LoadError(f"not a word in {seconds:g} s")
+        raise LoadError(f"no message in {seconds:g} s")
     try:
         return channel.recv()
     except EOFError:
-        raise LoadError("a process of the generator has ended too early") from None
+        raise LoadError("a process of the load generator ended too early") from None
 
 
 # ---------------------------------------------------------------------------------------------
-# What is sent
+# Sources
 # ---------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
-    """Bytes that are sent again and again, and how they look on the wire."""
+    """Bytes that are sent repeatedly, and their encoding."""
 
-    content: bytes  # the payload, to be compared with what arrives
-    wire_fd: int  # a file in memory with the same as it is sent
-    wire_bytes: int  # its size
-    wire_unit: int  # a sender ends at a multiple of this,
-    content_unit: int  # which has so much payload
+    content: bytes  # the payload
+    wire_fd: int  # a file in memory with the encoded content
+    wire_bytes: int  # the size of the file
+    wire_unit_bytes: int  # a sender ends at a multiple of this size
+    content_unit_bytes: int  # the payload in one unit
 
 
 @functools.cache
 def plain_source() -> Source:
-    """For whoever sends over TCP."""
+    """Return the source of a TCP client."""
     content = os.urandom(CONTENT_BYTES)
     return Source(content, _file_in_memory(content), len(content), 1, 1)
 
 
 @functools.cache
 def websocket_source() -> Source:
-    """For whoever sends over WebSocket: one binary message for each record, as from Go."""
+    """Return the source of a WebSocket client: one binary message for each record."""
     content = os.urandom(MESSAGES * MESSAGE_BYTES)
     frames = [
         clients.masked_frame(clients.BINARY, content[start : start + MESSAGE_BYTES])
@@ -177,28 +182,28 @@ class Flow(NamedTuple):
     sink_is_websocket: bool = False
 
 
-class Carried(NamedTuple):
-    """What a transfer has moved."""
+class Transferred(NamedTuple):
+    """The result of a transfer."""
 
     payload_bytes: int
-    seconds: float  # from before the first byte was sent until the last one had arrived
+    seconds: float  # from before the first byte was sent until the last byte had arrived
 
 
 class Bulk:
-    """A transfer over some flows at once: a process that sends, and one that receives."""
+    """A transfer on several flows at once: one process sends, another process receives."""
 
     def __init__(self, flows: Sequence[Flow], source: Source, in_background: bool = False) -> None:
-        """`in_background`: see Worker.stand_back."""
+        """`in_background`: see Worker.run_in_background."""
         self._flows = flows
-        self._totals = memoryview(mmap.mmap(-1, 8 * len(flows))).cast("Q")  # 0: not yet known
+        self._totals = memoryview(mmap.mmap(-1, 8 * len(flows))).cast("Q")  # 0: not known yet
         for flow in flows:
             flow.source.setblocking(False)
             flow.sink.setblocking(False)
         self._sender = Worker(_send, flows, source, self._totals)
         self._receiver = Worker(_receive, flows, source.content, self._totals)
         if in_background:
-            self._sender.stand_back()
-            self._receiver.stand_back()
+            self._sender.run_in_background()
+            self._receiver.run_in_background()
 
     def __enter__(self) -> Bulk:
         return self
@@ -208,47 +213,47 @@ class Bulk:
         self._receiver.close()
 
     def start(self, seconds: float) -> None:
-        """Send for so long, and then what is still to come."""
+        """Start to send. The sender ends after so many seconds and its last bytes."""
         self._began_at = time.monotonic()
-        self._sender.tell(seconds)
+        self._sender.send(seconds)
         self._seconds = seconds
 
-    def wait(self) -> Carried:
-        """Until all has arrived. Raises LoadError if it does not, or is not what was sent."""
-        ended_at = self._receiver.hear(self._seconds + 2 * LIMIT_SECONDS)
-        self._sender.hear()
-        return Carried(sum(self._totals), ended_at - self._began_at)
+    def wait(self) -> Transferred:
+        """Wait until all bytes have arrived. Raise LoadError if they do not, or are wrong."""
+        ended_at = self._receiver.receive(self._seconds + 2 * LIMIT_SECONDS)
+        self._sender.receive()
+        return Transferred(sum(self._totals), ended_at - self._began_at)
 
     def end(self) -> None:
-        """End all pairs in good order: nothing may have come behind the last byte."""
+        """End all pairs in order. Raise ConnectionError if bytes came after the last one."""
         for flow in self._flows:
             flow.source.settimeout(LIMIT_SECONDS)
             flow.sink.settimeout(LIMIT_SECONDS)
         for flow in self._flows:
-            clients.say_end(flow.source, flow.source_is_websocket)
+            clients.send_end(flow.source, flow.source_is_websocket)
         for flow in self._flows:
             clients.expect_end(flow.sink, flow.sink_is_websocket)
 
 
 def _send(channel: Connection, flows: Sequence[Flow], source: Source, totals: memoryview) -> None:
-    """Send on all flows until the time is up; then write down the totals, and send the rest."""
+    """Send on all flows until the time is up; then write the totals, and send the last bytes."""
     numbers = {flow.source.fileno(): number for number, flow in enumerate(flows)}
-    sent = dict.fromkeys(numbers, 0)  # bytes on the wire, by descriptor
-    ends: dict[int, int] = {}  # how many it will have been; empty until the time is up
+    sent = dict.fromkeys(numbers, 0)  # encoded bytes, by descriptor
+    ends: dict[int, int] = {}  # the final value of `sent`; empty until the time is up
     epoll = select.epoll()
     for fd in numbers:
         epoll.register(fd, select.EPOLLOUT)
-    seconds = hear(channel)
+    seconds = receive(channel)
     deadline = time.monotonic() + seconds
     while sent:
         ready = epoll.poll(LIMIT_SECONDS)
         if not ready:
-            raise LoadError(f"nothing was taken for {LIMIT_SECONDS:g} s")
+            raise LoadError(f"no flow accepted a byte for {LIMIT_SECONDS:g} s")
         if not ends and time.monotonic() >= deadline:
             for fd, number in numbers.items():
-                units = (sent[fd] + (0 if number else TAIL_BYTES)) // source.wire_unit + 1
-                totals[number] = units * source.content_unit
-                ends[fd] = units * source.wire_unit
+                units = (sent[fd] + (0 if number else TAIL_BYTES)) // source.wire_unit_bytes + 1
+                totals[number] = units * source.content_unit_bytes
+                ends[fd] = units * source.wire_unit_bytes
         for fd, _ in ready:
             offset = sent[fd] % source.wire_bytes
             most = min(SEND_BYTES, source.wire_bytes - offset)
@@ -267,7 +272,7 @@ def _send(channel: Connection, flows: Sequence[Flow], source: Source, totals: me
 def _receive(
     channel: Connection, flows: Sequence[Flow], content: bytes, totals: memoryview
 ) -> None:
-    """Receive from all flows until each has all; the first is checked for what it carried."""
+    """Receive on all flows until each is complete. Check the content of the first flow."""
     sinks: dict[int, Sink] = {}
     epoll = select.epoll()
     for number, flow in enumerate(flows):
@@ -278,7 +283,7 @@ def _receive(
     while sinks:
         ready = epoll.poll(LIMIT_SECONDS)
         if not ready:
-            raise LoadError(f"nothing arrived for {LIMIT_SECONDS:g} s; {len(sinks)} incomplete")
+            raise LoadError(f"nothing arrived for {LIMIT_SECONDS:g} s; {len(sinks)} flows left")
         for fd, _ in ready:
             if sinks[fd].receive():
                 epoll.unregister(fd)
@@ -287,59 +292,59 @@ def _receive(
 
 
 class Checksum:
-    """Hashes parts of a stream whose content is known, and compares."""
+    """The hash of some parts of a stream whose content is known."""
 
     def __init__(self, content: bytes) -> None:
-        """`content`: what the stream repeats again and again."""
+        """`content`: the bytes that the stream repeats."""
         self._content = memoryview(content)
         self._hash = hashlib.sha256()
-        self._parts: list[range] = []  # of the stream: what was hashed
+        self._parts: list[range] = []  # positions in the stream, already hashed
 
     def add(self, position: int, data: memoryview) -> None:
-        """What the stream has there."""
+        """Hash the bytes that were received at this position."""
         self._hash.update(data)
-        goes_on = self._parts and self._parts[-1].stop == position
-        start = self._parts.pop().start if goes_on else position
+        is_adjacent = self._parts and self._parts[-1].stop == position
+        start = self._parts.pop().start if is_adjacent else position
         self._parts.append(range(start, position + len(data)))
 
     def verify(self) -> None:
-        """Raise LoadError unless that is what the content has there."""
-        wanted = hashlib.sha256()
+        """Raise LoadError unless the hash is that of the content at the same positions."""
+        expected = hashlib.sha256()
         for part in self._parts:
             position = part.start
             while position < part.stop:
                 offset = position % len(self._content)
                 piece = self._content[offset : offset + part.stop - position]
-                wanted.update(piece)
+                expected.update(piece)
                 position += len(piece)
         if len(self._parts[-1]) < TAIL_BYTES - RECEIVE_BYTES:
             raise LoadError("the end of the transfer was not hashed")
-        if self._hash.digest() != wanted.digest():
-            raise LoadError("the SHA-256 of what arrived is not that of what was sent")
+        if self._hash.digest() != expected.digest():
+            raise LoadError("the SHA-256 of the received bytes is wrong")
 
 
 class Sink:
-    """Where a flow arrives over TCP: counts, and hashes what is to be checked."""
+    """The receiver of a flow over TCP. It counts bytes and hashes the checked parts."""
 
-    _trash = bytearray(RECEIVE_BYTES)  # never written to, so it is not even in memory
+    _unused = bytearray(RECEIVE_BYTES)  # MSG_TRUNC does not write to it
     _buffer = bytearray(READ_BYTES)
 
     def __init__(
         self, sock: socket.socket, total: memoryview, checksum: Checksum | None = None
     ) -> None:
-        """`total`: one cell, how many bytes it will be, or 0 as long as nobody knows."""
+        """`total`: one cell, the bytes of the flow; 0 until the sender has written the number."""
         self._receive_into = sock.recv_into
         self._total = total
         self._checksum = checksum
         self._received = 0  # bytes of payload
 
     def receive(self) -> bool:
-        """Take what is there. True: that was the last of it."""
+        """Receive once. Return whether the flow is complete."""
         if self._is_checked():
             size = self._receive_into(self._buffer)
             self._take(memoryview(self._buffer)[:size])
         else:
-            size = self._receive_into(self._trash, RECEIVE_BYTES, socket.MSG_TRUNC)
+            size = self._receive_into(self._unused, RECEIVE_BYTES, socket.MSG_TRUNC)
             self._received += size
         return self._is_complete(size)
 
@@ -353,24 +358,24 @@ class Sink:
         self._received += len(payload)
 
     def _is_complete(self, size: int) -> bool:
-        """`size`: of the last read. Raises LoadError at an end, or at more than was sent."""
+        """`size`: of the last read. Raise LoadError if the stream ended, or is too long."""
         if not size:
-            raise LoadError(f"the end came after {self._received} bytes")
+            raise LoadError(f"the stream ended after {self._received} bytes")
         total = self._total[0]
         if not total or self._received < total:
             return False
         if self._received > total:
-            raise LoadError(f"{self._received} bytes came where {total} were sent")
+            raise LoadError(f"{self._received} bytes arrived, {total} were sent")
         if self._checksum is not None:
             self._checksum.verify()
         return True
 
 
 class WebSocketSink(Sink):
-    """The same over WebSocket: the payload of unmasked binary messages, each of one frame."""
+    """The receiver of a flow over WebSocket: unmasked binary messages of one frame each."""
 
-    _head = b""  # of the frame under way, as far as it has come
-    _left_bytes = 0  # of its payload
+    _head = b""  # of the current frame, as far as received
+    _left_bytes = 0  # of the payload of the current frame
 
     def receive(self) -> bool:
         size = self._receive_into(self._buffer)
@@ -386,7 +391,7 @@ class WebSocketSink(Sink):
         return self._is_complete(size)
 
     def _read_head(self, data: memoryview) -> memoryview:
-        """Take some of the head; give the rest. RFC 6455, 5.2."""
+        """Read some bytes of the head; return the remaining data. RFC 6455, 5.2."""
         size = 2
         if len(self._head) >= 2:
             size = {126: 4, 127: 10}[self._head[1]]
@@ -407,71 +412,72 @@ class WebSocketSink(Sink):
 
 
 class Exchanged(NamedTuple):
-    """How many messages arrived, or pairs met and left, in how long."""
+    """The number of messages or pairings, and their duration."""
 
     done: int
     seconds: float
 
 
 def exchange_messages(channel: Connection, pairs: Sequence[Pair], message: bytes) -> None:
-    """In each pair, one message after the other: the next is sent when the last has arrived.
+    """Send one message after the other in each pair; the next when the last has arrived.
 
-    A worker's. It is told for how many seconds, and says an Exchanged. What arrives is compared
-    in the first pair and counted in all.
+    A worker's function: it receives a number of seconds and sends an Exchanged. The bytes are
+    counted in all pairs and compared in the first one.
     """
     size = len(message)
     buffer = bytearray(size)
     receive_into = {pair.second.fileno(): pair.second.recv_into for pair in pairs}
     send = {pair.second.fileno(): pair.first.send for pair in pairs}
-    missing = dict.fromkeys(send, size)  # bytes of the message under way
+    missing = dict.fromkeys(send, size)  # bytes of the current message
     checked = pairs[0].second.fileno()
     epoll = select.epoll()
     for pair in pairs:
         pair.first.setblocking(False)
         pair.second.setblocking(False)
         epoll.register(pair.second, select.EPOLLIN)
-    seconds = hear(channel)
+    seconds = receive(channel)
     began_at = time.monotonic()
     deadline = began_at + seconds
     done = 0
     for send_one in send.values():
         send_one(message)
-    under_way = len(pairs)
-    while under_way:
+    active = len(pairs)
+    while active:
         ready = epoll.poll(LIMIT_SECONDS)
         if not ready:
             raise LoadError(f"nothing arrived for {LIMIT_SECONDS:g} s")
-        goes_on = time.monotonic() < deadline
+        sends_again = time.monotonic() < deadline
         for fd, _ in ready:
             left = missing[fd]
             got = receive_into[fd](buffer, left)
             if fd == checked and buffer[:got] != message[size - left : size - left + got]:
-                raise LoadError("what arrived is not what was sent")
+                raise LoadError("a received message is not the one that was sent")
             if not got:
-                raise LoadError("the end came between messages")
+                raise LoadError("the stream ended early")
             if got < left:
                 missing[fd] = left - got
                 continue
             missing[fd] = size
             done += 1
-            if goes_on:
+            if sends_again:
                 send[fd](message)
             else:
-                under_way -= 1
+                active -= 1
     channel.send(Exchanged(done, time.monotonic() - began_at))
 
 
 def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: float = 0.0) -> None:
-    """There and back, again and again, with a pause before each. A worker's.
+    """Send a message there and back repeatedly, with a pause before each round trip.
 
-    It is told for how many seconds, says how many nanoseconds each took, and waits for more.
+    A worker's function: it receives a number of seconds, sends the list of the round trips'
+    nanoseconds, and waits for the next number.
     """
     for sock in pair:
         sock.setblocking(True)
         sock.settimeout(LIMIT_SECONDS)
     first, second = pair
     while True:
-        seconds = hear(channel, 10 * LIMIT_SECONDS)
+        seconds = receive(channel, 10 * LIMIT_SECONDS)
         took = []
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -484,7 +490,7 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: fl
             back = clients.receive_exactly(first, len(message))
             took.append(time.perf_counter_ns() - began_at)
             if back != message:
-                raise LoadError("what came back is not what was sent")
+                raise LoadError("a returned message is not the one that was sent")
         channel.send(took)
 
 
@@ -493,60 +499,60 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: fl
 # ---------------------------------------------------------------------------------------------
 
 
-class Meeting(NamedTuple):
-    """Two clients that are to meet."""
+class Pairing(NamedTuple):
+    """Two clients with the same token."""
 
     first: socket.socket
     second: socket.socket
-    oks: list[socket.socket]  # those that have read theirs
+    oks: list[socket.socket]  # the clients that have read their ok
 
 
 def make_pairings(
-    channel: Connection, connect: Callable[[str, str], socket.socket], under_way: int
+    channel: Connection, connect: Callable[[str, str], socket.socket], in_progress: int
 ) -> None:
-    """Pairs that meet and leave, so many at a time. A worker's.
+    """Make pairs that leave at once, with a fixed number of pairings in progress.
 
-    It is told for how many seconds, and says an Exchanged. `connect` gives a client that has
-    said its handshake with this token and side. When both have read their ok the first one
-    leaves, and then the second, when it has read the end.
+    A worker's function: it receives a number of seconds and sends an Exchanged. `connect` returns
+    a client that has sent its handshake with a token and a side. When both clients have read their
+    ok the first one leaves. The second one leaves when it has read the end.
     """
-    meetings: dict[int, Meeting] = {}  # by descriptor: each is there twice, until one has left
+    pairings: dict[int, Pairing] = {}  # by the descriptor of each client that has not left
     epoll = select.epoll()
-    seconds = hear(channel)
+    seconds = receive(channel)
 
     def begin() -> None:
         token = clients.new_token()
-        meeting = Meeting(connect(token, "first"), connect(token, "second"), [])
-        for sock in (meeting.first, meeting.second):
-            meetings[sock.fileno()] = meeting
+        pairing = Pairing(connect(token, "first"), connect(token, "second"), [])
+        for sock in (pairing.first, pairing.second):
+            pairings[sock.fileno()] = pairing
             epoll.register(sock, select.EPOLLIN)
 
     def leave(sock: socket.socket) -> None:
-        del meetings[sock.fileno()]
+        del pairings[sock.fileno()]
         sock.close()
 
     began_at = time.monotonic()
     deadline = began_at + seconds
     done = 0
-    for _ in range(under_way):
+    for _ in range(in_progress):
         begin()
-    while meetings:
+    while pairings:
         ready = epoll.poll(LIMIT_SECONDS)
         if not ready:
-            raise LoadError(f"nobody met for {LIMIT_SECONDS:g} s")
+            raise LoadError(f"no progress of a pairing for {LIMIT_SECONDS:g} s")
         for fd, _ in ready:
-            meeting = meetings[fd]
-            sock = meeting.first if fd == meeting.first.fileno() else meeting.second
-            said = sock.recv(64)
-            if said == clients.OK and sock not in meeting.oks:
-                meeting.oks.append(sock)
-                if len(meeting.oks) == 2:
-                    leave(meeting.first)
-            elif not said and len(meeting.oks) == 2:
-                leave(meeting.second)
+            pairing = pairings[fd]
+            sock = pairing.first if fd == pairing.first.fileno() else pairing.second
+            received = sock.recv(64)
+            if received == clients.OK and sock not in pairing.oks:
+                pairing.oks.append(sock)
+                if len(pairing.oks) == 2:
+                    leave(pairing.first)
+            elif not received and len(pairing.oks) == 2:
+                leave(pairing.second)
                 done += 1
                 if time.monotonic() < deadline:
                     begin()
             else:
-                raise LoadError(f"a client that was to meet another was told {said!r}")
+                raise LoadError(f"a client received {received!r} instead of its ok")
     channel.send(Exchanged(done, time.monotonic() - began_at))

@@ -1,10 +1,10 @@
-"""The network in which all is measured: a loopback of our own, with TCP as Debian's kernel has it.
+"""The network of a run: a loopback of our own, with the TCP settings of Debian's kernel.
 
-A machine may be set up in its own way, and its congestion control matters most: BBR paces what it
-sends by timers, and on such a loopback a relay may spend more on these than on anything else.
-Debian's kernel comes with CUBIC. So, where we may, all comparators alike run in a network namespace
-whose routes ask for that, and whose buffers are Debian's; where not, or if that is not wanted, in
-the machine's network as it is. Which it was is said below the tables.
+Machines have different TCP settings, and the congestion control matters most. BBR paces with
+timers, and on such a loopback a relay may use more CPU for these timers than for anything else.
+Debian's kernel uses CUBIC. So, where that is permitted, all comparators run in a network namespace
+whose routes select CUBIC and whose buffers are Debian's. Otherwise, or with --as-it-is, they run in
+the machine's network. The notes below the tables name the network.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 from clients import HOST
 
 CONGESTION_CONTROL = "cubic"
-CLONE_NEWNET = 0x40000000  # linux/sched.h; os.unshare is there from Python 3.12 on
+CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.unshare from 3.12 on
 NAME_BYTES = 16  # TCP_CA_NAME_MAX, linux/tcp.h
 BUFFERS = {"tcp_rmem": "4096 131072 6291456", "tcp_wmem": "4096 16384 4194304"}  # tcp(7)
-LOOPBACK = ("127.0.0.0/8", "127.0.0.1")  # the routes that the kernel makes by itself
+LOOPBACK = ("127.0.0.0/8", "127.0.0.1")  # the routes that the kernel adds for `lo`
 
 
 class NotPermitted(Exception):
-    """We may not have a network of our own, or not the congestion control; with the reason."""
+    """A network of our own, or the congestion control, is not permitted; the text is the reason."""
 
 
 def enter_our_own() -> None:
-    """Go to a network of our own, for good, and so does whatever we start. Raises NotPermitted.
+    """Enter a network of our own, with all processes that we start later. Raise NotPermitted.
 
-    From there nothing else can be reached, so all that is fetched has to be there by now.
+    The other network cannot be reached any more, so everything must be installed before.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET):
@@ -53,13 +53,13 @@ def _ip(*arguments: str) -> None:
     try:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise NotPermitted("there is no ip: apt-get install iproute2") from None
+        raise NotPermitted("the command ip is missing: apt-get install iproute2") from None
     except subprocess.CalledProcessError as error:
         raise NotPermitted(f"ip {' '.join(arguments)}: {error.stderr.strip()}") from None
 
 
 def congestion_control() -> str:
-    """What a connection over the loopback has."""
+    """Return the congestion control of a connection over the loopback."""
     with socket.create_server((HOST, 0)) as listener:
         with socket.create_connection(listener.getsockname()) as sock:
             name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, NAME_BYTES)

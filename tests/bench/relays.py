@@ -1,9 +1,9 @@
-"""What is compared: relays, and what stands in for one. How each is had, started, and ended.
+"""The comparators: how each is installed, started and ended, and how clients connect through it.
 
-Each is a Between: something that two clients can be connected through. Most are Programs, with a
-process of their own on a core of its own, whose CPU seconds and memory the kernel tells us. A
-Program is started by entering it, and ended by SIGTERM on leaving; one that complains, hangs, or
-exits with a code that is not its usual one, is an error of the run.
+Each comparator is an Intermediary: two clients can be connected through it. Most are Programs. A
+Program has a process on a core of its own; the kernel reports the CPU time and memory of that
+process. Entering a Program starts it; leaving it sends SIGTERM. An error message, a hang or an
+unusual exit code is an error of the run.
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ from clients import HOST, LIMIT_SECONDS, Pair
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "bench"
-STAGE = BUILD / "stage"
 VENV = BUILD / "venv"
+SOURCES = ("transit_relay.py", "ws_frames.py")
 REQUIREMENTS = ROOT / "tests" / "interop" / "requirements.txt"
-PYTHON = "/usr/bin/python3"  # what runs our installed entry, so it runs the Twisted relay too
+PYTHON = "/usr/bin/python3"  # runs our installed entry, so the Twisted relay uses it too
 TWISTED_PACKAGE = "magic-wormhole-transit-relay"
-TELL_VERSIONS = f"""\
+PRINT_VERSIONS = f"""\
 from importlib.metadata import version
 print("{TWISTED_PACKAGE}", version("{TWISTED_PACKAGE}"), "with Twisted", version("Twisted"))
 """
-SLEEP = "import time; time.sleep(3600)"  # what a bare interpreter does
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+SLEEP = "import time; time.sleep(3600)"  # the program of the comparator "interpreter"
+CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-GETTING_SECONDS = 300.0  # for one step of getting a comparator, such as a venv
-POLL_SECONDS = 0.005  # between two looks at whether a program has got somewhere
-SETTLED_SECONDS = 0.3  # without any work and any change in size: nothing is under way
-BACKLOG = 1024  # newcomers that may queue: what ours has; the Twisted relay's own default is 50
-HAPROXY_CONNECTIONS = 1000  # clients of the largest exchange with it, twice
+INSTALL_SECONDS = 300.0  # the time limit for one command that installs, such as pip
+POLL_SECONDS = 0.005  # between two checks of a condition
+SETTLED_SECONDS = 0.3  # without CPU and without a change in size: the process has no work left
+BACKLOG = 1024  # of listeners: ours has this value; the Twisted relay's default is 50
+HAPROXY_CONNECTIONS = 1000  # twice the clients of the largest workload with HAProxy
 
-# The first core that we may use is the relay's, the last one the generator's.
+# The relay uses the first core that we may use, the load generator the last one.
 CORES = sorted(os.sched_getaffinity(0))
 RELAY_CORE, LOAD_CORE = CORES[0], CORES[-1]
 
 
 class Unavailable(Exception):
-    """A comparator that cannot be had here, with the reason."""
+    """A comparator is not available here; the text is the reason."""
 
 
 class RelayError(Exception):
-    """A relay did what it should not have done."""
+    """A comparator failed."""
 
 
 # ---------------------------------------------------------------------------------------------
-# What they are
+# Kinds of comparators
 # ---------------------------------------------------------------------------------------------
 
 
-class Between:
-    """What is between the two clients of a pair. This one is nothing: they are connected."""
+class Intermediary:
+    """The base class connects the two clients directly, without a relay."""
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server((HOST, 0), backlog=BACKLOG)
@@ -78,30 +78,30 @@ class Between:
     def pair(
         self, websocket: tuple[bool, bool] = (False, False), buffer_bytes: int | None = None
     ) -> Pair:
-        """Two clients, ready to send and receive.
+        """Return two connected clients, ready to send and receive.
 
-        `websocket`: which of them speaks it. `buffer_bytes`: see clients.prepare.
+        `websocket`: which of the two clients use WebSocket. `buffer_bytes`: see clients.prepare.
         """
         assert websocket == (False, False)
         clients.prepare(self._listener, buffer_bytes)
-        first = clients.connect(self._entrance(), buffer_bytes)
+        first = clients.connect(self._first_port(), buffer_bytes)
         second, _ = self._listener.accept()
         second.settimeout(LIMIT_SECONDS)
         return Pair(first, second)
 
-    def _entrance(self) -> int:
-        """The port that the first client connects to; the second is accepted by us."""
+    def _first_port(self) -> int:
+        """Return the port that the first client connects to; we accept the second client."""
         return port_of(self._listener)
 
     def cpu_seconds(self) -> float:
-        """What it has used so far, in all its threads."""
+        """Return the CPU time used so far, by all threads, user and system."""
         return 0.0
 
 
-class Program(Between):
-    """A process, and what the kernel knows of it. This one does nothing."""
+class Program(Intermediary):
+    """A process. The base class runs a command and sends nothing through it."""
 
-    complaint = re.compile(r"warning|error|critical|Traceback", re.IGNORECASE)
+    error_pattern = re.compile(r"warning|error|critical|Traceback", re.IGNORECASE)
     exit_codes: tuple[int, ...] = (-signal.SIGTERM,)
 
     def __init__(self, *command: str | Path) -> None:
@@ -117,7 +117,7 @@ class Program(Between):
         return self
 
     def __exit__(self, *error: object) -> None:
-        has_ended = self._process.poll() is not None  # which explains whatever error there is
+        has_ended = self._process.poll() is not None  # then its output explains the error
         try:
             if has_ended or not any(error):
                 self.stop()
@@ -125,9 +125,9 @@ class Program(Between):
             self.kill()
 
     def spawn(self) -> None:
-        """Start it, on the relay's core."""
+        """Start the process on the relay's core."""
         self._output = tempfile.TemporaryFile()
-        os.sched_setaffinity(0, {RELAY_CORE})  # a new process takes it over
+        os.sched_setaffinity(0, {RELAY_CORE})  # a new process inherits it
         try:
             self._process = subprocess.Popen(
                 self._command,
@@ -140,75 +140,71 @@ class Program(Between):
             os.sched_setaffinity(0, {LOAD_CORE})
 
     def wait_until_ready(self) -> None:
-        """Until it listens."""
+        """Wait until the program accepts clients."""
 
     def wait_for(
-        self, is_there: Callable[[], bool], what: str, poll_seconds: float = POLL_SECONDS
+        self, condition: Callable[[], bool], label: str, poll_seconds: float = POLL_SECONDS
     ) -> None:
-        """Until that is so. Raises RelayError if it takes too long, or the process has ended."""
+        """Wait until the condition is true.
+
+        Raise RelayError if that takes too long, or if the process ends.
+        """
         deadline = time.monotonic() + LIMIT_SECONDS
-        while not is_there():
+        while not condition():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RelayError(f"no {what}; it said: {self.said()[-500:]!r}")
+                raise RelayError(f"no {label}; its output ends: {self.output()[-500:]!r}")
             time.sleep(poll_seconds)
 
     def stop(self) -> None:
-        """End it. Raises RelayError if it does not end well, or ever had something to say."""
+        """End the process.
+
+        Raise RelayError if it hangs, printed an error message, or has an unusual exit code.
+        """
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
-            raise RelayError(f"it does not end in {LIMIT_SECONDS:g} s") from None
-        for line in self.said().splitlines():
-            if self.complaint.search(line):
-                raise RelayError(f"it said: {line}")
+            raise RelayError(f"still running {LIMIT_SECONDS:g} s after SIGTERM") from None
+        for line in self.output().splitlines():
+            if self.error_pattern.search(line):
+                raise RelayError(f"it printed: {line}")
         if code not in self.exit_codes:
-            raise RelayError(f"it ended with {code}; it said: {self.said()[-500:]!r}")
+            raise RelayError(f"exit code {code}; its output ends: {self.output()[-500:]!r}")
 
     def kill(self) -> None:
-        """Whatever it does, it is gone now, and what it has said too."""
+        """Kill the process if it is still running, and delete its output."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
         self._output.close()
 
-    def said(self) -> str:
-        """All that it has written to stdout and stderr."""
+    def output(self) -> str:
+        """Return all that the process has written to stdout and stderr."""
         fd = self._output.fileno()
         return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
 
-    # What the kernel knows: proc(5).
-
     def cpu_seconds(self) -> float:
-        stat = self._proc("stat").read_text()
-        user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / TICKS_PER_SECOND
-
-    def cpu_nanoseconds(self) -> int:
-        """The same, finer, but without the threads that have ended."""
-        tasks = self._proc("task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks)
+        # The clock of clock_getcpuclockid(3) has nanoseconds; /proc/PID/stat has ticks of 10 ms.
+        return time.clock_gettime(~self._process.pid << 3 | CPUCLOCK_SCHED)
 
     def resident_bytes(self) -> int:
-        """What it has in memory."""
-        return int(self._proc("statm").read_text().split()[1]) * PAGE_BYTES
+        """Return the size of the process in memory: proc(5)."""
+        statm = Path("/proc", str(self._process.pid), "statm").read_text()
+        return int(statm.split()[1]) * PAGE_BYTES
 
     def settle(self) -> None:
-        """Wait until it has done all that there is to do."""
+        """Wait until the process has no work left."""
         deadline = time.monotonic() + LIMIT_SECONDS
         before = None
-        while (now := (self.cpu_seconds(), self.resident_bytes())) != before:
+        while (now := (round(self.cpu_seconds(), 2), self.resident_bytes())) != before:
             if time.monotonic() > deadline:
-                raise RelayError("it does not come to rest")
+                raise RelayError(f"still busy after {LIMIT_SECONDS:g} s without load")
             before = now
             time.sleep(SETTLED_SECONDS)
 
-    def _proc(self, name: str) -> Path:
-        return Path("/proc", str(self._process.pid), name)
-
 
 class Relay(Program):
-    """One that makes pairs: ours, or the Twisted one."""
+    """A relay that makes pairs by token: ours or the Twisted one."""
 
     def __init__(
         self,
@@ -217,17 +213,17 @@ class Relay(Program):
         ports: tuple[int, int],
         database: Path | None,
     ) -> None:
-        """`ready`: what it says when it listens on its `ports`, for TCP and for WebSocket."""
+        """`ready`: printed when the relay listens. `ports`: for TCP and for WebSocket clients."""
         super().__init__(*command)
         self._ready = ready
         self._ports = ports
         self._database = database
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: self._ready in self.said(), "start message")
+        self.wait_for(lambda: self._ready in self.output(), "start message")
 
     def wait_until_connected(self) -> None:
-        """Until a client can connect, to within some tenths of a millisecond."""
+        """Wait until a client can connect, and return a fraction of a millisecond later."""
 
         def can_connect() -> bool:
             try:
@@ -241,9 +237,9 @@ class Relay(Program):
     def connect(
         self, token: str, side: str, is_websocket: bool = False, buffer_bytes: int | None = None
     ) -> socket.socket:
-        """A client that has said its handshake."""
+        """Return a client that has sent its handshake."""
         sock = clients.connect(self._ports[is_websocket], buffer_bytes)
-        clients.introduce(sock, is_websocket, token, side)
+        clients.send_handshake(sock, is_websocket, token, side)
         return sock
 
     def pair(
@@ -259,37 +255,37 @@ class Relay(Program):
         return pair
 
     def usage_rows(self) -> int:
-        """How many records it has left in its database."""
+        """Return the number of records in the relay's database."""
         assert self._database is not None
         with contextlib.closing(sqlite3.connect(self._database)) as db:
             (count,) = db.execute("SELECT count(*) FROM usage").fetchone()
         return int(count)
 
 
-class Ours(Relay):
-    """transit-relay, as it is installed."""
+class TransitRelay(Relay):
+    """This project's relay, as `make install` installs it, from this or another checkout."""
 
     exit_codes = (0,)
 
-    def __init__(self, database: Path | None, *options: str) -> None:
+    def __init__(self, entry: Path, database: Path | None, *options: str) -> None:
         port = free_port()
-        command: list[str | Path] = [find_ours(), f"--port=tcp:{port}:interface={HOST}", *options]
+        command: list[str | Path] = [entry, f"--port=tcp:{port}:interface={HOST}", *options]
         if database:
             command.append(f"--usage-db={database}")
         super().__init__(command, "Transit starting on", (port, port), database)
 
 
 class Twisted(Relay):
-    """magic-wormhole-transit-relay."""
+    """magic-wormhole-transit-relay, which uses Twisted."""
 
-    complaint = re.compile(r"Traceback|Unhandled|#(warn|error|critical)")
+    error_pattern = re.compile(r"Traceback|Unhandled|#(warn|error|critical)")
     exit_codes = (0, -signal.SIGTERM)
 
     def __init__(self, database: Path | None) -> None:
         ports = free_port(), free_port()
-        plain, web = (f"tcp:{port}:interface={HOST}:backlog={BACKLOG}" for port in ports)
+        tcp, websocket = (f"tcp:{port}:interface={HOST}:backlog={BACKLOG}" for port in ports)
         command: list[str | Path] = [find_twisted(), "--log-format=text", "transitrelay"]
-        command += [f"--port={plain}", f"--websocket={web}"]
+        command += [f"--port={tcp}", f"--websocket={websocket}"]
         if database:
             command.append(f"--usage-db={database}")
         super().__init__(command, "Starting reactor", ports, database)
@@ -315,10 +311,10 @@ SPLICES = "    option splice-request\n    option splice-response\n"
 
 
 class Forwarder(Program):
-    """HAProxy. It makes no pairs: for each client that connects to it, it connects to us."""
+    """HAProxy. It makes no pairs: for each client it opens a connection to our listener."""
 
     def __init__(self, folder: Path, more_global: str = "", more_defaults: str = "") -> None:
-        """`more_global` and `more_defaults`: lines of its configuration, which goes to `folder`."""
+        """`folder`: for the configuration file. `more_*`: lines for its two sections."""
         self._configuration = folder / "haproxy.cfg"
         self._more_global = more_global
         self._more_defaults = more_defaults
@@ -326,7 +322,7 @@ class Forwarder(Program):
         super().__init__(find_haproxy(), "-db", "-f", self._configuration)
 
     def __enter__(self) -> Self:
-        Between.__enter__(self)
+        Intermediary.__enter__(self)
         text = HAPROXY_CONFIGURATION.format(
             connections=HAPROXY_CONNECTIONS,
             pipes=2 * HAPROXY_CONNECTIONS,  # one for each direction, so that none has to copy
@@ -344,44 +340,44 @@ class Forwarder(Program):
         self._listener.close()
 
     def wait_until_ready(self) -> None:
-        def is_there() -> bool:
+        def can_connect() -> bool:
             try:
                 self.pair().close()
             except ConnectionRefusedError:
                 return False
             return True
 
-        self.wait_for(is_there, "connection")
+        self.wait_for(can_connect, "connection")
 
-    def _entrance(self) -> int:
+    def _first_port(self) -> int:
         return self._port
 
 
 def port_of(listener: socket.socket) -> int:
-    """Where it listens."""
+    """Return the port of a listener."""
     return int(listener.getsockname()[1])
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no program listens on."""
     with socket.create_server((HOST, 0)) as listener:
         return port_of(listener)
 
 
 def plain_environment() -> dict[str, str]:
-    """Ours, without what changes how a Python runs: as an operator has it."""
+    """Return our environment without the variables that change how Python runs."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 # ---------------------------------------------------------------------------------------------
-# How they are had
+# Installation
 #
-# Whatever is missing raises Unavailable, with the reason.
+# A function raises Unavailable, with the reason, if something is missing.
 # ---------------------------------------------------------------------------------------------
 
 
 def run(*command: str | Path) -> str:
-    """One step of getting a comparator: give what it says on stdout."""
+    """Run a command and return its output."""
     try:
         done = subprocess.run(
             command,
@@ -390,85 +386,117 @@ def run(*command: str | Path) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=GETTING_SECONDS,
+            timeout=INSTALL_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(str(error)) from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise Unavailable(f"{' '.join(map(str, command))}: {said[-1]}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise Unavailable(f"{' '.join(map(str, command))}: {lines[-1]}")
     return done.stdout.strip()
 
 
 @functools.cache
-def find_ours() -> Path:
-    """Our entry, installed now: later changes of the source text do not matter to this run."""
-    shutil.rmtree(STAGE, ignore_errors=True)
-    run("make", "install", f"DESTDIR={STAGE}", "prefix=/usr")
-    entry = STAGE / "usr" / "sbin" / "transit-relay"
-    run(entry, "--version")  # so that it is compiled
+def install(checkout: Path) -> Path:
+    """Install the relay of a checkout, and return its entry.
+
+    Later changes of the source text do not affect this run. The relay of another checkout is
+    installed by our Makefile too, so that only the SOURCES differ.
+    """
+    stage = BUILD / ("stage" if checkout == ROOT else "stage-before")
+    shutil.rmtree(stage, ignore_errors=True)
+    run("make", "install", f"DESTDIR={stage}", "prefix=/usr")
+    if checkout != ROOT:
+        for name in SOURCES:
+            try:
+                shutil.copy(checkout / name, stage / "usr" / "share" / "transit-relay")
+            except OSError as error:
+                raise Unavailable(str(error)) from None
+    entry = stage / "usr" / "sbin" / "transit-relay"
+    run(entry, "--version")  # the first start compiles the modules
     return entry
 
 
 @functools.cache
 def find_twisted() -> Path:
-    """The Twisted relay's starter, in a venv of the Python that runs ours."""
+    """Install the Twisted relay in a venv, and return the command that starts it."""
     wanted = f"{run(PYTHON, '-VV')}\n{REQUIREMENTS.read_text()}"
     made_from = VENV / "made-from"
     pip = VENV / "bin" / "pip"
     if not made_from.exists() or made_from.read_text() != wanted:
         run(PYTHON, "-m", "venv", "--clear", VENV)
         run(pip, "install", "--quiet", "--constraint", REQUIREMENTS, TWISTED_PACKAGE)
-        made_from.write_text(wanted)  # last, so that a venv left half made is made anew
+        made_from.write_text(wanted)  # last: an incomplete venv is made again
     return VENV / "bin" / "twist"
 
 
 @functools.cache
 def find_haproxy() -> Path:
-    """Debian's; it is where not every PATH leads."""
+    """Return Debian's HAProxy. /usr/sbin is not in every PATH."""
     found = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
     if not found:
         raise Unavailable("no haproxy: apt-get install --no-install-recommends haproxy")
     return Path(found)
 
 
-def ours_without_splicing(folder: Path, database: Path | None) -> Between:
-    """Ours, made to copy."""
+def ours_without_splicing(folder: Path, database: Path | None) -> Intermediary:
+    """Return our relay with splicing switched off."""
     option = "--no-splice"
-    if option not in run(find_ours(), "--help"):
+    if option not in run(install(ROOT), "--help"):
         raise Unavailable(f"this transit-relay has no {option}")
-    return Ours(database, option)
+    return TransitRelay(install(ROOT), database, option)
 
 
 def haproxy(more_global: str = "", more_defaults: str = "") -> Maker:
-    """With these lines in its configuration."""
+    """Return a maker of HAProxy with these lines in its configuration."""
     return lambda folder, database: Forwarder(folder, more_global, more_defaults)
 
 
-# What makes a comparator. It is given an empty folder of its own, and where to keep a database if
-# it is to keep one.
-Maker = Callable[[Path, "Path | None"], Between]
-COMPARATORS: dict[str, Maker] = {
-    "ours": lambda folder, database: Ours(database),
+# A Maker returns a comparator that is not started yet. Its arguments are an empty folder, and the
+# path of the usage database or None.
+Maker = Callable[[Path, "Path | None"], Intermediary]
+MAKERS: dict[str, Maker] = {
+    "ours": lambda folder, database: TransitRelay(install(ROOT), database),
     "ours-no-splice": ours_without_splicing,
     "twisted": lambda folder, database: Twisted(database),
     "twisted-db": lambda folder, database: Twisted(folder / "usage.sqlite"),
     "haproxy-splice": haproxy(more_defaults=SPLICES),
     "haproxy-splice-1m": haproxy("    tune.pipesize 1048576\n", SPLICES),
     "haproxy-copy": haproxy("    nosplice\n"),
-    "direct": lambda folder, database: Between(),
+    "direct": lambda folder, database: Intermediary(),
     "interpreter": lambda folder, database: Program(PYTHON, "-c", SLEEP),
 }
 
 
-def versions() -> list[str]:
-    """What is compared, as far as it can be had."""
+def makers(against: Path | None) -> dict[str, Maker]:
+    """Return all makers by name. "before" is the relay of the checkout `against`, if given."""
+    if against is None:
+        return MAKERS
+    return {**MAKERS, "before": lambda folder, database: TransitRelay(install(against), database)}
+
+
+def describe(checkout: Path) -> str:
+    """Return the version of a checkout's relay, with the commit if Git has one."""
+    version = run(install(checkout), "--version")
+    try:
+        return f"{version} ({run('git', '-C', checkout, 'describe', '--always', '--dirty')})"
+    except Unavailable:
+        return version
+
+
+def versions(against: Path | None) -> list[str]:
+    """Return the versions of the available comparators."""
     questions: list[Callable[[], str]] = [
-        lambda: run(find_ours(), "--version"),
+        lambda: describe(ROOT),
         lambda: run(PYTHON, "--version"),
-        lambda: run(find_twisted().with_name("python"), "-c", TELL_VERSIONS),
-        lambda: run(find_haproxy(), "-v").partition(" - ")[0],
     ]
+    if against:
+        questions.append(lambda: f"before: {describe(against)}")
+    else:
+        questions += [
+            lambda: run(find_twisted().with_name("python"), "-c", PRINT_VERSIONS),
+            lambda: run(find_haproxy(), "-v").partition(" - ")[0],
+        ]
     answers = []
     for ask in questions:
         with contextlib.suppress(Unavailable):

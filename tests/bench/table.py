@@ -1,15 +1,16 @@
-"""From numbers to text: medians, bars, tables. Nothing here measures, reads or prints.
+"""Medians, bars and tables. Nothing here measures, reads files or prints.
 
-A Quantity is what was measured of one comparator at one work, once in each round; in the tables it
-is the median of its rounds. A Bar is a promise about our relay: one of its quantities, or the
-ratio of one to another, has to stay on one side of a number. A Bar of which not everything was
-measured is neither kept nor broken.
+A Quantity is one metric of one comparator at one workload. It is measured once in each round; the
+tables show the median of the rounds. A Bar is a requirement on our relay: one of its quantities, or
+the ratio of two quantities, must stay on one side of a number. A Comparison puts our relay beside
+the relay of another checkout ("before"), measured in the same rounds.
 
-MB are 10^6 bytes and GB 10^9; KB are 1,024 bytes.
+MB are 10^6 bytes, GB are 10^9 bytes, KB are 1,024 bytes.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,18 +21,19 @@ QUICK_SLACK = 2  # one short round may miss a bar by this factor
 
 
 class Quantity(NamedTuple):
-    """What is measured."""
+    """One metric of one comparator at one workload."""
 
-    work: str
+    workload: str
     comparator: str
-    metric: str  # its name says the unit
+    metric: str  # the name contains the unit
 
 
 Values = Mapping[Quantity, float]
+Samples = Mapping[Quantity, Sequence[float]]  # one value for each round, in the order of the rounds
 
 
-def medians(samples: Mapping[Quantity, Sequence[float]]) -> dict[Quantity, float]:
-    """The median of the rounds, for each quantity."""
+def medians(samples: Samples) -> dict[Quantity, float]:
+    """Return the median of the rounds of each quantity."""
     return {quantity: statistics.median(rounds) for quantity, rounds in samples.items()}
 
 
@@ -41,62 +43,62 @@ def medians(samples: Mapping[Quantity, Sequence[float]]) -> dict[Quantity, float
 
 
 class Bar(NamedTuple):
-    """What is promised of our relay."""
+    """A requirement on our relay."""
 
-    what: str
+    label: str
     top: Quantity
-    bottom: Quantity | float  # by which it is divided: another one, or a unit
+    bottom: Quantity | float  # the divisor: another quantity, or a unit
     needed: float
-    is_least: bool  # else it is the most that is allowed
-    goal: float | None = None  # told, but not judged
-    is_steady: bool = False  # one short round tells as much as many long ones
+    is_minimum: bool  # otherwise `needed` is a maximum
+    goal: float | None = None  # shown, but not judged
+    is_steady: bool = False  # one short round is as precise as several long ones
 
     def measured(self, values: Values) -> float | None:
-        """The ratio. None: something of it was not measured."""
+        """Return the ratio, or None if one of the two quantities was not measured."""
         bottom = values.get(self.bottom) if isinstance(self.bottom, Quantity) else self.bottom
         if self.top not in values or not bottom:
             return None
         return values[self.top] / bottom
 
-    def is_kept_by(self, measured: float, slack: float = 1) -> bool:
-        """Whether that will do. `slack`: the factor by which it may miss."""
-        if self.is_least:
+    def is_met_by(self, measured: float, slack: float = 1) -> bool:
+        """Return whether this value is good enough. It may miss by the factor `slack`."""
+        if self.is_minimum:
             return measured >= self.needed / slack
         return measured <= self.needed * slack
 
+    def concerns(self, comparators: Sequence[str]) -> bool:
+        """Return whether a run with these comparators can measure both quantities."""
+        return not isinstance(self.bottom, Quantity) or self.bottom.comparator in comparators
+
 
 class Verdict(NamedTuple):
-    """What has come of a promise."""
+    """The result of a bar."""
 
     bar: Bar
     measured: float | None
-    is_kept: bool
-    fails: bool  # so badly that the run fails
+    is_met: bool
+    fails: bool  # the run fails; a quick run tolerates a small miss
 
 
 def judge(bars: Sequence[Bar], values: Values, quick: bool) -> list[Verdict]:
-    """Judge the bars of all works that were done. `quick`: by one short round."""
+    """Judge the bars of all measured workloads. `quick`: the values come from one short round."""
     verdicts = []
     for bar in bars:
-        if bar.top.work not in {quantity.work for quantity in values}:
+        if bar.top.workload not in {quantity.workload for quantity in values}:
             continue
         measured = bar.measured(values)
         if measured is None:
-            verdicts.append(Verdict(bar, None, is_kept=False, fails=False))
+            verdicts.append(Verdict(bar, None, is_met=False, fails=False))
         else:
             slack = QUICK_SLACK if quick and not bar.is_steady else 1
-            fails = not bar.is_kept_by(measured, slack)
-            verdicts.append(Verdict(bar, measured, bar.is_kept_by(measured), fails))
+            fails = not bar.is_met_by(measured, slack)
+            verdicts.append(Verdict(bar, measured, bar.is_met_by(measured), fails))
     return verdicts
-
-
-def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """1 if a bar fails the run, else 0."""
-    return int(any(verdict.fails for verdict in verdicts))
 
 
 TITLES = {  # of the comparators, in the order of the columns
     "ours": "ours",
+    "before": "before",
     "ours-no-splice": "ours, copying",
     "twisted": "Twisted",
     "twisted-db": "Twisted, database",
@@ -120,26 +122,34 @@ UNITS = {
 }
 
 
-def at_least(needed: float, other: str, work: str, metric: str, goal: float | None = None) -> Bar:
-    """So many times what the other does."""
-    top, bottom = Quantity(work, "ours", metric), Quantity(work, other, metric)
+def at_least(
+    needed: float, other: str, workload: str, metric: str, goal: float | None = None
+) -> Bar:
+    """Require that ours divided by the other is at least this number."""
+    top, bottom = Quantity(workload, "ours", metric), Quantity(workload, other, metric)
     return Bar(f"{UNITS[metric]}, ours / {TITLES[other]}", top, bottom, needed, True, goal)
 
 
-def at_most(needed: float, other: str, work: str, metric: str) -> Bar:
-    """Such a part of the time that the other takes."""
-    return at_least(needed, other, work, metric)._replace(is_least=False)
+def at_most(needed: float, other: str, workload: str, metric: str) -> Bar:
+    """Require that ours divided by the other is at most this number."""
+    return at_least(needed, other, workload, metric)._replace(is_minimum=False)
 
 
-def no_more(needed: float, what: str, work: str, metric: str, unit: float = 1) -> Bar:
-    """So many units of something."""
-    return Bar(what, Quantity(work, "ours", metric), unit, needed, False)
+def no_more(needed: float, label: str, workload: str, metric: str, unit: float = 1) -> Bar:
+    """Require that a quantity of ours is at most so many units."""
+    return Bar(label, Quantity(workload, "ours", metric), unit, needed, False)
 
 
 def growth(needed: float, kind: str, metric: str, few: int, many: int) -> Bar:
-    """So many times the CPU for as much work, when there are many pairs instead of few."""
+    """Limit the ratio of the CPU for the same work with many pairs to that with few pairs."""
     top, bottom = (Quantity("growth", "ours", f"{kind}_{count}_{metric}") for count in (few, many))
     return Bar(f"CPU for the same {kind}, {many:,} pairs / {few}", top, bottom, needed, False)
+
+
+def fairness(needed: float, label: str, workload: str, metric: str, base: str) -> Bar:
+    """Limit the ratio of two times of our relay at one workload."""
+    top, bottom = Quantity(workload, "ours", metric), Quantity(workload, "ours", base)
+    return Bar(label, top, bottom, needed, False)
 
 
 BARS = [
@@ -169,14 +179,132 @@ BARS = [
     at_most(0.25, "twisted", "start-up", "seconds"),
     *(growth(1.3, "bulk", BULK, 8, many) for many in (64, 512, 4_000)),
     *(growth(1.3, "messages", MESSAGES, 8, many) for many in (64, 512, 4_000)),
-    Bar(
+    fairness(
+        20,
         "99th percentile, beside bulk / alone",
-        Quantity("fairness", "ours", f"beside_{P99}"),
-        Quantity("fairness", "ours", f"alone_{P99}"),
-        needed=20,
-        is_least=False,
+        "fairness",
+        f"beside_{P99}",
+        f"alone_{P99}",
+    ),
+    fairness(
+        2,
+        "median, beside bulk in 400 pairs / in 8 pairs",
+        "fairness-400",
+        f"beside_400_{P50}",
+        f"beside_8_{P50}",
     ),
 ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparison with the relay of another checkout
+# ---------------------------------------------------------------------------------------------
+
+TOLERANCE = 0.05  # a metric may become worse by so much; a larger spread decides nothing by itself
+NEEDED_SPEEDUPS = {"ws-tcp": 1.35, "ws-ws": 1.35}  # required, by workload, instead of no slowdown
+CONFIDENCE = 0.95  # that the range of a comparison contains the true median
+
+
+class Answer(enum.Enum):
+    """The result of a comparison."""
+
+    MET = "yes"
+    MISSED = "no: fails"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Comparison(NamedTuple):
+    """One metric of ours beside the same metric of "before", as ratios ours / before."""
+
+    workload: str
+    metric: str
+    before: float  # the median of the rounds
+    ours: float  # the same
+    ratio: float  # the median of the ratios of the rounds
+    low: float  # the range of this median
+    high: float
+    needed: float
+    is_minimum: bool  # otherwise `needed` is a maximum
+
+    @property
+    def spread(self) -> float:
+        """Return half the width of the range, relative to the ratio."""
+        return (self.high - self.low) / 2 / self.ratio
+
+    @property
+    def answer(self) -> Answer:
+        """Judge the whole range where it lies on one side of the bar, else the ratio.
+
+        The ratio alone decides only if the spread is not larger than the tolerance.
+        """
+        sides = [(value >= self.needed) == self.is_minimum for value in (self.low, self.high)]
+        if self.spread > TOLERANCE and sides[0] != sides[1]:
+            return Answer.INCONCLUSIVE
+        is_met = self.ratio >= self.needed if self.is_minimum else self.ratio <= self.needed
+        return Answer.MET if is_met else Answer.MISSED
+
+
+def more_is_better(metric: str) -> bool | None:
+    """Return the direction of a metric, or None if its ratio is not judged.
+
+    Amounts per second depend on the load generator too. The 99th percentiles vary too much. The
+    CPU of an idle relay is almost nothing; a bar of its own limits it.
+    """
+    if metric.endswith("_per_cpu_second"):
+        return True
+    if metric.endswith(("_per_second", P99, "_percent")):
+        return None
+    return False
+
+
+def median_range(ratios: Sequence[float]) -> tuple[float, float]:
+    """Return the range that contains the true median with CONFIDENCE.
+
+    The number of rounds below the true median has a binomial distribution. So the range extends
+    from the k-th smallest to the k-th largest ratio, and the distribution yields k. Fewer than
+    6 rounds yield no k; then the range extends beyond all ratios, by their distance.
+    """
+    ordered = sorted(ratios)
+    count = len(ratios)
+    left_out = (1 - CONFIDENCE) / 2 * 2**count  # of the 2**count cases, at each end
+    k = 0
+    while (left_out := left_out - math.comb(count, k)) >= 0:
+        k += 1
+    if k == 0:
+        distance = ordered[-1] - ordered[0]
+        return ordered[0] - distance, ordered[-1] + distance
+    return ordered[k - 1], ordered[-k]
+
+
+def compare(samples: Samples) -> list[Comparison]:
+    """Compare each metric that was measured of "ours" and of "before"."""
+    comparisons = []
+    for quantity, before in samples.items():
+        ours = samples.get(quantity._replace(comparator="ours"))
+        is_minimum = more_is_better(quantity.metric)
+        if quantity.comparator != "before" or ours is None or is_minimum is None:
+            continue
+        ratios = [one / other for one, other in zip(ours, before)]
+        allowed = 1 - TOLERANCE if is_minimum else 1 + TOLERANCE
+        comparisons.append(
+            Comparison(
+                quantity.workload,
+                quantity.metric,
+                statistics.median(before),
+                statistics.median(ours),
+                statistics.median(ratios),
+                *median_range(ratios),
+                NEEDED_SPEEDUPS.get(quantity.workload, allowed),
+                is_minimum,
+            )
+        )
+    return comparisons
+
+
+def exit_code(verdicts: Sequence[Verdict], comparisons: Sequence[Comparison] = ()) -> int:
+    """Return 1 if a bar or a comparison fails the run, else 0."""
+    missed = [one for one in comparisons if one.answer is Answer.MISSED]
+    return int(bool(missed) or any(verdict.fails for verdict in verdicts))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +313,7 @@ BARS = [
 
 
 def number(value: float) -> str:
-    """With three digits that count, and never in powers of ten."""
+    """Return the number with three significant digits, without an exponent."""
     if value == 0:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -193,7 +321,7 @@ def number(value: float) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that can be read as it stands here. Words are in the first column."""
+    """Return a Markdown table with padded cells. The first column is aligned to the left."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
 
     def line(cells: Sequence[str]) -> str:
@@ -205,19 +333,19 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class Line(NamedTuple):
-    """A row of a table: one metric of all comparators, and maybe another in brackets."""
+    """A row of a table: one metric of all comparators, and a second one in brackets."""
 
     label: str
-    work: str
+    workload: str
     metric: str
     in_brackets: str = ""
     unit: float = 1
 
 
 def cell(line: Line, comparator: str, values: Values) -> str:
-    """What one comparator has reached, or nothing."""
+    """Return the text of one cell; it is empty if nothing was measured."""
     main, brackets = (
-        values.get(Quantity(line.work, comparator, metric))
+        values.get(Quantity(line.workload, comparator, metric))
         for metric in (line.metric, line.in_brackets)
     )
     parts = [] if main is None else [number(main / line.unit)]
@@ -226,8 +354,11 @@ def cell(line: Line, comparator: str, values: Values) -> str:
     return " ".join(parts)
 
 
-def comparison(caption: str, lines: Sequence[Line], values: Values) -> str:
-    """A table without empty rows and columns. Where nothing is left, it is empty itself."""
+def columns(caption: str, lines: Sequence[Line], values: Values) -> str:
+    """Return a table with a column for each comparator, without empty rows and columns.
+
+    The text is empty if nothing was measured.
+    """
     lines = [line for line in lines if any(cell(line, name, values) for name in TITLES)]
     names = [name for name in TITLES if any(cell(line, name, values) for line in lines)]
     if not lines:
@@ -237,7 +368,7 @@ def comparison(caption: str, lines: Sequence[Line], values: Values) -> str:
 
 
 def bulk_table(values: Values) -> str:
-    """Bytes: more is better."""
+    """Return the table of bulk throughput: more is better."""
     labels = {
         "bulk-1": "TCP, 1 pair",
         "bulk-8": "TCP, 8 pairs",
@@ -246,28 +377,40 @@ def bulk_table(values: Values) -> str:
         "ws-tcp": "WebSocket to TCP, 1 pair",
         "ws-ws": "WebSocket, 1 pair",
     }
-    lines = [Line(label, work, BULK, "gb_per_second") for work, label in labels.items()]
-    lines.append(Line("TCP, 8 pairs, beside round trips", "fairness", "", "beside_gb_per_second"))
-    return comparison("GB per CPU-second (per second)", lines, values)
+    lines = [Line(label, name, BULK, "gb_per_second") for name, label in labels.items()]
+    lines += [
+        Line("TCP, 8 pairs, beside round trips", "fairness", "", "beside_gb_per_second"),
+        Line("TCP, 400 pairs, beside round trips", "fairness-400", "", "beside_400_gb_per_second"),
+    ]
+    return columns("GB per CPU-second (per second)", lines, values)
 
 
 def many_table(values: Values) -> str:
-    """Messages and pairs: more is better."""
+    """Return the table of messages and pairings: more is better."""
     lines = [
         Line("messages of 1,400 bytes, 500 pairs", "messages-500", MESSAGES, "messages_per_second"),
         Line("pairs that meet and leave", "pairings", PAIRINGS, "pairings_per_second"),
         Line("pairs, with a database", "pairings-db", PAIRINGS, "pairings_per_second"),
     ]
-    return comparison("per CPU-second (per second)", lines, values)
+    return columns("per CPU-second (per second)", lines, values)
 
 
 def small_table(values: Values) -> str:
-    """Time and memory: less is better."""
+    """Return the table of times and memory: less is better."""
     lines = [
         Line("64 bytes there and back, µs", "round-trip", P50, P99),
         Line("64 bytes, among 9 pairs, µs", "fairness", f"alone_{P50}", f"alone_{P99}"),
         Line(
             "64 bytes, beside 8 pairs with bulk, µs", "fairness", f"beside_{P50}", f"beside_{P99}"
+        ),
+        *(
+            Line(
+                f"64 bytes, among 409 pairs, beside {count} with bulk, µs",
+                "fairness-400",
+                f"beside_{count}_{P50}",
+                f"beside_{count}_{P99}",
+            )
+            for count in (8, 400)
         ),
         Line("start until a client can connect, s", "start-up", "seconds"),
         Line("CPU while 15,000 clients wait, %", "idle", "cpu_percent"),
@@ -275,14 +418,14 @@ def small_table(values: Values) -> str:
         Line("memory for each waiting client, KB", "memory", "waiting_bytes", unit=KB),
         Line("memory for each paired, idle client, KB", "memory", "paired_bytes", unit=KB),
     ]
-    return comparison("median (99th percentile)", lines, values)
+    return columns("median (99th percentile)", lines, values)
 
 
 def growth_table(values: Values) -> str:
-    """More and more pairs: it should not matter."""
+    """Return the table of work per CPU-second by the number of pairs: it should not decrease."""
     labels = {("bulk", BULK): "GB", ("messages", MESSAGES): "messages"}
     counts = sorted(
-        {int(quantity.metric.split("_")[1]) for quantity in values if quantity.work == "growth"}
+        {int(quantity.metric.split("_")[1]) for quantity in values if quantity.workload == "growth"}
     )
     if not counts:
         return ""
@@ -294,29 +437,56 @@ def growth_table(values: Values) -> str:
 
 
 def bars_table(verdicts: Sequence[Verdict]) -> str:
-    """What is promised, and what has come of it."""
+    """Return the table of the bars and their results."""
     rows = []
-    for bar, measured, is_kept, fails in verdicts:
-        bound = "at least" if bar.is_least else "at most"
+    for bar, measured, is_met, fails in verdicts:
         goal = "" if bar.goal is None else f" (goal {bar.goal:g})"
         if measured is None:
             answer = "not measured"
         else:
-            answer = "yes" if is_kept else "no: fails" if fails else "no"
+            answer = "yes" if is_met else "no: fails" if fails else "no"
         rows.append(
             [
-                f"{bar.top.work}: {bar.what}",
-                f"{bound} {bar.needed:g}{goal}",
+                f"{bar.top.workload}: {bar.label}",
+                f"{bound(bar.is_minimum)} {bar.needed:g}{goal}",
                 "" if measured is None else number(measured),
                 answer,
             ]
         )
-    return markdown(["bar", "needed", "measured", "kept"], rows) if rows else ""
+    return markdown(["bar", "needed", "measured", "met"], rows) if rows else ""
 
 
-def report(values: Values, verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
-    """All of it; the notes go below."""
+def comparisons_table(comparisons: Sequence[Comparison]) -> str:
+    """Return the table of ours beside "before"."""
+    rows = [
+        [
+            f"{one.workload}: {one.metric}",
+            number(one.before),
+            number(one.ours),
+            f"{one.ratio:.3f}",
+            f"{one.low:.3f} to {one.high:.3f} (±{one.spread:.1%})",
+            f"{bound(one.is_minimum)} {one.needed:g}",
+            one.answer.value,
+        ]
+        for one in comparisons
+    ]
+    head = ["row", "before", "ours", "ours / before", "range", "needed", "met"]
+    return markdown(head, rows) if rows else ""
+
+
+def bound(is_minimum: bool) -> str:
+    """Return the words before a bar's number."""
+    return "at least" if is_minimum else "at most"
+
+
+def report(
+    values: Values,
+    verdicts: Sequence[Verdict],
+    notes: Sequence[str],
+    comparisons: Sequence[Comparison] = (),
+) -> str:
+    """Return the whole report: the tables, and the notes below them."""
     tables = [table(values) for table in (bulk_table, many_table, small_table, growth_table)]
     listed = "\n".join(f"* {note}" for note in notes)
-    parts = [part for part in (*tables, bars_table(verdicts), listed) if part]
-    return "\n\n".join(parts) + "\n"
+    judged = (comparisons_table(comparisons), bars_table(verdicts))
+    return "\n\n".join(part for part in (*tables, *judged, listed) if part) + "\n"
