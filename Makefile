@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test fuzz interop check-packaging bench bench-quick lint install uninstall onefile deb clean
+.PHONY: help pytest test fuzz interop check-packaging bench bench-quick bench-against lint install uninstall onefile deb clean
 
 help: ## list these verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,11 +48,14 @@ interop: ## run the tests against the Twisted relay and the real clients
 check-packaging: ## build, judge, install and boot the packages, in minutes; needs root and a Debian
 	@$(find_pytest); "$$python" -m pytest -q tests/packaging
 
-bench: ## compare with the Twisted relay and HAProxy, 12 minutes; BENCH=--help tells the options
+bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options
 	@'$(PYTHON)' tests/bench $(BENCH)
 
 bench-quick: ## the same in a minute, judged less strictly
 	@'$(PYTHON)' tests/bench --quick $(BENCH)
+
+bench-against: ## compare with another commit, 20 minutes: DIR=CHECKOUT make bench-against; BENCH=--quick: 5 minutes
+	@'$(PYTHON)' tests/bench --against '$(or $(DIR),$(error DIR is not set: the checkout to compare with))' $(BENCH)
 
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
 	build/lint/bin/ruff check .
