@@ -27,6 +27,7 @@ import signal
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -466,8 +467,8 @@ def exchange_messages(channel: Connection, pairs: Sequence[Pair], message: bytes
     channel.send(Exchanged(done, time.monotonic() - began_at))
 
 
-def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: float = 0.0) -> None:
-    """Send a message there and back repeatedly, with a pause before each round trip.
+def ping_pong(channel: Connection, pair: Pair, message: bytes) -> None:
+    """Send a message there and back, the next one as soon as the last one is back.
 
     A worker's function: it receives a number of seconds, sends the list of the round trips'
     nanoseconds, and waits for the next number.
@@ -481,8 +482,6 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: fl
         took = []
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if pause_seconds:
-                time.sleep(pause_seconds)
             began_at = time.perf_counter_ns()
             first.send(message)
             there = clients.receive_exactly(second, len(message))
@@ -491,6 +490,48 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes, pause_seconds: fl
             took.append(time.perf_counter_ns() - began_at)
             if back != message:
                 raise LoadError("a returned message is not the one that was sent")
+        channel.send(took)
+
+
+def ping_at_intervals(
+    channel: Connection, pair: Pair, message: bytes, interval_seconds: float
+) -> None:
+    """Send a message there and back at regular intervals, even if earlier ones are not back.
+
+    So a relay that delays one message for long does not reduce the number of delayed messages, and
+    the median is that of a message at a random time. A worker's function, as ping_pong.
+    """
+    first, second = pair
+    epoll = select.epoll()
+    for sock in pair:
+        sock.setblocking(False)
+        epoll.register(sock, select.EPOLLIN)
+    while True:
+        seconds = receive(channel, 10 * LIMIT_SECONDS)
+        took = []
+        returned = bytearray()
+        sent_at: deque[int] = deque()  # of the messages that are not back, in nanoseconds
+        next_at = time.monotonic()
+        deadline = next_at + seconds
+        while sent_at or next_at < deadline:
+            now = time.monotonic()
+            if next_at <= now and next_at < deadline:
+                next_at = max(next_at + interval_seconds, now)
+                sent_at.append(time.perf_counter_ns())
+                first.send(message)
+            if sent_at and time.perf_counter_ns() - sent_at[0] > LIMIT_SECONDS * 1e9:
+                raise LoadError(f"a message is not back after {LIMIT_SECONDS:g} s")
+            wait_seconds = next_at - now if next_at < deadline else LIMIT_SECONDS
+            for fd, _ in epoll.poll(max(wait_seconds, 0)):
+                if fd == second.fileno():
+                    second.send(second.recv(READ_BYTES))
+                    continue
+                returned += first.recv(READ_BYTES)
+                while len(returned) >= len(message):
+                    took.append(time.perf_counter_ns() - sent_at.popleft())
+                    if returned[: len(message)] != message:
+                        raise LoadError("a returned message is not the one that was sent")
+                    del returned[: len(message)]
         channel.send(took)
 
 

@@ -31,7 +31,7 @@ MESSAGE_BYTES = 1_400
 MESSAGE_PAIRS = 500
 PING_BYTES = 64
 WARM_UP_SECONDS = 0.2  # not measured
-PAUSE_SECONDS = 0.001  # between pings beside bulk
+PING_INTERVAL_SECONDS = 0.002  # beside bulk
 FAIRNESS_PAIRS = 8  # with bulk beside the pings
 FAIRNESS_COUNTS = (8, 400)  # the same, one after the other in one relay
 # Before the pings beside bulk: 400 connections need most of a second until their buffers have grown
@@ -216,6 +216,11 @@ def ping(worker: Worker, seconds: float, prefix: str = "") -> Measured:
     }
 
 
+def ping_worker(pair: Pair) -> Worker:
+    """Return a worker for round trips beside bulk, at regular intervals."""
+    return Worker(load.ping_at_intervals, pair, os.urandom(PING_BYTES), PING_INTERVAL_SECONDS)
+
+
 def ping_beside(
     intermediary: Intermediary,
     worker: Worker,
@@ -226,8 +231,7 @@ def ping_beside(
     """Measure round trips while `pairs` carry bulk, and how busy the relay is meanwhile.
 
     The bulk's processes run in the background, so that the relay delays the pings, not the
-    generator. Pauses between the pings spread them over the time: without pauses thousands of
-    pings would run in each gap of the bulk, and decide the result.
+    generator.
     """
     flows = [Flow(pair.first, pair.second) for pair in pairs]
     with Bulk(flows, load.plain_source(), in_background=True) as bulk:
@@ -254,7 +258,7 @@ def round_trip(subject: Subject, scale: Scale) -> Measured:
 def fairness(subject: Subject, scale: Scale) -> Measured:
     """Measure round trips while other pairs are idle, and then while they carry bulk."""
     with subject.pairs(1 + FAIRNESS_PAIRS) as (intermediary, [pair, *others]):
-        with Worker(load.ping_pong, pair, os.urandom(PING_BYTES), PAUSE_SECONDS) as worker:
+        with ping_worker(pair) as worker:
             ping(worker, WARM_UP_SECONDS)
             alone = ping(worker, scale.pings_seconds, "alone_")
             return alone | ping_beside(intermediary, worker, others, scale.pings_seconds, "beside_")
@@ -264,7 +268,7 @@ def fairness_many(subject: Subject, scale: Scale) -> Measured:
     """Measure round trips beside 8 pairs with bulk, and then beside 400, in one relay."""
     measured: Measured = {}
     with subject.pairs(1 + sum(FAIRNESS_COUNTS)) as (intermediary, [pair, *others]):
-        with Worker(load.ping_pong, pair, os.urandom(PING_BYTES), PAUSE_SECONDS) as worker:
+        with ping_worker(pair) as worker:
             for count in FAIRNESS_COUNTS:
                 measured |= ping_beside(
                     intermediary, worker, others[:count], scale.pings_seconds, f"beside_{count}_"
