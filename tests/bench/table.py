@@ -380,7 +380,9 @@ def bulk_table(values: Values) -> str:
     lines = [Line(label, name, BULK, "gb_per_second") for name, label in labels.items()]
     lines += [
         Line("TCP, 8 pairs, beside round trips", "fairness", "", "beside_gb_per_second"),
-        Line("TCP, 400 pairs, beside round trips", "fairness-400", "", "beside_400_gb_per_second"),
+        Line(
+            "mixed, 400 pairs, beside round trips", "fairness-400", "", "beside_400_gb_per_second"
+        ),
     ]
     return columns("GB per CPU-second (per second)", lines, values)
 
@@ -405,13 +407,14 @@ def small_table(values: Values) -> str:
         ),
         *(
             Line(
-                f"64 bytes, among 409 pairs, beside {count} with bulk, µs",
+                f"64 bytes, beside {count} pairs with mixed bulk, µs",
                 "fairness-400",
                 f"beside_{count}_{P50}",
                 f"beside_{count}_{P99}",
             )
             for count in (8, 400)
         ),
+        Line("CPU meanwhile, beside 400 pairs, %", "fairness-400", "beside_400_cpu_percent"),
         Line("start until a client can connect, s", "start-up", "seconds"),
         Line("CPU while 15,000 clients wait, %", "idle", "cpu_percent"),
         Line("memory at the start, MB", "memory", "start_bytes", unit=MB),
