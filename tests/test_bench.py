@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+BENCH = Path(__file__).parent / "bench"
+
 
 def load_table() -> ModuleType:
     """Return the module tests/bench/table.py. The folder is a program, not a package."""
-    path = Path(__file__).parent / "bench" / "table.py"
+    path = BENCH / "table.py"
     spec = importlib.util.spec_from_file_location("bench_table", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -153,6 +157,18 @@ def test_metrics_without_a_direction_are_not_compared() -> None:
     }
     assert table.compare(samples) == []
     assert table.comparisons_table([]) == ""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the benchmark needs Python 3.11")
+def test_each_round_has_both_checkouts_and_their_order_alternates() -> None:
+    options = ["--against", str(BENCH), "--rounds", "2", "--only", "start-up", "--list"]
+    done = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "start-up 1/2 ours",
+        "start-up 1/2 before",
+        "start-up 2/2 before",
+        "start-up 2/2 ours",
+    ], done.stderr
 
 
 @pytest.mark.parametrize("rounds", [3, 6, 10, 20])

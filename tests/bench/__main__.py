@@ -145,6 +145,9 @@ def parse_arguments() -> argparse.Namespace:
         f" own, with {network.CONGESTION_CONTROL}, where that is permitted)",
     )
     parser.add_argument(
+        "--list", action="store_true", help="list the measurements in their order, and exit"
+    )
+    parser.add_argument(
         "--readme",
         type=Path,
         metavar="FILE",
@@ -292,8 +295,8 @@ def make_notes(
     if options.against:
         notes.append(
             "Ours / before is the median of the ratios of the rounds. The range contains the true"
-            f" median with {table.CONFIDENCE:.0%} confidence. Inconclusive: the range is wider"
-            f" than ±{table.TOLERANCE:.0%} and contains the bar. A repeated row has more rounds."
+            f" median with {table.CONFIDENCE * 100:.0f} % confidence. Inconclusive: the range is"
+            f" wider than ±{table.TOLERANCE * 100:.0f} % and contains the bar."
         )
     if relays.RELAY_CORE == relays.LOAD_CORE:
         notes.append("There is only one core; the relay shares it with the load generator.")
@@ -320,9 +323,13 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print the report. Return the exit code, or raise BenchError."""
     workloads = [one for one in WORKLOADS if not options.only or one.name in options.only]
     scale, rounds = choose_scale(options)
-    makers = relays.makers(options.against)
     steps = list(plan(workloads, options.comparators, rounds))
+    if options.list:
+        print(*steps, sep="\n")
+        return 0
+    relays.BUILD.mkdir(parents=True, exist_ok=True)
     bars = [bar for bar in table.BARS if bar.concerns([step.comparator for step in steps])]
+    makers = relays.makers(options.against)
     missing = find_missing(steps, makers)
     for name, reason in missing.items():
         report_progress(f"{name} is not available: {reason}")
@@ -355,7 +362,6 @@ def main() -> int:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     os.sched_setaffinity(0, {relays.LOAD_CORE})
-    relays.BUILD.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:

@@ -262,7 +262,7 @@ def median_range(ratios: Sequence[float]) -> tuple[float, float]:
 
     The number of rounds below the true median has a binomial distribution. So the range extends
     from the k-th smallest to the k-th largest ratio, and the distribution yields k. Fewer than
-    6 rounds yield no k; then the range extends beyond all ratios, by their distance.
+    6 rounds yield no k; then the range extends beyond all ratios, by the factor between them.
     """
     ordered = sorted(ratios)
     count = len(ratios)
@@ -271,8 +271,8 @@ def median_range(ratios: Sequence[float]) -> tuple[float, float]:
     while (left_out := left_out - math.comb(count, k)) >= 0:
         k += 1
     if k == 0:
-        distance = ordered[-1] - ordered[0]
-        return ordered[0] - distance, ordered[-1] + distance
+        factor = ordered[-1] / ordered[0]
+        return ordered[0] / factor, ordered[-1] * factor
     return ordered[k - 1], ordered[-k]
 
 
@@ -467,7 +467,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> str:
             number(one.before),
             number(one.ours),
             f"{one.ratio:.3f}",
-            f"{one.low:.3f} to {one.high:.3f} (±{one.spread:.1%})",
+            f"{one.low:.3f} to {one.high:.3f} (±{one.spread * 100:.1f} %)",
             f"{bound(one.is_minimum)} {one.needed:g}",
             one.answer.value,
         ]
