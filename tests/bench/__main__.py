@@ -80,7 +80,7 @@ class Step(NamedTuple):
 class Machine(NamedTuple):
     """The machine's counters at one moment."""
 
-    at: float  # monotonic seconds
+    monotonic_seconds: float
     others_seconds: float  # of CPU, not used by us or by processes that we started
 
     @classmethod
@@ -97,7 +97,7 @@ class Machine(NamedTuple):
 
     def others_percent(self, since: Machine) -> float:
         """Return the others' share of all cores. The kernel samples it, to a few percent."""
-        available = (self.at - since.at) * (os.cpu_count() or 1)
+        available = (self.monotonic_seconds - since.monotonic_seconds) * (os.cpu_count() or 1)
         return max(0.0, (self.others_seconds - since.others_seconds) / available * 100)
 
 
@@ -115,13 +115,18 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="compare only with the relay in DIR (transit_relay.py and ws_frames.py of another"
-        f" commit), {COMPARISON_ROUNDS} rounds in about 20 minutes, 40 if all rows are repeated;"
-        f" with --quick {COMPARISON_QUICK_ROUNDS} rounds in about 5 minutes",
+        " commit): about 20 minutes, at most 40 with repeated rows; with --quick about 5 minutes",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round, judged less strictly"
+        "--quick", action="store_true", help="few and short rounds, judged less strictly"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"rounds (default: {ROUNDS})")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"rounds (default: {ROUNDS}, quick {QUICK_ROUNDS}; with --against"
+        f" {COMPARISON_ROUNDS}, quick {COMPARISON_QUICK_ROUNDS})",
+    )
     parser.add_argument(
         "--only",
         action="extend",
@@ -171,14 +176,12 @@ def report_progress(text: str) -> None:
 
 def choose_scale(options: argparse.Namespace) -> tuple[Scale, int]:
     """Return the duration of the measurements, and the number of rounds."""
-    if options.against:
-        scale, rounds = (
-            (COMPARISON_QUICK, COMPARISON_QUICK_ROUNDS)
-            if options.quick
-            else (COMPARISON, COMPARISON_ROUNDS)
-        )
-    else:
-        scale, rounds = (QUICK, QUICK_ROUNDS) if options.quick else (FULL, ROUNDS)
+    scale, rounds = {
+        (False, False): (FULL, ROUNDS),
+        (False, True): (QUICK, QUICK_ROUNDS),
+        (True, False): (COMPARISON, COMPARISON_ROUNDS),
+        (True, True): (COMPARISON_QUICK, COMPARISON_QUICK_ROUNDS),
+    }[options.against is not None, options.quick]
     return scale, options.rounds or rounds
 
 
@@ -189,14 +192,12 @@ def plan(
     is_comparison = "before" in (comparators or [])
     for workload in workloads:
         count = rounds if is_comparison and workload.is_compared else workload.rounds(rounds)
-        names = [
-            name
-            for name in ("before", *workload.comparators)
-            if (name in comparators if comparators else name != "before")
-        ]
+        ours, *others = workload.comparators
+        wanted = comparators or workload.comparators
+        names = [name for name in (ours, "before", *others) if name in wanted]
         for number in range(1, count + 1):
-            names.reverse()  # the first one of a round may be at an advantage
-            for name in names:
+            # The order alternates: the first one of a round may have an advantage.
+            for name in names if number % 2 else reversed(names):
                 yield Step(workload, name, number, count)
 
 
@@ -233,9 +234,8 @@ class Run:
             after = Machine.now()
             others_percent = after.others_percent(before)
             numbers = ", ".join(f"{name} {table.number(value)}" for name, value in measured.items())
-            report_progress(
-                f"{step}: {after.at - before.at:.1f} s, others {others_percent:.0f} %; {numbers}"
-            )
+            seconds = after.monotonic_seconds - before.monotonic_seconds
+            report_progress(f"{step}: {seconds:.1f} s, others {others_percent:.0f} %; {numbers}")
             self.steps += 1
             self.disturbed_steps += others_percent > DISTURBED_PERCENT
             for metric, value in measured.items():
@@ -243,7 +243,7 @@ class Run:
                 self.samples.setdefault(quantity, []).append(value)
 
     def _measure(self, step: Step) -> Measured:
-        """Return what one step measured. Raise BenchError if the step fails."""
+        """Return the results of one step. Raise BenchError if the step fails."""
         signal.alarm(STEP_SECONDS)
         try:
             with tempfile.TemporaryDirectory(prefix="step-", dir=relays.BUILD) as folder:
@@ -334,7 +334,7 @@ def run(options: argparse.Namespace) -> int:
     for name, reason in missing.items():
         report_progress(f"{name} is not available: {reason}")
     if missing.keys() & {"ours", "before"} or (missing and REQUIRED):
-        raise BenchError("the run needs what is not available")
+        raise BenchError("a part that the run needs is not available")
     steps = [one for one in steps if not {one.workload.name, one.comparator} & missing.keys()]
     network_text = enter_network(options.as_it_is)
     report_progress(network_text)

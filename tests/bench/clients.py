@@ -3,7 +3,7 @@
 A client connects, requests an upgrade if it uses WebSocket, and sends a handshake. Two clients with
 the same token are a pair. load.py sends and receives the bulk and the messages that follow.
 
-Nothing here is imported from the relay: a mistake in its code must not hide itself.
+Nothing here is imported from the relay, so that a mistake in the relay cannot hide itself.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def send_end(sock: socket.socket, is_websocket: bool) -> None:
 
 
 def expect_end(sock: socket.socket, is_websocket: bool) -> None:
-    """Read the end of the stream. Raise ConnectionError if anything comes before it."""
+    """Read the end of the stream. Raise ConnectionError if other bytes come before it."""
     expected = bytes([0x80 | CLOSE, len(CLOSE_NORMAL)]) + CLOSE_NORMAL if is_websocket else b""
     received = sock.recv(1024)
     if received != expected:

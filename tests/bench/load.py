@@ -1,8 +1,8 @@
 """The load generator: processes that send, receive and count, with as little CPU as possible.
 
-The relay is measured, so the generator must be cheaper than the relay. sendfile(2) sends bulk from
-a file in memory, and recv(2) with MSG_TRUNC discards it, so the generator never copies the bytes.
-The file consists of pages of 4 KiB, as data from a network often does. Data from send(2) would have
+The relay is measured, so the generator should be cheaper than the relay. sendfile(2) sends bulk
+from a file in memory, and recv(2) with MSG_TRUNC discards most of it: few bytes are copied. The
+file consists of pages of 4 KiB, as data from a network often does. Data from send(2) would have
 larger pieces on the loopback, and the number of pieces determines the cost of splice(2).
 
 The content is known. In one flow of each transfer the first and the last bytes are received for
@@ -69,7 +69,7 @@ class Worker:
         context = multiprocessing.get_context("fork")
         self._channel, workers_end = context.Pipe()
         self._process = context.Process(
-            target=_work, args=(workers_end, function, arguments), daemon=True
+            target=_run_function, args=(workers_end, function, arguments), daemon=True
         )
         self._process.start()
         workers_end.close()
@@ -96,18 +96,20 @@ class Worker:
         """Send a message to the process."""
         self._channel.send(message)
 
-    def receive(self, seconds: float = LIMIT_SECONDS) -> Any:
+    def receive(self, limit_seconds: float = LIMIT_SECONDS) -> Any:
         """Return the next message of the process.
 
-        Raise LoadError after so many seconds, or if the function of the process has failed.
+        Raise LoadError at the time limit, or if the function of the process has failed.
         """
-        message = receive(self._channel, seconds)
+        message = receive(self._channel, limit_seconds)
         if isinstance(message, Failure):
             raise LoadError(message.reason)
         return message
 
 
-def _work(channel: Connection, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+def _run_function(
+    channel: Connection, function: Callable[..., None], arguments: Sequence[Any]
+) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # our parent process ends us
     gc.disable()  # a collection during a round trip would be measured
@@ -117,10 +119,10 @@ def _work(channel: Connection, function: Callable[..., None], arguments: Sequenc
         channel.send(Failure(f"{function.__name__}: {error}"))
 
 
-def receive(channel: Connection, seconds: float = LIMIT_SECONDS) -> Any:
-    """Return the next message. Raise LoadError after so many seconds."""
-    if not channel.poll(seconds):
-        raise LoadError(f"no message in {seconds:g} s")
+def receive(channel: Connection, limit_seconds: float = LIMIT_SECONDS) -> Any:
+    """Return the next message. Raise LoadError at the time limit."""
+    if not channel.poll(limit_seconds):
+        raise LoadError(f"no message in {limit_seconds:g} s")
     try:
         return channel.recv()
     except EOFError:
@@ -257,11 +259,11 @@ def _send(channel: Connection, flows: Sequence[Flow], source: Source, totals: me
                 ends[fd] = units * source.wire_unit_bytes
         for fd, _ in ready:
             offset = sent[fd] % source.wire_bytes
-            most = min(SEND_BYTES, source.wire_bytes - offset)
+            size = min(SEND_BYTES, source.wire_bytes - offset)
             if ends:
-                most = min(most, ends[fd] - sent[fd])
+                size = min(size, ends[fd] - sent[fd])
             try:
-                sent[fd] += os.sendfile(fd, source.wire_fd, offset, most)
+                sent[fd] += os.sendfile(fd, source.wire_fd, offset, size)
             except BlockingIOError:
                 continue
             if sent[fd] == ends.get(fd):
@@ -343,7 +345,7 @@ class Sink:
         """Receive once. Return whether the flow is complete."""
         if self._is_checked():
             size = self._receive_into(self._buffer)
-            self._take(memoryview(self._buffer)[:size])
+            self._add(memoryview(self._buffer)[:size])
         else:
             size = self._receive_into(self._unused, RECEIVE_BYTES, socket.MSG_TRUNC)
             self._received += size
@@ -353,7 +355,7 @@ class Sink:
         is_near_an_end = self._received < HEAD_BYTES or self._total[0] > 0
         return self._checksum is not None and is_near_an_end
 
-    def _take(self, payload: memoryview) -> None:
+    def _add(self, payload: memoryview) -> None:
         if self._checksum is not None and self._is_checked():
             self._checksum.add(self._received, payload)
         self._received += len(payload)
@@ -385,7 +387,7 @@ class WebSocketSink(Sink):
             if self._left_bytes:
                 payload = rest[: self._left_bytes]
                 self._left_bytes -= len(payload)
-                self._take(payload)
+                self._add(payload)
                 rest = rest[len(payload) :]
             else:
                 rest = self._read_head(rest)
@@ -408,7 +410,7 @@ class WebSocketSink(Sink):
 
 
 # ---------------------------------------------------------------------------------------------
-# Messages, and round trips
+# Messages and round trips
 # ---------------------------------------------------------------------------------------------
 
 
@@ -479,7 +481,7 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes) -> None:
     first, second = pair
     while True:
         seconds = receive(channel, 10 * LIMIT_SECONDS)
-        took = []
+        durations = []
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             began_at = time.perf_counter_ns()
@@ -487,10 +489,10 @@ def ping_pong(channel: Connection, pair: Pair, message: bytes) -> None:
             there = clients.receive_exactly(second, len(message))
             second.send(there)
             back = clients.receive_exactly(first, len(message))
-            took.append(time.perf_counter_ns() - began_at)
+            durations.append(time.perf_counter_ns() - began_at)
             if back != message:
                 raise LoadError("a returned message is not the one that was sent")
-        channel.send(took)
+        channel.send(durations)
 
 
 def ping_at_intervals(
@@ -498,8 +500,8 @@ def ping_at_intervals(
 ) -> None:
     """Send a message there and back at regular intervals, even if earlier ones are not back.
 
-    So a relay that delays one message for long does not reduce the number of delayed messages, and
-    the median is that of a message at a random time. A worker's function, as ping_pong.
+    So a long delay of one message does not reduce the number of delayed messages, and the median is
+    that of a message sent at a random time. A worker's function, as ping_pong.
     """
     first, second = pair
     epoll = select.epoll()
@@ -508,7 +510,7 @@ def ping_at_intervals(
         epoll.register(sock, select.EPOLLIN)
     while True:
         seconds = receive(channel, 10 * LIMIT_SECONDS)
-        took = []
+        durations = []
         returned = bytearray()
         sent_at: deque[int] = deque()  # of the messages that are not back, in nanoseconds
         next_at = time.monotonic()
@@ -528,11 +530,11 @@ def ping_at_intervals(
                     continue
                 returned += first.recv(READ_BYTES)
                 while len(returned) >= len(message):
-                    took.append(time.perf_counter_ns() - sent_at.popleft())
+                    durations.append(time.perf_counter_ns() - sent_at.popleft())
                     if returned[: len(message)] != message:
                         raise LoadError("a returned message is not the one that was sent")
                     del returned[: len(message)]
-        channel.send(took)
+        channel.send(durations)
 
 
 # ---------------------------------------------------------------------------------------------
