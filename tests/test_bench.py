@@ -1,4 +1,4 @@
-"""The arithmetic of tests/bench: medians, verdicts, comparisons, tables. Nothing is measured."""
+"""The arithmetic and the order of tests/bench. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -161,13 +161,15 @@ def test_metrics_without_a_direction_are_not_compared() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the benchmark needs Python 3.11")
 def test_each_round_has_both_checkouts_and_their_order_alternates() -> None:
-    options = ["--against", str(BENCH), "--rounds", "2", "--only", "start-up", "--list"]
+    options = ["--against", str(BENCH), "--rounds", "3", "--only", "start-up", "--list"]
     done = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "start-up 1/2 ours",
-        "start-up 1/2 before",
-        "start-up 2/2 before",
-        "start-up 2/2 ours",
+        "start-up 1/3 ours",
+        "start-up 1/3 before",
+        "start-up 2/3 before",
+        "start-up 2/3 ours",
+        "start-up 3/3 ours",
+        "start-up 3/3 before",
     ], done.stderr
 
 

@@ -164,8 +164,9 @@ def parse_arguments() -> argparse.Namespace:
         options.comparators = options.comparators or ["ours", "before"]
     elif "before" in (options.comparators or []):
         parser.error("the comparator before needs --against DIR")
-    if options.rounds is not None and options.rounds < (2 if options.against else 1):
-        parser.error("--rounds is too small")
+    least_rounds = COMPARISON_QUICK_ROUNDS if options.against else 1  # fewer have no spread
+    if options.rounds is not None and options.rounds < least_rounds:
+        parser.error(f"--rounds must be at least {least_rounds}")
     return options
 
 
