@@ -44,7 +44,7 @@ INSTALL_SECONDS = 300.0  # the time limit for one command that installs, such as
 POLL_SECONDS = 0.005  # between two checks of a condition
 SETTLED_SECONDS = 0.3  # without CPU and without a change in size: the process has no work left
 BACKLOG = 1024  # of listeners: ours has this value; the Twisted relay's default is 50
-HAPROXY_CONNECTIONS = 1000  # twice the clients of the largest workload with HAProxy
+HAPROXY_CONNECTIONS = 1000  # messages-500, the largest workload with HAProxy, needs 500
 
 # The relay uses the first core that we may use, the load generator the last one.
 CORES = sorted(os.sched_getaffinity(0))

@@ -32,16 +32,16 @@ MESSAGE_PAIRS = 500
 PING_BYTES = 64
 WARM_UP_SECONDS = 0.2  # not measured
 PING_INTERVAL_SECONDS = 0.002  # beside bulk
-FAIRNESS_PAIRS = 8  # with bulk beside the pings
-FAIRNESS_COUNTS = (8, 400)  # the same, one after the other in one relay
-WEBSOCKET_SHARE = 4  # one of so many sends from a WebSocket
+FAIRNESS_PAIRS = 8  # with TCP bulk beside the pings
+FAIRNESS_COUNTS = (8, 400)  # pairs with bulk beside the pings, first 8, then 400
+WEBSOCKET_DIVISOR = 4  # one pair in 4 sends from a WebSocket
 FILL_SECONDS = 0.5  # from the start of bulk until the buffers have grown and filled; not measured
-PAIRINGS_IN_PROGRESS = 32  # in each of:
+PAIRINGS_IN_PROGRESS = 32  # in each worker
 PAIRING_WORKERS = 2
 RECORDS_SECONDS = 0.6  # our relay collects records for 0.5 s before it writes them
-WAITING = (4_000, 15_000)  # clients; the difference in memory is measured
-PAIRS = (500, 4_000)  # the same
-NEWCOMERS = 256  # that connect in a batch: a listener's backlog is 1,024
+WAITING = (4_000, 15_000)  # clients; the memory of the additional ones is measured
+PAIRS = (500, 4_000)  # paired and idle; the memory of the additional ones is measured
+NEWCOMERS = 256  # clients that connect in a batch: a listener's backlog is 1,024
 STARTS = 5
 GROWTH_BULK = (1, 8, 64, 512, 4_000)  # pairs
 GROWTH_MESSAGES = (8, 64, 512, 4_000)
@@ -278,7 +278,7 @@ def fairness_many(subject: Subject, scale: Scale) -> Measured:
     measured: Measured = {}
     with subject.pairs(1) as (intermediary, [pair]), ping_worker(pair) as worker:
         for count in FAIRNESS_COUNTS:
-            websockets = count // WEBSOCKET_SHARE
+            websockets = count // WEBSOCKET_DIVISOR
             with (
                 pairs_of(intermediary, count - websockets) as tcp_pairs,
                 pairs_of(intermediary, websockets, (True, False)) as websocket_pairs,
