@@ -1,9 +1,9 @@
-"""The recipes of the README for WebSocket and TLS, as they stand there, in real proxies.
+"""WebSocket and TLS through real proxies, configured by the recipes that the project ships.
 
-Each recipe is cut out of README.md and run with nothing replaced but what WebRelay or its proxy's
-function below names: ports, certificate files, and what a machine's main configuration would say.
-A proxy gets a socket that listens already, so nobody else can have its port, and nobody waits for
-it to start; Caddy, which takes none, listens on a unix socket and says when.
+A recipe is a file below packaging/. It runs as it is, except for the replacements that the
+function of its proxy lists: ports, certificate files, and the settings of a main configuration.
+A proxy inherits a listening socket, so that no other process can take its port and the test need
+not wait for its start. Caddy cannot inherit one: it listens on a unix socket and announces that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 import shlex
 import signal
 import socket
-import textwrap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,48 +25,48 @@ import pytest
 from children import TIMEOUT, Child, Record, Relay
 from stage import OK, handshake
 
-README = Path(__file__).parent.parent.parent / "README.md"
-HEADING = "\n## WebSocket, and TLS in front\n"
+ROOT = Path(__file__).parent.parent.parent
+PACKAGING = ROOT / "packaging"
+OPERATING = ROOT / "docs" / "operating.md"
 HOST = "relay.example.org"
 MEBIBYTE = 1 << 20
-SIZE = 8 * MEBIBYTE  # what a client sends through a proxy
+SIZE = 8 * MEBIBYTE  # bytes that each client sends through a proxy
 
-# A recipe is known by its beginning.
-COMMAND = "transit-relay --port"
 RECIPES = {
-    "nginx": "server {",
-    "haproxy": "listen relay",
-    "caddy": "relay.example.org {",
-    "stunnel": "debug = warning",
+    "nginx": PACKAGING / "nginx" / "transit-relay.conf",
+    "haproxy": PACKAGING / "haproxy" / "transit-relay.cfg",
+    "caddy": PACKAGING / "caddy" / "Caddyfile",
+    "stunnel": PACKAGING / "stunnel" / "transit-relay.conf",
 }
 
 
-def code_blocks() -> list[str]:
-    """What stands indented in the README's section about TLS."""
-    _, _, behind = README.read_text(encoding="utf-8").partition(HEADING)
-    section, _, _ = behind.partition("\n## ")
-    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, re.MULTILINE)
-    return [textwrap.dedent(block).strip() + "\n" for block in blocks]
-
-
-def recipe(beginning: str, replaced: Mapping[str, str]) -> str:
-    """The one block that begins so. What is to be replaced must stand in it, just once."""
-    (text,) = [block for block in code_blocks() if block.startswith(beginning)]
+def substitute(text: str, replaced: Mapping[str, str]) -> str:
+    """Return `text` with each replacement made. Each key must occur exactly once."""
     for old, new in replaced.items():
-        assert text.count(old) == 1, f"{old!r} in this recipe of the README:\n{text}"
+        assert text.count(old) == 1, f"{old!r} in this text:\n{text}"
         text = text.replace(old, new)
     return text
 
 
+def recipe(name: str, replaced: Mapping[str, str]) -> str:
+    """Return the recipe of a proxy, with these replacements."""
+    return substitute(RECIPES[name].read_text(encoding="utf-8"), replaced)
+
+
+def relay_command() -> str:
+    """Return the documented command that starts a relay behind a proxy."""
+    text = OPERATING.read_text(encoding="utf-8")
+    (command,) = re.findall(r"(?m)^ {4}(transit-relay --port .*)\n", text)
+    return str(command)
+
+
 def test_every_recipe_is_run() -> None:
-    beginnings = [COMMAND, *RECIPES.values()]
-    blocks = code_blocks()
-    assert len(blocks) == len(beginnings)
-    assert all(block.startswith(beginning) for block, beginning in zip(blocks, beginnings))
+    shipped = {file for name in FRONTS for file in (PACKAGING / name).iterdir()}
+    assert shipped == set(RECIPES.values())
 
 
 class WebRelay(Relay):
-    """Our relay, run as the README says, but on free ports of the loopback interface."""
+    """Our relay, started by the documented command, on free ports of the loopback interface."""
 
     REPLACED = {  # noqa: RUF012
         "--port tcp:4001": "--port tcp:0:interface=127.0.0.1",
@@ -75,7 +74,7 @@ class WebRelay(Relay):
     }
 
     def __init__(self, our_relay: Sequence[str]) -> None:
-        words = shlex.split(recipe(COMMAND, self.REPLACED))
+        words = shlex.split(substitute(relay_command(), self.REPLACED))
         address = r"tcp:(\d+):interface=127\.0\.0\.1"
         announcement = rf"^Transit starting on {address}, {address} \(websocket\)$"
         super().__init__([*our_relay, *words[1:]], announcement)
@@ -83,13 +82,13 @@ class WebRelay(Relay):
         assert f"WebSocket clients connect to wss://{HOST}/" in self.lines.seen
 
     def stop(self) -> list[Record]:
-        """Stop it, which it must do well; the records that nobody has read."""
+        """Stop the relay with exit code 0. Return the records that no test has read yet."""
         assert self.terminate() == 0, str(self.lines)
         return self.last_records()
 
 
 class Group(Child):
-    """A child process with children of its own, which end with it: they are its process group."""
+    """A child process that leads a process group. The whole group ends with it."""
 
     def __init__(
         self,
@@ -99,13 +98,13 @@ class Group(Child):
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        # If this run is killed, the process is told to stop.
+        # setpriv: the process gets SIGTERM if this test run is killed.
         leader = ["setsid", "setpriv", "--pdeathsig", "TERM"]
         super().__init__([*leader, *argv], cwd=cwd, env=env, pass_fds=pass_fds)
 
     def kill(self) -> None:
-        # A process that nobody has waited for keeps its number, and so does its group. Before
-        # setsid has run there is none; then there are no children either.
+        # A process keeps its number, and its group, until it is waited for. The group does not
+        # exist before setsid has run, and then the process has no children.
         if self._process.returncode is None:
             try:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -118,12 +117,12 @@ class Group(Child):
 
 
 def plain_environment(folder: Path) -> dict[str, str]:
-    """For programs that look for their configuration at home, or for a proxy on the way out."""
+    """Return an environment without proxy settings, whose home is `folder`."""
     return {"HOME": str(folder), "LC_ALL": "C.UTF-8", "PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
 
 class Front(Group):
-    """A proxy that listens at `address`: 127.0.0.1:PORT, or the path of a unix socket."""
+    """A proxy that listens on `address`: 127.0.0.1:PORT, or the path of a unix socket."""
 
     def __init__(
         self,
@@ -140,7 +139,7 @@ class Front(Group):
 
 
 class Place(NamedTuple):
-    """Where a proxy runs, and what for."""
+    """The program of a proxy, its folder, its certificate and the port of its relay."""
 
     program: Path
     folder: Path
@@ -149,7 +148,7 @@ class Place(NamedTuple):
 
 
 def listener() -> socket.socket:
-    """A socket that listens on a free port. A proxy is given it, and we close ours."""
+    """Return a socket that listens on a free port. A proxy inherits it; the test closes its own."""
     return socket.create_server(("127.0.0.1", 0), backlog=128)
 
 
@@ -159,7 +158,7 @@ def address_of(listening: socket.socket) -> str:
 
 
 def nginx_front(place: Place) -> Front:
-    """nginx takes sockets from NGINX, as from an nginx before it: FD;FD; for its listen lines."""
+    """Start nginx. NGINX=FD;FD; passes one socket for each `listen`, as a binary upgrade does."""
     folder, certificate = place.folder, place.certificate
     with listener() as one, listener() as other:
         replaced = {
@@ -169,10 +168,10 @@ def nginx_front(place: Place) -> Front:
             "/etc/ssl/relay.example.org/privkey.pem": str(certificate / "privkey.pem"),
             "127.0.0.1:4002": f"127.0.0.1:{place.relay_port}",
         }
-        (folder / "site").write_text(recipe(RECIPES["nginx"], replaced))
+        (folder / "site").write_text(recipe("nginx", replaced))
         temporary = "".join(
-            f"{what}_temp_path {folder / what};\n"
-            for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            f"{kind}_temp_path {folder / kind};\n"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         (folder / "nginx.conf").write_text(
             f"daemon off; worker_processes 1; error_log stderr; pid {folder / 'pid'};\n"
@@ -183,29 +182,29 @@ def nginx_front(place: Place) -> Front:
         return Front(command, folder, address_of(one), [one, other], inherited)
 
 
-def haproxy_front(place: Place, before: str = "", behind: str = "") -> Front:
-    """HAProxy writes a socket of its parent's as fd@N."""
+def haproxy_front(place: Place, before: str = "", after: str = "") -> Front:
+    """Start HAProxy. `bind fd@N` is its syntax for an inherited socket."""
     with listener() as one:
         replaced = {
             "bind :::443 ": f"bind fd@{one.fileno()} ",
             "/etc/haproxy/relay.example.org.pem": str(place.certificate / "both.pem"),
             "127.0.0.1:4002": f"127.0.0.1:{place.relay_port}",
         }
-        text = before + recipe(RECIPES["haproxy"], replaced) + behind
+        text = before + recipe("haproxy", replaced) + after
         (place.folder / "haproxy.cfg").write_text(text)
         command = [str(place.program), "-db", "-f", "haproxy.cfg"]
         return Front(command, place.folder, address_of(one), [one])
 
 
 def caddy_front(place: Place) -> Front:
-    """Caddy's own certificate would come from outside, so it is told to take ours."""
+    """Start Caddy with the certificate of the tests: it would fetch its own from the internet."""
     folder, certificate = place.folder, place.certificate
     replaced = {
         "{\n": f"{{\nbind unix/{folder / 'socket'}\n"
         f"tls {certificate / 'fullchain.pem'} {certificate / 'privkey.pem'}\n",
         "127.0.0.1:4002": f"127.0.0.1:{place.relay_port}",
     }
-    (folder / "site").write_text(recipe(RECIPES["caddy"], replaced))
+    (folder / "site").write_text(recipe("caddy", replaced))
     options = "admin off\nauto_https disable_redirects\nskip_install_trust\n"
     (folder / "Caddyfile").write_text(f"{{\n{options}}}\nimport site\n")
     command = [str(place.program), "run", "--config", "Caddyfile", "--adapter", "caddyfile"]
@@ -219,14 +218,14 @@ def caddy_front(place: Place) -> Front:
 
 
 def stunnel_front(place: Place) -> Front:
-    """stunnel takes a socket as systemd passes it: it is number 3, and LISTEN_PID is stunnel."""
+    """Start stunnel. It takes a socket as systemd passes it: descriptor 3, LISTEN_PID its own."""
     folder, certificate = place.folder, place.certificate
     replaced = {
         "/etc/ssl/relay.example.org/fullchain.pem": str(certificate / "fullchain.pem"),
         "/etc/ssl/relay.example.org/privkey.pem": str(certificate / "privkey.pem"),
         "127.0.0.1:4002": f"127.0.0.1:{place.relay_port}",
     }
-    text = "foreground = yes\npid =\n" + recipe(RECIPES["stunnel"], replaced)
+    text = "foreground = yes\npid =\n" + recipe("stunnel", replaced)
     (folder / "stunnel.conf").write_text(text)
     with listener() as one:
         script = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" stunnel.conf 3<&{one.fileno()}'
@@ -252,17 +251,17 @@ def relay(our_relay: list[str]) -> Iterator[WebRelay]:
 def front(
     request: pytest.FixtureRequest, certificate: Path, relay: WebRelay, tmp_path: Path
 ) -> Iterator[Front]:
-    """Each proxy in its turn, in front of the relay's WebSocket port."""
+    """Start each proxy in front of the relay's WebSocket port."""
     program: Path = request.getfixturevalue(request.param)
     place = Place(program, tmp_path, certificate, relay.websocket_port)
     with FRONTS[request.param](place) as front:
         yield front
 
 
-# A client made of Python's websockets, which refuses larger messages than the relay may send.
-# It sends and takes as many bytes, then leaves with code 4001 or stays until the partner leaves.
-# (The library's other client, in websockets.sync, drops what came in one piece with a Close that it
-# cannot answer any more: Caddy has gone by then.)
+# A client made with the library websockets. It refuses messages larger than the relay may send.
+# It sends and receives SIZE bytes, then closes with code 4001 or waits until the partner leaves.
+# The client in websockets.sync is unsuitable: it drops data that arrives together with a Close
+# when it can no longer answer that Close, and behind Caddy it cannot.
 CLIENT = """
 import asyncio, hashlib, random, socket, ssl, sys
 from websockets.asyncio.client import connect
@@ -312,14 +311,14 @@ asyncio.run(main())
 
 
 class Digests(NamedTuple):
-    """SHA-256 of what a client sent, and of what it received."""
+    """SHA-256 of the bytes that a client sent, and of the bytes that it received."""
 
     sent: str
     received: str
 
 
 class WebClient(Child):
-    """A client in a process of its own, whose way to the relay goes through a proxy."""
+    """A client in its own process that reaches the relay through a proxy."""
 
     def __init__(
         self, tools: Path, front: Front, certificate: Path, hello: bytes, last: str = "stay"
@@ -335,20 +334,20 @@ class WebClient(Child):
         return Digests(found[1], found[2])
 
     def finish(self) -> str:
-        """Its end: how its connection was closed."""
+        """Wait until the client exits. Return the line that says how it was closed."""
         self.succeed()
         return self.lines.seen[-1]
 
 
 class TCPClient:
-    """A client that speaks plain TCP, in this process."""
+    """A client over plain TCP, in this process."""
 
     def __init__(self, port: int, hello: bytes) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         self._socket.sendall(hello)
 
     def exchange(self, size: int) -> Digests:
-        """Take the ok, then send and receive as many bytes at the same time."""
+        """Receive `ok`, then send and receive `size` bytes at the same time."""
         assert self._receive(len(OK)) == OK
         data = random.randbytes(size)
         sending = threading.Thread(target=self._socket.sendall, args=[data])
@@ -365,7 +364,7 @@ class TCPClient:
         received = bytearray()
         while len(received) < size:
             data = self._socket.recv(min(size - len(received), 1 << 20))
-            assert data, f"an end after {len(received)} of {size} bytes"
+            assert data, f"the connection ended after {len(received)} of {size} bytes"
             received += data
         return bytes(received)
 
@@ -377,7 +376,7 @@ class TCPClient:
 
 
 def assert_crossed(one: Digests, other: Digests) -> None:
-    """Each has what the other sent."""
+    """Check that each client received the bytes that the other one sent."""
     assert (one.sent, one.received) == (other.received, other.sent)
 
 
@@ -389,7 +388,7 @@ def test_wss_to_wss(front: Front, relay: WebRelay, python_tools: Path, certifica
             for hello, last in zip(hellos, ("leave", "stay"))
         ]
         assert_crossed(first.digests(), second.digests())
-        assert first.finish() == "closed with 4001"  # the relay's answer, not only ours
+        assert first.finish() == "closed with 4001"  # the relay echoed the code
         assert second.finish() == "closed with 1000"
     assert relay.stop() == [Record("happy", 2 * SIZE, True)]
 
@@ -409,7 +408,7 @@ def test_wss_to_tcp(
 
 
 class Answer(NamedTuple):
-    """What curl got."""
+    """The answer that curl received."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -417,9 +416,9 @@ class Answer(NamedTuple):
 
 
 def ask(curl: Path, url: str, *options: str) -> Answer:
-    """Have curl ask; it must be content with how the answer ends."""
+    """Send a request with curl, which must accept the answer and its end."""
     command = [str(curl), "--max-time", str(TIMEOUT), "--silent", "--show-error", "--include"]
-    # No proxy of the machine's, and no pipe that breaks where an upload ends early.
+    # --noproxy: ignore proxy settings of the machine.
     with Child([*command, "--noproxy", "*", *options, url]) as asking:
         asking.succeed()
         lines = asking.lines.seen
@@ -432,7 +431,7 @@ def ask(curl: Path, url: str, *options: str) -> Answer:
     )
 
 
-QUESTIONS = {
+REQUESTS = {
     "HEAD": (["-I"], 200),
     "GET": ([], 200),
     "GET of HTTP/1.0": (["--http1.0"], 200),
@@ -445,10 +444,10 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("port", ["port", "websocket_port"])
-def test_curl(question: str, port: str, relay: WebRelay, curl: Path, tmp_path: Path) -> None:
-    options, status = QUESTIONS[question]
+def test_curl(name: str, port: str, relay: WebRelay, curl: Path, tmp_path: Path) -> None:
+    options, status = REQUESTS[name]
     file = tmp_path / "upload"
     file.write_bytes(bytes(3_000_000))
     options = [option.format(file=file) for option in options]
@@ -456,11 +455,11 @@ def test_curl(question: str, port: str, relay: WebRelay, curl: Path, tmp_path: P
     assert answer.status == status
     assert answer.headers["connection"] == "close"
     assert int(answer.headers["content-length"]) > 0
-    if question != "HEAD":
+    if name != "HEAD":
         assert len(answer.body) == int(answer.headers["content-length"])
     allowed = "GET, HEAD, OPTIONS" if status == 405 else None
     assert answer.headers.get("allow") == allowed
-    assert relay.stop() == []  # a question leaves no record
+    assert relay.stop() == []  # a plain request leaves no record
 
 
 @pytest.mark.parametrize("options", [["-I"], []], ids=["HEAD", "GET"])
@@ -481,7 +480,7 @@ def test_curl_through_proxies(
 def test_one_port_is_enough(
     relay: WebRelay, nginx: Path, python_tools: Path, certificate: Path, tmp_path: Path
 ) -> None:
-    """A proxy may as well pass its connections to the port that takes TCP clients."""
+    """A proxy may also pass its connections to the port for TCP clients."""
     hello, other = [handshake("one port", side) for side in ("a", "b")]
     place = Place(nginx, tmp_path, certificate, relay.port)
     with nginx_front(place) as front:
@@ -495,30 +494,30 @@ def test_one_port_is_enough(
 CHECKS = {
     "option httpchk": ("succeeded", "200", "UP"),
     "option httpchk GET /": ("succeeded", "200", "UP"),
-    "option httpchk POST /": ("failed", "405", "DOWN"),  # nobody's: shows that a check can fail
+    "option httpchk POST /": ("failed", "405", "DOWN"),  # not a recipe: shows that a check can fail
 }
 
 
 def test_haproxy_health_checks(
     our_relay: list[str], haproxy: Path, certificate: Path, tmp_path: Path
 ) -> None:
-    """HAProxy tells how a server is after its first check, and when that changes."""
+    """HAProxy logs the state of a server after its first check and at each change."""
     before = "global\nlog stdout format raw local0\ndefaults\noption log-health-checks\n"
-    expected = {"relay": CHECKS["option httpchk"]}  # the recipe's own, as it stands there
-    behind = ""
+    expected = {"relay": CHECKS["option httpchk"]}  # the check in the recipe itself
+    after = ""
     with WebRelay(our_relay) as relay:
         for number, (check, result) in enumerate(CHECKS.items()):
             for port in relay.port, relay.websocket_port:
                 name = f"check{number}_{port}"
                 expected[name] = result
-                behind += (
+                after += (
                     f"backend {name}\nlog global\nmode http\n{check}\n"
                     f"timeout connect 5s\ntimeout server 1m\n"
                     f"server relay 127.0.0.1:{port} check\n"
                 )
         place = Place(haproxy, tmp_path, certificate, relay.websocket_port)
         seen: dict[str, tuple[str, str, str]] = {}
-        with haproxy_front(place, before, behind) as front:
+        with haproxy_front(place, before, after) as front:
             while len(seen) < len(expected):
                 found = front.lines.until(
                     r"Health check for server (\w+)/relay (\w+),.* code: (\d+),.* (UP|DOWN)"
