@@ -1,7 +1,7 @@
-"""The README's ways to run it as a daemon without systemd, done as they stand there.
+"""Run the recipes of docs/operating.md for a daemon without systemd, as they are.
 
-Each has a throwaway system of its own in which `make install` was run. What is not in the README is
-what these tests do as the administrator: make a user, install a crontab, transfer something.
+Each recipe runs in a throwaway system in which `make install` was run. The tests do the rest of the
+administrator's work: they create a user, install a crontab and transfer data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from conftest import HERE, ROOT, FreshRoot, run
 
 SOURCES = ("transit_relay.py", "ws_frames.py")
 DATABASE = "/var/lib/transit-relay/usage.sqlite"
-# `wait_until COMMAND`: cron and svc go away before what they were told is done.
+# `wait_until COMMAND`: cron and svc return before their work is done.
 TOOLS = """\
 transfer() { python3 /transfer.py; }
 wait_until() { for _ in $(seq 600); do if "$@"; then return; fi; sleep 0.1; done; "$@"; }
@@ -26,11 +26,13 @@ print(*db.execute('SELECT result, total_bytes FROM usage'))" "$1"; }
 ROW = "('happy', 3000000)"
 
 
+OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+
+
 def recipes() -> list[str]:
-    """The indented blocks of that section."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, behind = readme.partition("\n## As a daemon\n")
-    section, _, _ = behind.partition("\n## ")
+    """Return the indented blocks of the section "As a daemon"."""
+    _, _, after = OPERATING.partition("\n## As a daemon\n")
+    section, _, _ = after.partition("\n## ")
     blocks = re.findall(r"(?:^ {4}.*\n)+", section, re.M)
     return [re.sub(r"(?m)^ {4}", "", block) for block in blocks]
 
@@ -40,7 +42,7 @@ START, STOP = re.split("(?=^start-stop-daemon --stop)", START_STOP_DAEMON, flags
 
 
 class Host:
-    """A system that has it installed below /usr/local; each use of it is thrown away."""
+    """A system with the relay installed below /usr/local. Changes to it are discarded."""
 
     def __init__(self, root: FreshRoot, folder: Path) -> None:
         run(["make", "-s", "install", f"DESTDIR={folder}"])
@@ -52,13 +54,13 @@ class Host:
         ]
 
     def run(self, script: str, **files: str) -> list[str]:
-        """Run a shell script there, with $file for each of the files; give its lines."""
-        made = "".join(
+        """Run a shell script there. $NAME is the path of each file. Return the lines of output."""
+        created = "".join(
             f"{name}=$(mktemp)\ncat >${name} <<'end of file'\n{text}end of file\n"
             for name, text in files.items()
         )
-        said = self._root.run("sh", "-ec", f"{TOOLS}{made}{script}", binds=self._binds)
-        return said.splitlines()
+        output = self._root.run("sh", "-ec", f"{TOOLS}{created}{script}", binds=self._binds)
+        return output.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,16 @@ def host(roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_cron(host: Host) -> None:
-    said = host.run(
+    output = host.run(
         f"""\
-        useradd --create-home somebody
-        cp /mnt/*.py /home/somebody
-        crontab -u somebody $crontab
+        useradd --create-home alice
+        cp /mnt/*.py /home/alice
+        crontab -u alice $crontab
         cron
         transfer
-        cd /home/somebody
-        find transit_relay.* usage.sqlite -user somebody | sort
-        su somebody -c 'cd; {STOP_CRON}'
+        cd /home/alice
+        find transit_relay.* usage.sqlite -user alice | sort
+        su alice -c 'cd; {STOP_CRON}'
         wait_until test ! -e transit_relay.pid
         happy usage.sqlite
         tail -n 1 transit_relay.log
@@ -84,21 +86,21 @@ def test_cron(host: Host) -> None:
         """,
         crontab=CRON,
     )
-    made = ["transit_relay.log", "transit_relay.pid", "usage.sqlite"]
-    assert said[:-1] == ["transferred", *made, ROW]
-    assert said[-1].endswith(" stopped")
+    created = ["transit_relay.log", "transit_relay.pid", "usage.sqlite"]
+    assert output[:-1] == ["transferred", *created, ROW]
+    assert output[-1].endswith(" stopped")
 
 
-# How it is stopped, in the text behind the recipe.
+# The text after the recipe for cron documents this command.
 STOP_CRON = "kill $(cat transit_relay.pid)"
 
 
-def test_that_is_how_cron_s_is_stopped() -> None:
-    assert f"`{STOP_CRON}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_stop_command_for_cron_is_documented() -> None:
+    assert f"`{STOP_CRON}`" in OPERATING
 
 
 def test_start_stop_daemon(host: Host) -> None:
-    said = host.run(
+    output = host.run(
         f"""\
         . $start
         transfer
@@ -110,8 +112,8 @@ def test_start_stop_daemon(host: Host) -> None:
         start=START,
         stop=STOP,
     )
-    assert said[:3] == ["transferred", "runs as daemon", ROW]
-    assert said[-1].endswith(" stopped")
+    assert output[:3] == ["transferred", "runs as daemon", ROW]
+    assert output[-1].endswith(" stopped")
 
 
 SERVICE = """\
@@ -123,8 +125,8 @@ chmod 755 run
 """
 
 
-# What supervises the folder one is in; what stops the relay and waits for its end; what starts it
-# again; what ends all.
+# For each supervisor four commands: supervise the current folder; stop the relay and wait for its
+# end; start it again; end the supervisor.
 SUPERVISORS = {
     "daemontools": (
         "supervise .",
@@ -139,7 +141,7 @@ SUPERVISORS = {
 @pytest.mark.parametrize("name", SUPERVISORS)
 def test_supervisors(host: Host, name: str) -> None:
     supervise, stop, start, end = SUPERVISORS[name]
-    said = host.run(
+    output = host.run(
         f"""\
         {SERVICE}
         {supervise} >log 2>&1 &
@@ -153,12 +155,12 @@ def test_supervisors(host: Host, name: str) -> None:
         """,
         run=RUN,
     )
-    assert said == ["transferred", "transferred", f"{ROW} {ROW}", "2"]
+    assert output == ["transferred", "transferred", f"{ROW} {ROW}", "2"]
 
 
 def test_logrotate(host: Host) -> None:
-    """What is said after a rotation is in the new file."""
-    said = host.run(
+    """Messages after a rotation are in the new file."""
+    output = host.run(
         """\
         . $start
         install -m 644 $rules /etc/logrotate.d/transit-relay
@@ -173,7 +175,7 @@ def test_logrotate(host: Host) -> None:
         stop=STOP,
         rules=LOGROTATE,
     )
-    assert said == [
+    assert output == [
         "transit-relay.log daemon 640",
         "SIGTERM: stopping",
         "stopped",
