@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""WebSocket (RFC 6455) as bytes in, events and bytes out: for servers and for clients.
+"""WebSocket (RFC 6455) for servers and clients: bytes in, events and bytes out.
 
-There is no socket here, no clock, no randomness and no log; nothing waits and nothing is kept
-but the place in the stream. Whoever has a socket feeds what came to a reader, in pieces of any
-size, and sends what the builders give. The numbers at the checks are sections of RFC 6455,
-unless they say otherwise.
+The module has no socket, clock, randomness or log. The caller reads from its own socket, in
+pieces of any size, passes the bytes to a reader, and sends the bytes that the builders return.
+The numbers at the checks are sections of RFC 6455, unless they name another RFC.
 
-    The opening handshake    RequestReader, Request       a server's side
-                             upgrade_request, AnswerReader  a client's side
-    Frames, received         FrameParser, Event           both: it is told who must mask
-    Frames, to be sent       frame_header, build_frame    both: a client gives a masking key
+    Opening handshake    RequestReader, Request         server
+                         upgrade_request, AnswerReader  client
+    Received frames      FrameParser, Event             both; the constructor sets the role
+    Frames to send       frame_header, build_frame      both; a client passes a masking key
 
-The framer is minimal on purpose. It knows no extension and no subprotocol, and takes binary
-messages only. It does not assemble messages: payload is handed on as it arrives, so that a
-frame of 4 GiB costs no more memory than one of 4 KiB. Only what must be judged whole is kept,
-and each is small: a head (8 KiB), a frame's header (14 bytes), a control frame's payload (125).
+The framer supports no extension, no subprotocol and no text messages. It does not assemble
+messages: it returns payload as it arrives, so a frame of 4 GiB takes no more memory than one of
+4 KiB. A reader buffers only what it must check as a whole: a head (32 KiB), a frame header
+(14 bytes) or the payload of a control frame (125 bytes).
 
-Every reader keeps its place in named fields: `place` takes them out, `resume` puts them into
-another reader, between any two bytes. (The relay needs neither this nor a client's side to
-serve; they are for handing connections over, and for probes and benchmarks.) However a stream
-is cut, it gives the same events, and the same error behind them.
+The state of a reader is a few named fields. `place` returns them and `resume` puts them into
+another reader; both work between any two bytes. The relay needs them to hand over connections.
+The events and the error do not depend on how the stream is cut into pieces.
 
-Errors are typed by blame:
+The type of an error tells its cause:
 
-    ProtocolError      the peer broke the rules of frames; `code` is the Close code to send
-    UpgradeRejected    the request cannot be served; `status` and `answer` are HTTP's
-    UpgradeFailed      the server's answer to our request is no upgrade
+    ProtocolError      the peer broke a rule of frames; `code` is the Close code to send
+    UpgradeRejected    the request cannot be served; `status` and `answer` are for HTTP
+    UpgradeFailed      the server did not accept our upgrade
 
-Any other exception is a mistake of ours, or of the caller's.
+Any other exception is a programming error, here or in the caller.
 """
 
 from __future__ import annotations
@@ -41,43 +39,54 @@ from typing import NamedTuple, Union
 Bytes = Union[bytes, memoryview]
 Place = Mapping[str, Union[bytes, int]]
 
-# Opcodes, 5.2.
+# Opcodes: 5.2.
 CONTINUATION, TEXT, BINARY = 0x0, 0x1, 0x2
 CLOSE, PING, PONG = 0x8, 0x9, 0xA
 OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
-CONTROL = 0x8  # 5.5: the bit that control frames have
+CONTROL = 0x8  # 5.5: this bit is set in the opcodes of control frames
 
-# The bits of a frame's first two bytes, and what the length in the second may stand for. 5.2.
+# The first two bytes of a frame: 5.2.
 FINAL = 0x80
 RESERVED = 0x70
 OPCODE = 0x0F
 MASKED = 0x80
 LENGTH = 0x7F
-LENGTH_IN_16_BITS, LENGTH_IN_64_BITS = 126, 127
-MAX_HEADER_BYTES = 14  # these two, a length in 8, a key in 4
+LENGTH_IN_16_BITS, LENGTH_IN_64_BITS = 126, 127  # the length follows in 2 or 8 bytes
+KEY_BYTES = 4
+MAX_HEADER_BYTES = 2 + 8 + KEY_BYTES
 MAX_CONTROL_BYTES = 125  # 5.5
 
-# Close codes, 7.4.1.
+# Masking: 5.3. XOR_TABLES[n] translates each byte to its XOR with n. The tables take 74 kB.
+TRANSLATED_BYTES = 2048  # from this length on translation is faster; measured
+ALL_BYTES = int.from_bytes(bytes(range(256)), "little")
+ONES = int.from_bytes(b"\1" * 256, "little")
+XOR_TABLES = [(ALL_BYTES ^ n * ONES).to_bytes(256, "little") for n in range(256)]
+
+# Close codes: 7.4.1.
 NORMAL = 1000
 GOING_AWAY = 1001
 PROTOCOL_ERROR = 1002
 UNSUPPORTED_DATA = 1003
 INVALID_DATA = 1007
 
-# What RFC 7230 says of heads, and our limit.
-MAX_HEAD_BYTES = 8 * 1024  # as nginx and the websockets library
+# Limits of a head, line ends included. nginx accepts a head of 32 KiB and passes it on.
+MAX_HEAD_BYTES = 32 * 1024
+MAX_LINE_BYTES = 16 * 1024
+
+# The grammar of a head: RFC 7230.
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # 3.2.6
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/1\.([01])\r?\n")  # 3.1.1
-# What may still become one, or at least shows no sign of being something else.
-REQUEST_LINE_BEGUN = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~\x80-\xff]*(?: [!-~]*\r?)?)?)?")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [ -~\t\x80-\xff]*)?\r?\n")  # 3.1.2
 FIELD = re.compile(rb"(" + TOKEN + rb"):([ -~\t\x80-\xff]*)\r?\n")  # 3.2; no obsolete folding
-END_OF_HEAD = re.compile(rb"\n\r?\n")  # 3.5: a lone line feed will do
+EMPTY_LINES = (b"\r\n", b"\n")  # 3.5: a line feed alone ends a line too
+# The start of a line that may become a request line. Junk is refused before its line ends.
+REQUEST_LINE_START = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~\x80-\xff]*(?: [!-~]*\r?)?)?)?")
+CHECKED_START_BYTES = 256  # of an unfinished request line; the rest is checked at its end
 
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 4.1: 16 bytes in base64
 VERSION = "13"  # 4.1
-METHODS = ("GET", "HEAD", "OPTIONS")  # of requests that want no upgrade; all else gets a 405
+METHODS = ("GET", "HEAD", "OPTIONS")  # without an upgrade; any other method gets a 405
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -88,110 +97,140 @@ REASONS = {
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of frames: the connection fails (7.1.7) with the Close code `code`."""
+    """The peer broke a rule of frames. Fail the connection (7.1.7) with the Close code `code`."""
 
-    def __init__(self, code: int, what: str) -> None:
-        super().__init__(what)
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
         self.code = code
 
 
 class UpgradeRejected(Exception):
-    """A request that cannot be served. `status`: HTTP's number; `answer`: what is to be sent."""
+    """The request cannot be served. `status` is the HTTP status, `answer` the bytes to send."""
 
-    def __init__(self, status: int, what: str, *fields: str, method: str = "GET") -> None:
-        super().__init__(what)
+    def __init__(self, status: int, message: str, *fields: str, method: str = "GET") -> None:
+        super().__init__(message)
         self.status = status
-        self.answer = http_answer(status, what + "\n", *fields, method=method)
+        self.answer = http_answer(status, message + "\n", *fields, method=method)
 
 
 class UpgradeFailed(Exception):
-    """What the server answered is no upgrade, or not one of the request that we sent."""
+    """The server's answer does not accept the upgrade that we requested."""
 
 
 class Reader:
-    """Something that is fed a stream in pieces, and keeps its place in named fields."""
+    """Reads a stream in pieces. CARRIED names the fields that hold its state."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
+    CARRIED: tuple[str, ...] = ()
 
     def place(self) -> Place:
-        """Take the fields out, by name: numbers and bytes."""
-        names = (name for cls in type(self).__mro__ for name in getattr(cls, "__slots__", ()))
-        return {name: getattr(self, name) for name in names}
+        """Return the carried fields by name, as bytes and numbers."""
+        fields = {name: getattr(self, name) for name in self.CARRIED}
+        return {n: bytes(v) if isinstance(v, bytearray) else v for n, v in fields.items()}
 
     def resume(self, place: Place) -> None:
-        """Go on at the place that was taken out of a reader of the same kind."""
+        """Set the fields that `place` of a reader of the same class returned.
+
+        A field that is missing keeps its value. Raises ValueError for an unknown field.
+        """
+        unknown = place.keys() - set(self.CARRIED)
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         for name, value in place.items():
-            setattr(self, name, value)
+            setattr(self, name, type(getattr(self, name))(value))
 
 
 # ---------------------------------------------------------------------------------------------
 # The opening handshake, section 4
 #
-# A head of HTTP/1.1 each way. A server reads a Request, sees whether it `wants_websocket`, and
-# if so lets it `accept`; what else came by HTTP it may answer with `http_answer`.
+# Client and server each send one head of HTTP/1.1. A server reads a Request and checks whether
+# it `wants_websocket`. `accept` answers an upgrade, `http_answer` any other request.
 # ---------------------------------------------------------------------------------------------
 
 
 class HeadReader(Reader):
-    """Collects a head, which ends with an empty line."""
+    """Collects the lines of a head. An empty line ends the head."""
 
-    __slots__ = ("_head",)
+    __slots__ = ("_head", "_line_start")
+    CARRIED: tuple[str, ...] = ("_head", "_line_start")
 
     def __init__(self) -> None:
-        self._head = b""
+        self._head = bytearray()
+        self._line_start = 0  # where the last line of the head begins
 
     def _collect(self, data: Bytes) -> int | None:
-        """Add `data` to the head. If that makes it whole, give how much of `data` is its."""
+        """Append `data` to the head. Return the bytes it took from `data` if it is now whole.
+
+        If the head is not whole and cannot become whole, `_is_too_long` is true afterwards.
+        """
         seen = len(self._head)
         self._head += data[: MAX_HEAD_BYTES - seen]
-        end = END_OF_HEAD.search(self._head, max(0, seen - 2))
-        if end is None:
-            return None
-        self._head = self._head[: end.end()]
-        return end.end() - seen
+        line_end = self._head.find(b"\n", seen) + 1
+        while 0 < line_end <= self._line_start + MAX_LINE_BYTES:
+            if self._line_start and self._head[self._line_start : line_end] in EMPTY_LINES:
+                del self._head[line_end:]
+                return line_end - seen
+            self._line_start = line_end
+            line_end = self._head.find(b"\n", line_end) + 1
+        return None
 
-    def _is_full(self) -> bool:
-        return len(self._head) == MAX_HEAD_BYTES
+    def _is_too_long(self) -> bool:
+        line_bytes = len(self._head) - self._line_start
+        return len(self._head) == MAX_HEAD_BYTES or line_bytes >= MAX_LINE_BYTES
 
 
 class RequestReader(HeadReader):
-    """Reads a request's head."""
+    """Reads the head of a request."""
 
     __slots__ = ()
 
     def receive(self, data: Bytes) -> tuple[Request, Bytes] | None:
-        """Give the request and what came behind its head; None as long as it is not whole.
+        """Return the request and the bytes that follow its head, or None until it is whole.
 
-        Raises UpgradeRejected: 400 if this is not HTTP (which the first bytes may show, and the
-        end of the request line does), 431 if the head does not end.
+        Raises UpgradeRejected: 400 for anything that is not HTTP, 431 for a head that is too
+        long. Most junk is refused at its first bytes.
         """
+        seen = len(self._head)
+        in_request_line = not self._line_start
         taken = self._collect(data)
+        if in_request_line:
+            self._check_request_line(seen)
         if taken is not None:
-            return parse_request(self._head), data[taken:]
-        line, newline, _ = self._head.partition(b"\n")
-        if not (REQUEST_LINE if newline else REQUEST_LINE_BEGUN).fullmatch(line + newline):
-            raise UpgradeRejected(400, "this is not HTTP/1.1")
-        if self._is_full():
-            method = line.partition(b" ")[0].decode("ascii")
-            raise UpgradeRejected(431, f"a head of over {MAX_HEAD_BYTES} bytes", method=method)
+            return parse_request(bytes(self._head)), data[taken:]
+        if self._is_too_long():
+            method = "HEAD" if self._head.startswith(b"HEAD ") else "GET"
+            limits = f"a head of over {MAX_HEAD_BYTES} bytes, or a line of over {MAX_LINE_BYTES}"
+            raise UpgradeRejected(431, limits, method=method)
         return None
+
+    def _check_request_line(self, seen: int) -> None:
+        """Check the request line, or its start. `seen` bytes of it were there before."""
+        end = self._head.find(b"\n", seen, MAX_LINE_BYTES) + 1
+        if end:
+            is_http = REQUEST_LINE.fullmatch(self._head, 0, end)
+        elif seen < CHECKED_START_BYTES:
+            is_http = REQUEST_LINE_START.fullmatch(self._head, 0, CHECKED_START_BYTES)
+        else:
+            return
+        if not is_http:
+            raise UpgradeRejected(400, "this is not HTTP/1.1")
 
 
 class Fields(dict[str, list[str]]):
-    """The fields of a head: all values of each, by its name in lower case."""
+    """The fields of a head: all values of each, under its name in lower case."""
 
     def tokens(self, name: str) -> set[str]:
-        """A field that is a list, in lower case. RFC 7230, 3.2.2 and 7."""
+        """Return the elements of a list field in lower case. RFC 7230, 3.2.2 and 7."""
         return {token.strip(" \t").lower() for v in self.get(name, ()) for token in v.split(",")}
 
     def only(self, name: str) -> str | None:
-        """The value of a field that is there just once."""
+        """Return the value of a field that occurs exactly once."""
         values = self.get(name, ())
         return values[0] if len(values) == 1 else None
 
 
 class Request(NamedTuple):
-    """A request's head."""
+    """The head of a request."""
 
     method: str
     target: str
@@ -200,15 +239,15 @@ class Request(NamedTuple):
 
     @property
     def wants_websocket(self) -> bool:
-        """Whether this asks for an upgrade to WebSocket, however badly."""
+        """Whether the request asks for an upgrade to WebSocket, valid or not."""
         return "websocket" in self.fields.tokens("upgrade")
 
     def accept(self) -> bytes:
-        """Give the answer that makes this connection a WebSocket: 4.2.2.
+        """Return the answer that upgrades this connection to WebSocket: 4.2.2.
 
-        Any target, host and origin will do; what the client offers beyond the protocol is
-        declined by leaving it out. Raises UpgradeRejected if 4.2.1 is not kept. (That Upgrade
-        names websocket, its point 3, is `wants_websocket`.)
+        Any target, host and origin is accepted. Extensions and subprotocols are declined: the
+        answer does not name them. Raises UpgradeRejected if the request violates 4.2.1. Point 3
+        of 4.2.1, the Upgrade field, is `wants_websocket`.
         """
         fields = self.fields
         if any(version != VERSION for version in fields.get("sec-websocket-version", ())):  # 4.4
@@ -236,7 +275,7 @@ class Request(NamedTuple):
 
 
 def parse_request(head: bytes) -> Request:
-    """Read a whole head. Raises UpgradeRejected."""
+    """Parse a whole head. Raises UpgradeRejected."""
     line = REQUEST_LINE.match(head)
     if line is None:
         raise UpgradeRejected(400, "this is not HTTP/1.1")
@@ -247,34 +286,33 @@ def parse_request(head: bytes) -> Request:
     return Request(method, line[2].decode("latin-1"), line[3] == b"0", fields)
 
 
-def parse_fields(head: bytes, at: int) -> Fields | None:
-    """Read the fields of a head, from the byte `at` on. None: they are not well-formed."""
+def parse_fields(head: bytes, start: int) -> Fields | None:
+    """Parse the fields of a whole head from byte `start` on. Return None if one is malformed."""
     fields = Fields()
-    end = END_OF_HEAD.search(head, at - 1)
-    assert end is not None, "the head is not whole"
-    while at <= end.start():
-        field = FIELD.match(head, at)
+    end = len(head) - (2 if head.endswith(b"\r\n") else 1)  # where the empty line begins
+    while start < end:
+        field = FIELD.match(head, start)
         if field is None:
             return None
         value = field[2].strip(b" \t").decode("latin-1")
         fields.setdefault(field[1].decode("ascii").lower(), []).append(value)
-        at = field.end()
+        start = field.end()
     return fields
 
 
 def accept_key(key: str) -> str:
-    """What answers a Sec-WebSocket-Key: 4.2.2, item 4 of point 5."""
+    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key: 4.2.2, item 4 of point 5."""
     digest = hashlib.sha1(key.encode("ascii") + ACCEPT_GUID, usedforsecurity=False).digest()
     return base64_text(digest)
 
 
 def base64_text(data: bytes) -> str:
-    """Spell bytes for a head."""
+    """Encode bytes for a field of a head."""
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> bytes:
-    """Build an answer that ends the connection: plain text, but only its length for a HEAD."""
+    """Return an answer in plain text that ends the connection. A HEAD gets no body."""
     body = text.encode()
     head = (
         f"HTTP/1.1 {status} {REASONS[status]}",
@@ -287,13 +325,13 @@ def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> by
 
 
 def not_allowed(method: str) -> UpgradeRejected:
-    """The refusal of a method. RFC 7231, 6.5.5."""
+    """Return the error for a method that is not in METHODS. RFC 7231, 6.5.5."""
     allowed = ", ".join(METHODS)
     return UpgradeRejected(405, f"this takes {allowed}", f"Allow: {allowed}", method=method)
 
 
 def upgrade_request(host: str, target: str, nonce: bytes) -> bytes:
-    """Build a client's request: 4.1. `nonce`: 16 bytes that nobody could guess."""
+    """Return the request of a client: 4.1. `nonce` is 16 unpredictable bytes."""
     return (
         f"GET {target} HTTP/1.1\r\n"
         f"Host: {host}\r\n"
@@ -305,29 +343,33 @@ def upgrade_request(host: str, target: str, nonce: bytes) -> bytes:
 
 
 class AnswerReader(HeadReader):
-    """Reads a server's answer to `upgrade_request`."""
+    """Reads the answer of a server to `upgrade_request`."""
 
     __slots__ = ("_nonce",)
+    CARRIED = (*HeadReader.CARRIED, "_nonce")
 
     def __init__(self, nonce: bytes) -> None:
-        """`nonce`: what the request was built with."""
+        """`nonce` is the one of the request."""
         super().__init__()
         self._nonce = nonce
 
     def receive(self, data: Bytes) -> Bytes | None:
-        """Give what came behind the answer, once it is whole and good. Raises UpgradeFailed."""
+        """Return the bytes that follow the answer, or None until its head is whole.
+
+        Raises UpgradeFailed.
+        """
         taken = self._collect(data)
         if taken is not None:
-            self._check()
+            self._check(bytes(self._head))
             return data[taken:]
-        if self._is_full():
-            raise UpgradeFailed(f"the answer's head is longer than {MAX_HEAD_BYTES} bytes")
+        if self._is_too_long():
+            raise UpgradeFailed("the answer's head, or a line of it, is too long")
         return None
 
-    def _check(self) -> None:
-        """What 4.1 says of the server's answer, 1 to 6."""
-        line = STATUS_LINE.match(self._head)
-        fields = parse_fields(self._head, line.end()) if line else None
+    def _check(self, head: bytes) -> None:
+        """Check the answer: 4.1, points 1 to 6 of its second list."""
+        line = STATUS_LINE.match(head)
+        fields = parse_fields(head, line.end()) if line else None
         if line is None or fields is None:
             raise UpgradeFailed("the answer is not HTTP/1.1")
         if line[1] != b"101":
@@ -338,38 +380,35 @@ class AnswerReader(HeadReader):
         if fields.only("sec-websocket-accept") != accept_key(base64_text(self._nonce)):
             raise UpgradeFailed("the answer is not to our request")
         if "sec-websocket-extensions" in fields or "sec-websocket-protocol" in fields:
-            raise UpgradeFailed("the answer takes up what we did not offer")
+            raise UpgradeFailed("the answer names an extension or subprotocol")
 
 
 # ---------------------------------------------------------------------------------------------
-# Frames, received: section 5
+# Received frames, section 5
 #
-# A frame is a header and a payload. The header is judged as soon as it is whole, from front to
-# back; the payload of a data frame is given as it comes, that of a control frame when all of it
-# is there. Fragments of a message and the frames in between need no more than one bit.
+# A frame is a header and a payload. The parser checks a header as soon as it is whole. It
+# returns the payload of a data frame in pieces, and that of a control frame when it is whole.
+# Of the message to which the frames belong it keeps one bit: whether the message goes on.
 # ---------------------------------------------------------------------------------------------
 
 
 class Event(NamedTuple):
-    """What a FrameParser has found.
+    """One part of the stream that FrameParser has read.
 
-    BINARY   a piece of a binary message, empty only if its frame is; `is_last`: the message
-             ends behind it
-    PING     a whole Ping, to be answered with a Pong of the same payload: 5.5.2
+    BINARY   a piece of a binary message, empty only if its frame is; `is_last` is true for the
+             last piece of the message
+    PING     a whole Ping. Answer it with a Pong of the same payload: 5.5.2
     PONG     a whole Pong: 5.5.3
-    CLOSE    a whole Close, checked: its payload is empty, or two bytes of code and a reason
+    CLOSE    a whole Close, checked. Its payload is empty, or a code of two bytes and a reason
     """
 
     opcode: int
-    payload: Bytes  # of BINARY, if it was not masked: good until the caller's buffer changes
+    payload: Bytes  # of an unmasked BINARY: a view of the caller's buffer
     is_last: bool = True
 
 
 class FrameParser(Reader):
-    """Reads frames, of one role: it is told whether they must be masked (5.1).
-
-    What comes behind a Close, or behind an error, is not for it: there is nothing to read.
-    """
+    """Parses the frames that one side sends. Do not call it again after a Close or an error."""
 
     __slots__ = (
         "_control",
@@ -381,43 +420,45 @@ class FrameParser(Reader):
         "_must_be_masked",
         "_opcode",
     )
+    CARRIED = __slots__
 
     def __init__(self, must_be_masked: bool) -> None:
-        """What a server reads must be masked, what a client reads must not."""
+        """A client must mask its frames, a server must not: 5.1."""
         self._must_be_masked = must_be_masked
-        self._header = b""  # of a frame whose header is not whole yet
-        self._opcode = -1  # of the frame whose payload is being read; -1: none is
-        self._is_final = False  # ... whether it is the last of its message
-        self._left = 0  # ... how many bytes of it are to come
-        self._key = b""  # ... the key, turned so that it begins with the next byte's
-        self._control = b""  # ... what came of it, still masked, if it is a control frame
-        self._in_message = False  # a data frame that was not final came, and its rest has not
+        self._in_message = False  # the last data frame was not the end of its message
+        self._header = b""  # the start of a header that is not whole yet
+        # The frame whose payload is being read:
+        self._opcode = -1  # or -1: none
+        self._is_final = False
+        self._left = 0  # payload bytes still to come
+        self._key = b""  # rotated: its first byte is for the next byte of payload
+        self._control = b""  # the payload of a control frame so far, still masked
 
     def receive(self, data: memoryview) -> Iterator[Event]:
-        """Give what is in `data`, the next bytes of the stream.
+        """Yield the events in `data`, the next bytes of the stream.
 
-        To be used up before `data` is changed, or the next is received. Raises ProtocolError,
-        behind all that came before the error.
+        Exhaust the iterator before `data` changes and before the next call. Raises
+        ProtocolError after the events that precede the error.
         """
         if self._header:
             data = memoryview(self._header + data)
             self._header = b""
-        at = 0
+        start = 0
         while True:
             if self._opcode < 0:
-                size = self._begin_frame(data[at : at + MAX_HEADER_BYTES])
-                if not size:
-                    self._header = bytes(data[at:])
+                header_bytes = self._begin_frame(data[start : start + MAX_HEADER_BYTES])
+                if not header_bytes:
+                    self._header = bytes(data[start:])
                     return
-                at += size
-            piece = data[at : at + self._left]
-            at += len(piece)
+                start += header_bytes
+            piece = data[start : start + self._left]
+            start += len(piece)
             self._left -= len(piece)
             is_whole = not self._left
             if self._opcode & CONTROL:
                 self._control += piece
                 if is_whole:
-                    yield self._end_control()
+                    yield self._end_control_frame()
             else:
                 is_last = is_whole and self._is_final
                 if is_last:
@@ -429,24 +470,24 @@ class FrameParser(Reader):
             self._opcode = -1
 
     def _begin_frame(self, data: memoryview) -> int:
-        """Read the header at the front of `data`: give its size, or 0 if it is not whole."""
+        """Parse the header at the start of `data`. Return its length, or 0 if it is not whole."""
         if len(data) < 2:
             return 0
         first, second = data[0], data[1]
         opcode, is_final = first & OPCODE, bool(first & FINAL)
-        if first & RESERVED:  # 5.2: no extension has given them a meaning
+        if first & RESERVED:  # 5.2: an extension would define them
             raise ProtocolError(PROTOCOL_ERROR, "a reserved bit is set")
         if opcode not in OPCODES:  # 5.2
             raise ProtocolError(PROTOCOL_ERROR, "an unknown opcode")
         if bool(second & MASKED) != self._must_be_masked:  # 5.1
-            raise ProtocolError(PROTOCOL_ERROR, "masked, or not, against the rule")
+            raise ProtocolError(PROTOCOL_ERROR, "the mask bit is wrong for this role")
         length = second & LENGTH
         if opcode & CONTROL:
             if not is_final or length > MAX_CONTROL_BYTES:  # 5.5
-                raise ProtocolError(PROTOCOL_ERROR, "a control frame in parts, or too long")
+                raise ProtocolError(PROTOCOL_ERROR, "a control frame is fragmented or too long")
         elif (opcode == CONTINUATION) != self._in_message:  # 5.4
-            raise ProtocolError(PROTOCOL_ERROR, "a continuation of nothing, or none where due")
-        elif opcode == TEXT:  # 7.4.1: we understand binary data only
+            raise ProtocolError(PROTOCOL_ERROR, "a continuation is unexpected or missing")
+        elif opcode == TEXT:  # 7.4.1: an endpoint may accept binary data only
             raise ProtocolError(UNSUPPORTED_DATA, "a text message")
 
         size = 2
@@ -458,13 +499,13 @@ class FrameParser(Reader):
             return 0
         if size > 2:
             length = int.from_bytes(data[2:size], "big")
-            if not least <= length < 1 << 63:  # 5.2: the shortest way; the highest bit is 0
-                raise ProtocolError(PROTOCOL_ERROR, "a length that is none, or not minimal")
+            if not least <= length < 1 << 63:  # 5.2: minimal, and the highest bit is 0
+                raise ProtocolError(PROTOCOL_ERROR, "a length is not minimal, or 2^63 or more")
         if self._must_be_masked:
-            size += 4
+            size += KEY_BYTES
             if len(data) < size:
                 return 0
-            self._key = bytes(data[size - 4 : size])
+            self._key = bytes(data[size - KEY_BYTES : size])
         self._opcode = opcode
         self._is_final = is_final
         self._left = length
@@ -473,16 +514,16 @@ class FrameParser(Reader):
         return size
 
     def _unmask(self, piece: memoryview) -> Bytes:
-        """5.3. Turns the key to where the next piece of the frame needs it."""
+        """Unmask a piece of payload and rotate the key for the next piece: 5.3."""
         if not self._key:
             return piece
-        plain = unmask(piece, self._key)
-        turn = len(piece) & 3
-        self._key = self._key[turn:] + self._key[:turn]
-        return plain
+        payload = unmask(piece, self._key)
+        if self._left:
+            rotation = len(piece) % KEY_BYTES
+            self._key = self._key[rotation:] + self._key[:rotation]
+        return payload
 
-    def _end_control(self) -> Event:
-        """A control frame is whole."""
+    def _end_control_frame(self) -> Event:
         payload = unmask(self._control, self._key) if self._key else self._control
         self._control = b""
         if self._opcode == CLOSE:
@@ -493,41 +534,48 @@ class FrameParser(Reader):
 def unmask(data: Bytes, key: bytes) -> bytes:
     """Mask or unmask `data` with a key of four bytes: 5.3.
 
-    As one number: there is no faster way in the standard library.
+    The standard library has no XOR of bytes. Short data is converted to an integer and back.
+    For long data it is faster to translate the bytes of each position of the key by themselves.
     """
     size = len(data)
-    pad = (key * ((size + 3) // 4))[:size]
-    return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
+    if size < TRANSLATED_BYTES:
+        pad = int.from_bytes((key * (size // 4 + 1))[:size], "little")
+        return (int.from_bytes(data, "little") ^ pad).to_bytes(size, "little")
+    result = bytearray(data)
+    for position in range(KEY_BYTES):
+        table = XOR_TABLES[key[position]]
+        result[position::KEY_BYTES] = result[position::KEY_BYTES].translate(table)
+    return bytes(result)
 
 
 def check_close(payload: bytes) -> None:
-    """Check that a Close's payload is what 5.5.1 says. Raises ProtocolError."""
+    """Check the payload of a Close: 5.5.1. Raises ProtocolError."""
     if not payload:
         return
     code = int.from_bytes(payload[:2], "big")
     if len(payload) < 2 or not may_be_sent(code):
-        raise ProtocolError(PROTOCOL_ERROR, "a Close without a code that may be sent")
+        raise ProtocolError(PROTOCOL_ERROR, "a Close has no valid code")
     try:
         payload[2:].decode("utf-8")
     except UnicodeDecodeError:
-        raise ProtocolError(INVALID_DATA, "a Close whose reason is not UTF-8") from None
+        raise ProtocolError(INVALID_DATA, "the reason of a Close is not UTF-8") from None
 
 
 def may_be_sent(code: int) -> bool:
-    """Whether a Close may carry this code: 7.4.1 and 7.4.2, and what IANA has added."""
+    """Whether a Close may contain this code: 7.4.1, 7.4.2 and the registry of IANA."""
     is_defined = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
     return is_defined or 3000 <= code <= 4999
 
 
 # ---------------------------------------------------------------------------------------------
-# Frames, to be sent: section 5.2
+# Frames to send, section 5.2
 #
-# A header alone for what is to be sent from where it lies, or a whole frame for what is short.
+# `frame_header` is for payload that stays in the caller's buffer, `build_frame` for short frames.
 # ---------------------------------------------------------------------------------------------
 
 
 def frame_header(opcode: int, length: int, is_final: bool = True, key: bytes = b"") -> bytes:
-    """Build a frame's header; its payload of `length` bytes, masked with `key` if any, follows."""
+    """Return the header of a frame. The caller sends `length` bytes, masked with `key` if any."""
     first = opcode | (FINAL if is_final else 0)
     masked = MASKED if key else 0
     if length < LENGTH_IN_16_BITS:
@@ -540,11 +588,11 @@ def frame_header(opcode: int, length: int, is_final: bool = True, key: bytes = b
 def build_frame(
     opcode: int, payload: Bytes = b"", is_final: bool = True, key: bytes = b""
 ) -> bytes:
-    """Build a whole frame. `key`: four bytes that nobody could guess, if a client sends it."""
+    """Return a whole frame. A client passes a `key` of four unpredictable bytes."""
     header = frame_header(opcode, len(payload), is_final, key)
     return header + (unmask(payload, key) if key else payload)
 
 
 def build_close(code: int, key: bytes = b"") -> bytes:
-    """Build a Close frame with this code and no reason."""
+    """Return a Close frame with this code and no reason."""
     return build_frame(CLOSE, code.to_bytes(2, "big"), key=key)
