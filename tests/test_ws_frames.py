@@ -1,7 +1,7 @@
-"""Frames, both ways: RFC 6455's examples, every length, every error, however they are cut.
+"""Parsing and building frames: the examples of RFC 6455, lengths, errors, and all splits.
 
-streams.plain_reading and helpers.frame are written independently of ws_frames, so that a mistake in
-a parser and its builder cannot hide. Numbers are sections of RFC 6455.
+streams.plain_reading and helpers.frame do not use ws_frames, so that a mistake which a parser and
+its builder share is found. Numbers are sections of RFC 6455.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from streams import Found, note, plain_reading, read
 
 import ws_frames
 from ws_frames import (
+    TRANSLATED_BYTES,
     FrameParser,
     Place,
     ProtocolError,
@@ -34,7 +35,7 @@ ROLES = pytest.mark.parametrize("key", [KEY, None], ids=["from a client", "from 
 
 
 def few_splits(data: bytes) -> Iterator[list[bytes]]:
-    """Ways of cutting a long frame: whole; in its header; near its end; and some at random."""
+    """Cut a long frame in its header, near its end and at random. Also yield it whole."""
     yield [data]
     yield cut(data, range(1, 21))
     for n in (*range(1, 20), len(data) - 2, len(data) - 1):
@@ -48,7 +49,7 @@ def binary(payload: bytes, is_last: bool = True) -> tuple[int, bytes, bool]:
     return BINARY, payload, is_last
 
 
-# 5.7. We take no text, so its text frames come twice: as they stand, and as binary ones.
+# 5.7. A text frame is refused as it stands, then parsed as a binary frame.
 
 HELLO = b"Hello"
 BYTES_256, BYTES_65536 = bytes(range(256)), bytes(range(256)) * 256
@@ -83,34 +84,34 @@ def test_examples(wire: bytes, opcode: int, payload: bytes, is_final: bool, key:
         assert read(pieces, bool(key)) == (expected, None), [len(piece) for piece in pieces]
 
 
-# What is right. A row: what makes the stream, given the key; what is in it.
+# Valid streams. Each row has an Encoder of the stream and the content of the stream.
 
-Speller = Callable[[Optional[bytes]], bytes]
-
-
-def at_key(*frames: tuple[int, bytes] | tuple[int, bytes, bool]) -> Speller:
-    """What spells these frames: opcode, payload, and whether it is final."""
-    return lambda key: b"".join(frame(*one, key=key) for one in frames)
+Encoder = Callable[[Optional[bytes]], bytes]  # takes the masking key
 
 
-def joined(*spellers: Speller) -> Speller:
-    return lambda key: b"".join(encode(key) for encode in spellers)
+def frames(*rows: tuple[int, bytes] | tuple[int, bytes, bool]) -> Encoder:
+    """Return an Encoder of frames. A row is an opcode, a payload, and whether it is final."""
+    return lambda key: b"".join(frame(*row, key=key) for row in rows)
 
 
-GOOD: dict[str, tuple[Speller, Found]] = {
-    "nothing": (at_key(), []),
-    "an empty message": (at_key((BINARY, b"")), [binary(b"")]),
-    "one byte": (at_key((BINARY, b"x")), [binary(b"x")]),
+def joined(*encoders: Encoder) -> Encoder:
+    return lambda key: b"".join(encode(key) for encode in encoders)
+
+
+VALID: dict[str, tuple[Encoder, Found]] = {
+    "nothing": (frames(), []),
+    "an empty message": (frames((BINARY, b"")), [binary(b"")]),
+    "one byte": (frames((BINARY, b"x")), [binary(b"x")]),
     "several messages": (
-        at_key((BINARY, b"12345"), (BINARY, b""), (BINARY, b"6")),
+        frames((BINARY, b"12345"), (BINARY, b""), (BINARY, b"6")),
         [binary(b"12345"), binary(b""), binary(b"6")],
     ),
     "a fragmented message": (
-        at_key((BINARY, b"Hel", False), (CONTINUATION, b"l", False), (CONTINUATION, b"o")),
+        frames((BINARY, b"Hel", False), (CONTINUATION, b"l", False), (CONTINUATION, b"o")),
         [binary(HELLO)],
     ),
     "empty fragments": (
-        at_key(
+        frames(
             (BINARY, b"", False),
             (CONTINUATION, b"", False),
             (CONTINUATION, b"ab", False),
@@ -119,12 +120,12 @@ GOOD: dict[str, tuple[Speller, Found]] = {
         ),
         [binary(b"ab")],
     ),
-    "nothing but empty fragments": (
-        at_key((BINARY, b"", False), (CONTINUATION, b"", False), (CONTINUATION, b"")),
+    "only empty fragments": (
+        frames((BINARY, b"", False), (CONTINUATION, b"", False), (CONTINUATION, b"")),
         [binary(b"")],
     ),
     "control frames between fragments": (
-        at_key(
+        frames(
             (BINARY, b"a", False),
             (PING, b"one"),
             (CONTINUATION, b"", False),
@@ -139,30 +140,30 @@ GOOD: dict[str, tuple[Speller, Found]] = {
             *(binary(b"b", False), (PING, b"", True), binary(b"c"), binary(b"d")),
         ],
     ),
-    "Ping of 125 bytes": (at_key((PING, b"p" * 125)), [(PING, b"p" * 125, True)]),
-    "Pong that nobody asked for": (at_key((PONG, b"?")), [(PONG, b"?", True)]),
-    "a message that is not ended": (
-        at_key((BINARY, b"a", False), (CONTINUATION, b"b", False)),
+    "Ping of 125 bytes": (frames((PING, b"p" * 125)), [(PING, b"p" * 125, True)]),
+    "an unsolicited Pong": (frames((PONG, b"?")), [(PONG, b"?", True)]),
+    "an unfinished message": (
+        frames((BINARY, b"a", False), (CONTINUATION, b"b", False)),
         [binary(b"ab", False)],
     ),
-    "an empty Close": (at_key((BINARY, b"a"), (CLOSE, b"")), [binary(b"a"), (CLOSE, b"", True)]),
-    "a Close": (at_key((CLOSE, b"\x03\xe8")), [(CLOSE, b"\x03\xe8", True)]),
+    "an empty Close": (frames((BINARY, b"a"), (CLOSE, b"")), [binary(b"a"), (CLOSE, b"", True)]),
+    "a Close": (frames((CLOSE, b"\x03\xe8")), [(CLOSE, b"\x03\xe8", True)]),
     "a Close within a message": (
-        at_key((BINARY, b"a", False), (CLOSE, b"\x03\xe9")),
+        frames((BINARY, b"a", False), (CLOSE, b"\x03\xe9")),
         [binary(b"a", False), (CLOSE, b"\x03\xe9", True)],
     ),
     "a Close with a reason": (
-        at_key((CLOSE, close_payload(4999, "€ \U0001f600".encode()))),
+        frames((CLOSE, close_payload(4999, "€ \U0001f600".encode()))),
         [(CLOSE, close_payload(4999, "€ \U0001f600".encode()), True)],
     ),
     "a Close with the longest reason": (
-        at_key((CLOSE, close_payload(3000, b"r" * 123))),
+        frames((CLOSE, close_payload(3000, b"r" * 123))),
         [(CLOSE, close_payload(3000, b"r" * 123), True)],
     ),
-    "text behind a Close": (at_key((CLOSE, b""), (TEXT, b"?")), [(CLOSE, b"", True)]),
+    "text behind a Close": (frames((CLOSE, b""), (TEXT, b"?")), [(CLOSE, b"", True)]),
     **{
         f"{size} bytes": (
-            at_key((BINARY, b"m" * size), (PING, b"")),
+            frames((BINARY, b"m" * size), (PING, b"")),
             [binary(b"m" * size), (PING, b"", True)],
         )
         for size in (125, 126, 127, 128)
@@ -171,8 +172,8 @@ GOOD: dict[str, tuple[Speller, Found]] = {
 
 
 @ROLES
-@pytest.mark.parametrize(("encode", "expected"), GOOD.values(), ids=GOOD)
-def test_what_is_right(encode: Speller, expected: Found, key: bytes | None) -> None:
+@pytest.mark.parametrize(("encode", "expected"), VALID.values(), ids=VALID)
+def test_valid_streams(encode: Encoder, expected: Found, key: bytes | None) -> None:
     stream = encode(key)
     assert plain_reading(stream, bool(key)) == (expected, None)
     for pieces in splits(stream):
@@ -180,8 +181,8 @@ def test_what_is_right(encode: Speller, expected: Found, key: bytes | None) -> N
 
 
 @pytest.mark.parametrize("key", KEYS, ids=bytes.hex)
-def test_any_key_will_do(key: bytes) -> None:
-    encode, expected = GOOD["control frames between fragments"]
+def test_any_key(key: bytes) -> None:
+    encode, expected = VALID["control frames between fragments"]
     for pieces in splits(encode(key) + frame(BINARY, BYTES_256, key=key)):
         assert read(pieces, True) == ([*expected, binary(BYTES_256)], None), pieces
 
@@ -197,7 +198,7 @@ def test_long_frames(size: int, key: bytes | None) -> None:
 
 @ROLES
 @pytest.mark.parametrize("size", [2**63 - 1, 2**32, 65536])
-def test_a_frame_that_announces_more_than_it_brings(size: int, key: bytes | None) -> None:
+def test_a_frame_that_is_shorter_than_its_length(size: int, key: bytes | None) -> None:
     mask = 0x80 if key else 0
     head = b"\x82" + bytes([mask | 127]) + size.to_bytes(8, "big") + (key or b"")
     stream = head + frame(BINARY, b"0123456", key=key)[-7:]
@@ -205,81 +206,81 @@ def test_a_frame_that_announces_more_than_it_brings(size: int, key: bytes | None
         assert read(pieces, bool(key)) == ([binary(b"0123456", False)], None), pieces
 
 
-# What is wrong. A row: what makes the frames before it; the frame, given the key; behind how many
-# of its bytes it is refused (as soon as it can be told); the code.
+# Invalid frames. Each row has an Encoder of the frames before, an Encoder of the invalid frame,
+# the number of its bytes after which it is refused, and the Close code.
 
 
 def with_length(opcode: int, length: bytes, key: bytes | None) -> bytes:
-    """A frame whose length is spelled out in so many bytes, minimal or not."""
+    """Return the start of a frame with an extended length of 0, 2 or 8 bytes."""
     short = {0: 0, 2: 126, 8: 127}[len(length)]
     return bytes([0x80 | opcode, (0x80 if key else 0) | short]) + length + (key or b"") + b"??"
 
 
-def spoiled(opcode: int, bits: int, payload: bytes = b"ab") -> Speller:
-    """A frame with other bits in its first byte."""
+def with_bits(opcode: int, bits: int, payload: bytes = b"ab") -> Encoder:
+    """Return an Encoder of a frame whose first byte has these bits inverted."""
 
     def encode(key: bytes | None) -> bytes:
-        good = frame(opcode, payload, key=key)
-        return bytes([good[0] ^ bits]) + good[1:]
+        valid = frame(opcode, payload, key=key)
+        return bytes([valid[0] ^ bits]) + valid[1:]
 
     return encode
 
 
-def other_role(opcode: int, payload: bytes = b"") -> Speller:
+def other_role(opcode: int, payload: bytes = b"") -> Encoder:
     return lambda key: frame(opcode, payload, key=None if key else KEY)
 
 
-def long_length(opcode: int, length: int, size: int) -> Speller:
+def long_length(opcode: int, length: int, size: int) -> Encoder:
     return lambda key: with_length(opcode, length.to_bytes(size, "big"), key)
 
 
-def close(payload: bytes) -> Speller:
-    return at_key((CLOSE, payload))
+def close(payload: bytes) -> Encoder:
+    return frames((CLOSE, payload))
 
 
-NOTHING = at_key()
-MESSAGE = at_key((BINARY, b"x"))
-BEGUN = at_key((BINARY, b"x", False))
-WITH_PING = at_key((BINARY, b"x", False), (PING, b"p"))
-WHOLE = 0  # the error can be told only at the frame's end
+NOTHING = frames()
+MESSAGE = frames((BINARY, b"x"))
+FRAGMENT = frames((BINARY, b"x", False))
+WITH_PING = frames((BINARY, b"x", False), (PING, b"p"))
+WHOLE = 0  # the frame is refused at its end
 
-BAD: dict[str, tuple[Speller, Speller, int, int]] = {
-    **{f"reserved bits {bits:#x}": (MESSAGE, spoiled(2, bits), 2, 1002) for bits in (64, 32, 16)},
-    "all reserved bits": (NOTHING, spoiled(BINARY, 0x70), 2, 1002),
-    "a reserved bit of a Ping": (MESSAGE, spoiled(PING, 0x10), 2, 1002),
-    "a reserved bit of a continuation": (BEGUN, spoiled(CONTINUATION, 0x40), 2, 1002),
+INVALID: dict[str, tuple[Encoder, Encoder, int, int]] = {
+    **{f"reserved bits {bits:#x}": (MESSAGE, with_bits(2, bits), 2, 1002) for bits in (64, 32, 16)},
+    "all reserved bits": (NOTHING, with_bits(BINARY, 0x70), 2, 1002),
+    "a reserved bit of a Ping": (MESSAGE, with_bits(PING, 0x10), 2, 1002),
+    "a reserved bit of a continuation": (FRAGMENT, with_bits(CONTINUATION, 0x40), 2, 1002),
     **{
-        f"opcode {opcode}": (MESSAGE, at_key((opcode, b"ab")), 2, 1002)
+        f"opcode {opcode}": (MESSAGE, frames((opcode, b"ab")), 2, 1002)
         for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
     },
-    "opcode 3 within a message": (BEGUN, at_key((3, b"")), 2, 1002),
-    "opcode 11 within a message": (BEGUN, at_key((11, b"")), 2, 1002),
+    "opcode 3 within a message": (FRAGMENT, frames((3, b"")), 2, 1002),
+    "opcode 11 within a message": (FRAGMENT, frames((11, b"")), 2, 1002),
     "mask of a message": (MESSAGE, other_role(BINARY, b"ab"), 2, 1002),
     "mask of an empty message": (NOTHING, other_role(BINARY), 2, 1002),
-    "mask of a continuation": (BEGUN, other_role(CONTINUATION, b"ab"), 2, 1002),
+    "mask of a continuation": (FRAGMENT, other_role(CONTINUATION, b"ab"), 2, 1002),
     "mask of a Ping": (MESSAGE, other_role(PING), 2, 1002),
     "mask of a Close": (MESSAGE, other_role(CLOSE, b"\x03\xe8"), 2, 1002),
     "mask of a text": (MESSAGE, other_role(TEXT, b"ab"), 2, 1002),
-    "fragmented Ping": (MESSAGE, at_key((PING, b"", False)), 2, 1002),
-    "fragmented Pong": (BEGUN, at_key((PONG, b"ab", False)), 2, 1002),
-    "fragmented Close": (MESSAGE, at_key((CLOSE, b"\x03\xe8", False)), 2, 1002),
-    "Ping of 126 bytes": (MESSAGE, at_key((PING, b"p" * 126)), 2, 1002),
-    "Pong of 126 bytes": (MESSAGE, at_key((PONG, b"p" * 126)), 2, 1002),
-    "Close of 126 bytes": (MESSAGE, at_key((CLOSE, close_payload(1000, b"r" * 124))), 2, 1002),
+    "fragmented Ping": (MESSAGE, frames((PING, b"", False)), 2, 1002),
+    "fragmented Pong": (FRAGMENT, frames((PONG, b"ab", False)), 2, 1002),
+    "fragmented Close": (MESSAGE, frames((CLOSE, b"\x03\xe8", False)), 2, 1002),
+    "Ping of 126 bytes": (MESSAGE, frames((PING, b"p" * 126)), 2, 1002),
+    "Pong of 126 bytes": (MESSAGE, frames((PONG, b"p" * 126)), 2, 1002),
+    "Close of 126 bytes": (MESSAGE, frames((CLOSE, close_payload(1000, b"r" * 124))), 2, 1002),
     "Ping of 64 KiB": (MESSAGE, long_length(PING, 65536, 8), 2, 1002),
-    "Ping with a longer spelling": (MESSAGE, long_length(PING, 2, 2), 2, 1002),
-    "a continuation of nothing": (NOTHING, at_key((CONTINUATION, b"ab")), 2, 1002),
-    "a continuation of what is ended": (MESSAGE, at_key((CONTINUATION, b"")), 2, 1002),
-    "a fragment of nothing": (MESSAGE, at_key((CONTINUATION, b"", False)), 2, 1002),
-    "a message in a message": (BEGUN, at_key((BINARY, b"ab")), 2, 1002),
-    "a message in an empty beginning": (at_key((BINARY, b"", False)), MESSAGE, 2, 1002),
-    "a beginning in a message": (BEGUN, at_key((BINARY, b"", False)), 2, 1002),
-    "a message behind a Ping in a message": (WITH_PING, at_key((BINARY, b"ab")), 2, 1002),
-    "text in a message": (BEGUN, at_key((TEXT, b"ab")), 2, 1002),
-    "text": (MESSAGE, at_key((TEXT, b"ab")), 2, 1003),
-    "empty text": (NOTHING, at_key((TEXT, b"")), 2, 1003),
-    "the beginning of a text": (NOTHING, at_key((TEXT, b"ab", False)), 2, 1003),
-    "long text": (NOTHING, at_key((TEXT, b"a" * 200)), 2, 1003),
+    "Ping with a length that is not minimal": (MESSAGE, long_length(PING, 2, 2), 2, 1002),
+    "a continuation without a message": (NOTHING, frames((CONTINUATION, b"ab")), 2, 1002),
+    "a continuation after the end of a message": (MESSAGE, frames((CONTINUATION, b"")), 2, 1002),
+    "a fragment without a message": (MESSAGE, frames((CONTINUATION, b"", False)), 2, 1002),
+    "a message in a message": (FRAGMENT, frames((BINARY, b"ab")), 2, 1002),
+    "a message after an empty first fragment": (frames((BINARY, b"", False)), MESSAGE, 2, 1002),
+    "a first fragment in a message": (FRAGMENT, frames((BINARY, b"", False)), 2, 1002),
+    "a message after a Ping in a message": (WITH_PING, frames((BINARY, b"ab")), 2, 1002),
+    "text in a message": (FRAGMENT, frames((TEXT, b"ab")), 2, 1002),
+    "text": (MESSAGE, frames((TEXT, b"ab")), 2, 1003),
+    "empty text": (NOTHING, frames((TEXT, b"")), 2, 1003),
+    "the first fragment of a text": (NOTHING, frames((TEXT, b"ab", False)), 2, 1003),
+    "long text": (NOTHING, frames((TEXT, b"a" * 200)), 2, 1003),
     **{
         f"{length} in 16 bits": (MESSAGE, long_length(BINARY, length, 2), 4, 1002)
         for length in (0, 1, 125)
@@ -288,7 +289,7 @@ BAD: dict[str, tuple[Speller, Speller, int, int]] = {
         f"{length} in 64 bits": (MESSAGE, long_length(BINARY, length, 8), 10, 1002)
         for length in (0, 125, 126, 65535, 2**63, 2**63 + 1, 2**64 - 1)
     },
-    "a continuation with 125 in 16 bits": (BEGUN, long_length(CONTINUATION, 125, 2), 4, 1002),
+    "a continuation with 125 in 16 bits": (FRAGMENT, long_length(CONTINUATION, 125, 2), 4, 1002),
     "a Close of one byte": (MESSAGE, close(b"\x03"), WHOLE, 1002),
     "a Close of one NUL": (MESSAGE, close(b"\0"), WHOLE, 1002),
     "a Close with 1005": (MESSAGE, close(close_payload(1005)), WHOLE, 1002),
@@ -302,48 +303,48 @@ BAD: dict[str, tuple[Speller, Speller, int, int]] = {
         )
     },
 }
-IDS = [name.replace("\\", "") for name in BAD]
+IDS = [name.replace("\\", "") for name in INVALID]
 
 
 @ROLES
-@pytest.mark.parametrize(("before", "wrong", "size", "code"), BAD.values(), ids=IDS)
-def test_what_is_wrong(
-    before: Speller, wrong: Speller, size: int, code: int, key: bytes | None
+@pytest.mark.parametrize(("before", "invalid", "size", "code"), INVALID.values(), ids=IDS)
+def test_invalid_frames(
+    before: Encoder, invalid: Encoder, size: int, code: int, key: bytes | None
 ) -> None:
-    """The error comes behind all that was right, however the stream is cut."""
-    start, frames = before(key), wrong(key)
+    """In every split, the error follows the events of the valid frames."""
+    start, refused = before(key), invalid(key)
     expected, _ = plain_reading(start, bool(key))
-    stream = start + frames + frame(BINARY, b"not read any more", key=key)
+    stream = start + refused + frame(BINARY, b"not read any more", key=key)
     assert plain_reading(stream, bool(key)) == (expected, code)
     for pieces in splits(stream):
         assert read(pieces, bool(key)) == (expected, code), pieces
-    told = len(start) + (size or len(frames))
-    assert read([stream[:told]], bool(key)) == (expected, code)
-    assert read([stream[: told - 1]], bool(key)) == (expected, None)
+    refused_at = len(start) + (size or len(refused))
+    assert read([stream[:refused_at]], bool(key)) == (expected, code)
+    assert read([stream[: refused_at - 1]], bool(key)) == (expected, None)
 
 
-def test_the_close_codes_that_may_be_sent() -> None:
-    """7.4.1, 7.4.2 and IANA's 1012 to 1014; all others are refused, with or without a reason."""
+def test_close_codes() -> None:
+    """Accept those of 7.4.1 and 7.4.2 and IANA's 1012 to 1014. Refuse all others."""
     ranges = (range(1000, 1004), range(1007, 1012), range(1012, 1015), range(3000, 5000))
-    good = {code for some in ranges for code in some}
+    valid = {code for codes in ranges for code in codes}
     for code in (*range(5002), 0x7FFF, 0xFFFF):
-        assert may_be_sent(code) == (code in good), code
+        assert may_be_sent(code) == (code in valid), code
         for key in (KEY, None):
             for payload in (close_payload(code), close_payload(code, b"reason")):
-                expected = ([(CLOSE, payload, True)], None) if code in good else ([], 1002)
+                expected = ([(CLOSE, payload, True)], None) if code in valid else ([], 1002)
                 assert read([frame(CLOSE, payload, key=key)], bool(key)) == expected, code
 
 
-# In pieces.
+# Pieces.
 
 
-def place_bytes(parser: FrameParser) -> int:
-    """How much a parser keeps."""
+def kept_bytes(parser: FrameParser) -> int:
+    """Return the number of stream bytes that the parser keeps."""
     return sum(len(value) for value in parser.place().values() if isinstance(value, bytes))
 
 
 @ROLES
-def test_payload_is_handed_on_as_it_arrives(key: bytes | None) -> None:
+def test_payload_is_returned_as_it_arrives(key: bytes | None) -> None:
     stream = frame(BINARY, b"0123456789" * 20, key=key)
     header = len(stream) - 200
     parser = FrameParser(must_be_masked=bool(key))
@@ -356,16 +357,16 @@ def test_payload_is_handed_on_as_it_arrives(key: bytes | None) -> None:
 
 
 @ROLES
-def test_an_empty_frame_is_an_event_too(key: bytes | None) -> None:
-    """And just one: who counts frames can count these."""
-    stream = GOOD["nothing but empty fragments"][0](key) + frame(BINARY, b"", key=key)
+def test_an_empty_frame_is_one_event(key: bytes | None) -> None:
+    """A caller that limits the number of frames must see the empty ones."""
+    stream = VALID["only empty fragments"][0](key) + frame(BINARY, b"", key=key)
     for pieces in splits(stream):
         parser = FrameParser(must_be_masked=bool(key))
         events = [event for piece in pieces for event in parser.receive(memoryview(piece))]
         assert events == [(BINARY, b"", is_last) for is_last in (False, False, True, True)]
 
 
-def test_payload_that_is_not_masked_is_not_copied() -> None:
+def test_unmasked_payload_is_not_copied() -> None:
     parser = FrameParser(must_be_masked=False)
     buffer = bytearray(frame(PING, b"p", key=None) + frame(BINARY, b"0123456789", key=None))
     for part in (memoryview(buffer)[:9], memoryview(buffer)[9:]):
@@ -374,7 +375,7 @@ def test_payload_that_is_not_masked_is_not_copied() -> None:
 
 
 @ROLES
-def test_all_else_outlives_the_buffer(key: bytes | None) -> None:
+def test_other_payload_does_not_refer_to_the_buffer(key: bytes | None) -> None:
     buffer = bytearray(frame(PING, b"ping", key=key) + frame(BINARY, b"data", key=KEY))
     parser, events = FrameParser(must_be_masked=bool(key)), []
     try:
@@ -387,7 +388,7 @@ def test_all_else_outlives_the_buffer(key: bytes | None) -> None:
 
 
 def test_a_frame_of_4_gib_is_not_assembled() -> None:
-    """All of it, from one buffer: the parser's place stays as small as it was."""
+    """The parser keeps none of its bytes."""
     piece = memoryview(bytes(1 << 16))
     parser = FrameParser(must_be_masked=False)
     header = b"\x82\x7f" + (1 << 32).to_bytes(8, "big")
@@ -397,7 +398,7 @@ def test_a_frame_of_4_gib_is_not_assembled() -> None:
         for event in parser.receive(piece):
             total += len(event.payload)
             assert event.is_last == (number == (1 << 16) - 1)
-        assert place_bytes(parser) == 0
+        assert kept_bytes(parser) == 0
     assert total == 1 << 32
     assert list(parser.receive(memoryview(b"\x89\0"))) == [(PING, b"", True)]
 
@@ -411,32 +412,44 @@ def test_a_masked_frame_is_not_assembled() -> None:
         for data in (memoryview(header), *[piece] * 100):
             for event in parser.receive(data):
                 assert len(event.payload) == len(data) and not event.is_last
-            assert place_bytes(parser) <= 14
+            assert kept_bytes(parser) <= 14
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 1 << 20  # one piece, its key as long, their numbers, and the result
+    assert peak < 4 * len(piece)  # two payloads, and the copy of one
 
 
 @ROLES
-def test_little_is_kept_between_any_two_bytes(key: bytes | None) -> None:
-    """At most a control frame, and its key."""
+def test_the_kept_bytes_are_bounded(key: bytes | None) -> None:
+    """The parser keeps at most a control frame and its key."""
     names = "control frames between fragments", "Ping of 125 bytes", "126 bytes"
-    stream = joined(*(GOOD[name][0] for name in names))(key)
+    stream = joined(*(VALID[name][0] for name in names))(key)
     parser = FrameParser(must_be_masked=bool(key))
     kept = 0
     for n in range(len(stream)):
         for _ in parser.receive(memoryview(stream[n : n + 1])):
             pass
-        kept = max(kept, place_bytes(parser))
+        kept = max(kept, kept_bytes(parser))
     assert kept == (124 + 4 if key else 124)
 
 
-# Its place.
+# The carried state.
+
+
+def test_carried_fields() -> None:
+    """They are all slots. A missing field keeps its value; an unknown one is refused."""
+    parser = FrameParser(must_be_masked=True)
+    assert sorted(FrameParser.CARRIED) == sorted(FrameParser.__slots__) == sorted(parser.place())
+    before = dict(parser.place())
+    parser.resume({"_left": 7})
+    assert parser.place() == {**before, "_left": 7}
+    with pytest.raises(ValueError, match="FrameParser has no _unknown"):
+        parser.resume({"_left": 8, "_unknown": b""})
+    assert parser.place() == {**before, "_left": 7}
 
 
 def carried(place: Place) -> dict[str, bytes | int]:
-    """A place that went elsewhere as text. It must be of nothing but bytes and numbers."""
+    """Encode a place as text and decode it. It must consist of bytes and numbers."""
     assert {type(value) for value in place.values()} <= {bytes, int, bool}
     text = json.dumps({k: [v.hex()] if isinstance(v, bytes) else v for k, v in place.items()})
     assert len(text) < 1000, "a place is small"
@@ -449,11 +462,11 @@ def carried(place: Place) -> dict[str, bytes | int]:
 @ROLES
 @pytest.mark.parametrize(
     "encode",
-    [row[0] for row in GOOD.values()] + [joined(*row[:2]) for row in BAD.values()],
-    ids=[*GOOD, *IDS],
+    [row[0] for row in VALID.values()] + [joined(*row[:2]) for row in INVALID.values()],
+    ids=[*VALID, *IDS],
 )
-def test_another_parser_goes_on_at_its_place(encode: Speller, key: bytes | None) -> None:
-    """One that is taken out and put back after each byte finds what one alone does."""
+def test_another_parser_resumes_anywhere(encode: Encoder, key: bytes | None) -> None:
+    """The events are the same if the state is carried to a new parser after each byte."""
     stream = encode(key)
     whole = plain_reading(stream, bool(key))
     found: Found = []
@@ -467,14 +480,14 @@ def test_another_parser_goes_on_at_its_place(encode: Speller, key: bytes | None)
             code = error.code
         if code or (found and found[-1][0] == CLOSE):
             break
-        other = FrameParser(must_be_masked=not key)  # even this is in the place
+        other = FrameParser(must_be_masked=not key)  # `resume` sets the role too
         other.resume(carried(parser.place()))
         assert other.place() == parser.place()
         parser = other
     assert (found, code) == whole
 
 
-# Frames, to be sent.
+# Frames to send.
 
 
 @pytest.mark.parametrize("opcode", sorted(ws_frames.OPCODES))
@@ -489,7 +502,7 @@ def test_built_frames(opcode: int, is_final: bool, key: bytes) -> None:
         assert header == expected[: len(expected) - size], size
 
 
-def test_what_is_left_out_of_a_frame() -> None:
+def test_default_arguments() -> None:
     assert build_frame(PING) == b"\x89\0" and frame_header(BINARY, 5) == b"\x82\5"
     assert frame_header(BINARY, 2**63 - 1) == b"\x82\x7f\x7f" + b"\xff" * 7
 
@@ -501,18 +514,66 @@ def test_built_closes(key: bytes) -> None:
         assert read([build_close(code, key)], bool(key)) == ([(8, close_payload(code), True)], None)
 
 
-@pytest.mark.parametrize("key", KEYS, ids=bytes.hex)
+# Masking.
+
+# Around the length from which unmask uses translations, and around 16 and 64 KiB.
+NEAR = [n + d for n in (TRANSLATED_BYTES, 16_384, 16_412, 65_536) for d in range(-5, 6)]
+
+
+def xor(data: bytes, key: bytes, phase: int = 0) -> bytes:
+    """Mask `data` as 5.3 says. Byte 0 meets the byte `phase` of the key."""
+    return bytes(byte ^ key[(n + phase) % 4] for n, byte in enumerate(data))
+
+
+@pytest.mark.parametrize("key", [*KEYS, bytes(4), b"\xff" * 4], ids=bytes.hex)
 def test_unmask(key: bytes) -> None:
-    """5.3, for all sizes around the key's, and back."""
-    for size in (*range(20), 125, 4095, 65537):
+    for size in (*range(20), 125, 1400, *NEAR):
         data = (BYTES_65536 * 2)[7 : 7 + size]
-        masked = bytes(byte ^ key[n % 4] for n, byte in enumerate(data))
-        assert unmask(data, key) == masked and unmask(memoryview(masked), key) == data
+        masked = xor(data, key)
+        for given in (data, memoryview(data), memoryview(bytearray(data))):
+            result = unmask(given, key)
+            assert type(result) is bytes and result == masked, size
+        assert unmask(masked, key) == data, size
+
+
+def test_unmask_with_every_byte_of_a_key() -> None:
+    data = (BYTES_256 * 9)[:TRANSLATED_BYTES]
+    for byte in range(256):
+        key = bytes((byte, 255 - byte, byte ^ 0x55, 7))
+        assert unmask(data, key) == xor(data, key), byte
+
+
+@pytest.mark.parametrize("phase", range(4))
+def test_a_piece_may_begin_at_every_phase_of_the_key(phase: int) -> None:
+    """Pieces of all lengths near the limits are unmasked at each phase, and the one behind them."""
+    for size in (*range(1, 9), 1400, *NEAR):
+        payload = (BYTES_65536 * 2)[3 : 3 + phase + size + 5]
+        stream = frame(BINARY, payload, key=KEY)
+        header = len(stream) - len(payload)
+        parser = FrameParser(must_be_masked=True)
+        received = b""
+        for piece in cut(stream, [header + phase, header + phase + size]):
+            for event in parser.receive(memoryview(piece)):
+                received += event.payload
+        assert received == payload, size
+
+
+def test_unmask_takes_bounded_memory() -> None:
+    """Neither the result of a call nor a cache grows with the number of lengths."""
+    data = memoryview(bytes(70_000))
+    tracemalloc.start()
+    try:
+        for size in range(60_000, 60_100):
+            unmask(data[:size], KEY)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 10_000 and peak < 3 * 60_100
 
 
 @ROLES
-def test_what_is_built_is_read(key: bytes | None) -> None:
-    """By a parser of the other role alone."""
+def test_built_frames_are_parsed(key: bytes | None) -> None:
+    """Only a parser of the right role accepts them."""
     stream = b"".join(
         build_frame(opcode, payload, is_final, key or b"")
         for opcode, payload, is_final in [
