@@ -16,8 +16,8 @@ messages: it returns payload as it arrives, so a frame of 4 GiB takes no more me
 (14 bytes) or the payload of a control frame (125 bytes).
 
 The state of a reader is a few named fields. `place` returns them and `resume` puts them into
-another reader; both work between any two bytes. The relay needs them to hand over connections.
-The events and the error do not depend on how the stream is cut into pieces.
+another reader; both work between any two bytes. A reload can carry connections over with
+them. The events and the error do not depend on how the stream is cut into pieces.
 
 The type of an error tells its cause:
 
@@ -51,13 +51,14 @@ RESERVED = 0x70
 OPCODE = 0x0F
 MASKED = 0x80
 LENGTH = 0x7F
-LENGTH_IN_16_BITS, LENGTH_IN_64_BITS = 126, 127  # the length follows in 2 or 8 bytes
+LENGTH_IN_16_BITS, LENGTH_IN_64_BITS = 126, 127
+# The bytes of an extended length, and the least length that may be encoded in them.
+EXTENDED_LENGTHS = {LENGTH_IN_16_BITS: (2, 126), LENGTH_IN_64_BITS: (8, 1 << 16)}
 KEY_BYTES = 4
-MAX_HEADER_BYTES = 2 + 8 + KEY_BYTES
 MAX_CONTROL_BYTES = 125  # 5.5
 
-# Masking: 5.3. XOR_TABLES[n] translates each byte to its XOR with n. The tables take 74 kB.
-TRANSLATED_BYTES = 2048  # from this length on translation is faster; measured
+# Masking: 5.3. XOR_TABLES[n] translates each byte to its XOR with n. All tables take 74 kB.
+TRANSLATED_BYTES = 2048  # translation is faster than integers from this length on (measured)
 ALL_BYTES = int.from_bytes(bytes(range(256)), "little")
 ONES = int.from_bytes(b"\1" * 256, "little")
 XOR_TABLES = [(ALL_BYTES ^ n * ONES).to_bytes(256, "little") for n in range(256)]
@@ -69,7 +70,7 @@ PROTOCOL_ERROR = 1002
 UNSUPPORTED_DATA = 1003
 INVALID_DATA = 1007
 
-# Limits of a head, line ends included. nginx accepts a head of 32 KiB and passes it on.
+# Limits of a head, line ends included. nginx passes on heads of 24 kB.
 MAX_HEAD_BYTES = 32 * 1024
 MAX_LINE_BYTES = 16 * 1024
 
@@ -126,7 +127,10 @@ class Reader:
     def place(self) -> Place:
         """Return the carried fields by name, as bytes and numbers."""
         fields = {name: getattr(self, name) for name in self.CARRIED}
-        return {n: bytes(v) if isinstance(v, bytearray) else v for n, v in fields.items()}
+        return {
+            name: bytes(value) if isinstance(value, bytearray) else value
+            for name, value in fields.items()
+        }
 
     def resume(self, place: Place) -> None:
         """Set the fields that `place` of a reader of the same class returned.
@@ -446,11 +450,11 @@ class FrameParser(Reader):
         start = 0
         while True:
             if self._opcode < 0:
-                header_bytes = self._begin_frame(data[start : start + MAX_HEADER_BYTES])
-                if not header_bytes:
+                payload_start = self._begin_frame(data, start)
+                if not payload_start:
                     self._header = bytes(data[start:])
                     return
-                start += header_bytes
+                start = payload_start
             piece = data[start : start + self._left]
             start += len(piece)
             self._left -= len(piece)
@@ -469,11 +473,12 @@ class FrameParser(Reader):
                 return
             self._opcode = -1
 
-    def _begin_frame(self, data: memoryview) -> int:
-        """Parse the header at the start of `data`. Return its length, or 0 if it is not whole."""
-        if len(data) < 2:
+    def _begin_frame(self, data: memoryview, start: int) -> int:
+        """Parse the header at `start`. Return the start of the payload, or 0 if it is not whole."""
+        end = start + 2
+        if len(data) < end:
             return 0
-        first, second = data[0], data[1]
+        first, second = data[start], data[start + 1]
         opcode, is_final = first & OPCODE, bool(first & FINAL)
         if first & RESERVED:  # 5.2: an extension would define them
             raise ProtocolError(PROTOCOL_ERROR, "a reserved bit is set")
@@ -490,28 +495,25 @@ class FrameParser(Reader):
         elif opcode == TEXT:  # 7.4.1: an endpoint may accept binary data only
             raise ProtocolError(UNSUPPORTED_DATA, "a text message")
 
-        size = 2
-        if length == LENGTH_IN_16_BITS:
-            size, least = 4, LENGTH_IN_16_BITS
-        elif length == LENGTH_IN_64_BITS:
-            size, least = 10, 1 << 16
-        if len(data) < size:
-            return 0
-        if size > 2:
-            length = int.from_bytes(data[2:size], "big")
-            if not least <= length < 1 << 63:  # 5.2: minimal, and the highest bit is 0
+        if length >= LENGTH_IN_16_BITS:
+            length_bytes, minimum = EXTENDED_LENGTHS[length]
+            end += length_bytes
+            if len(data) < end:
+                return 0
+            length = int.from_bytes(data[end - length_bytes : end], "big")
+            if not minimum <= length < 1 << 63:  # 5.2: minimal, and the highest bit is 0
                 raise ProtocolError(PROTOCOL_ERROR, "a length is not minimal, or 2^63 or more")
         if self._must_be_masked:
-            size += KEY_BYTES
-            if len(data) < size:
+            end += KEY_BYTES
+            if len(data) < end:
                 return 0
-            self._key = bytes(data[size - KEY_BYTES : size])
+            self._key = bytes(data[end - KEY_BYTES : end])
         self._opcode = opcode
         self._is_final = is_final
         self._left = length
         if not opcode & CONTROL:
             self._in_message = True
-        return size
+        return end
 
     def _unmask(self, piece: memoryview) -> Bytes:
         """Unmask a piece of payload and rotate the key for the next piece: 5.3."""
