@@ -29,7 +29,17 @@ from helpers import (
     frame,
     handshake,
 )
-from streams import SWITCHED, UPGRADE, FramedTransport, Found, Room, plain_reading, read, read_frames
+from invariants import check_rendezvous
+from streams import (
+    SWITCHED,
+    UPGRADE,
+    Found,
+    FramedTransport,
+    Room,
+    plain_reading,
+    read,
+    read_frames,
+)
 
 from transit_relay import (
     ENDPOINT_FIELDS,
@@ -37,11 +47,12 @@ from transit_relay import (
     Handshake,
     RawFraming,
     Rendezvous,
+    Role,
     Session,
     State,
     UsageError,
     UsageRecord,
-    answer_visitor,
+    answer_plain_request,
     parse_endpoint,
     parse_handshake,
 )
@@ -116,17 +127,19 @@ def outcome(pieces: list[bytes], partner_side: str | None, partner: bool) -> tup
     if partner:
         waiting.line_received(handshake("token", partner_side)[:-1])
     session = Session(FakeTransport(), rendezvous, 0.0)
-    framing = RawFraming(session)
+    framing = RawFraming(session, session.transport)
     for piece in pieces:
         buffer = bytearray(piece)
         framing.receive(memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # the relay reuses its buffer for the next client
-        rendezvous.check_invariants()
+        check_rendezvous(rendezvous)
     state = session.state
     session.connection_lost()
     waiting.connection_lost()
-    assert isinstance(session.transport, FakeTransport) and isinstance(waiting.pipe, FakeTransport)
-    return state, session.transport.sent, waiting.pipe.sent, records
+    assert isinstance(session.transport, FakeTransport) and isinstance(
+        waiting.transport, FakeTransport
+    )
+    return state, session.transport.sent, waiting.transport.sent, records
 
 
 def test_handshakes() -> None:
@@ -354,7 +367,7 @@ def read_behind(
             if isinstance(got, tuple):
                 request, got = got
                 if not request.wants_websocket:
-                    return 200, answer_visitor(request)
+                    return 200, answer_plain_request(request)
                 result = 101, request.accept()
             elif got is not None:
                 result = (101,)
@@ -429,7 +442,7 @@ class Case(NamedTuple):
     """A stream, the kind of listener that receives it, and the client that waits."""
 
     stream: bytes
-    web: bool
+    role: Role
     partner: bytes  # the handshake of the client that waits
     partner_kind: str
 
@@ -447,14 +460,14 @@ def story(pieces: list[bytes], case: Case) -> tuple[Story, list[bytes]]:
     room = Room()
     partner = room.socket() if case.partner_kind == "websocket" else room.client()
     partner.feed(frame(BINARY, case.partner) if case.partner_kind == "websocket" else case.partner)
-    wire: FramedTransport = room.client(case.web)
+    wire: FramedTransport = room.client(case.role)
     for piece in pieces:
         wire.feed(piece)
-        room.rendezvous.check_invariants()
+        check_rendezvous(room.rendezvous)
     state = wire.session.state
     wire.session.connection_lost()
     partner.session.connection_lost()
-    room.rendezvous.check_invariants()
+    check_rendezvous(room.rendezvous)
     start, data, pongs, close = wire.sent, b"", [], None
     if start.startswith(b"HTTP/1.1 101 "):
         size = start.index(b"\r\n\r\n") + 4
@@ -489,7 +502,9 @@ def expected(
                 records = sorted([("errory", 0), ("lonely", 0)])
                 return State.DONE, b"bad handshake\n", close_payload(1000), b"", records
             state = (
-                State.RELAYING if ours.token == waiting.token and ours.matches(waiting) else State.WAIT_PARTNER
+                State.RELAYING
+                if ours.token == waiting.token and ours.matches(waiting)
+                else State.WAIT_PARTNER
             )
         if state == State.WAIT_PARTNER and payload:
             records = sorted([("impatient", 0), ("lonely", 0)])
@@ -529,7 +544,7 @@ def client_case(chance: random.Random) -> Case:
         frames = valid_frames(chance, True, [b""] * (chance.random() < 0.1) + first)
         stream = start + mutated_frames(frames, chance, masked=True)
     partner = handshake(chance.choice(["token"] * 3 + ["other"]), chance.choice(["left", None]))
-    return Case(stream, chance.random() < 0.5, partner, chance.choice(["tcp", "websocket"]))
+    return Case(stream, chance.choice(list(Role)), partner, chance.choice(["tcp", "websocket"]))
 
 
 def test_clients() -> None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import pytest
 from helpers import BINARY, PING, frame, handshake, parse_head, splits
-from streams import FakeWire, Room
+from streams import FramedTransport, Room
 
-from transit_relay import DONE, WAIT_HANDSHAKE, WAIT_UPGRADE, HttpFraming
+from transit_relay import HttpFraming, Role, State
 from ws_frames import (
     CHECKED_START_BYTES,
     MAX_HEAD_BYTES,
@@ -93,15 +93,15 @@ def with_line(size: int, head: bytes, line_end: bytes = b"\r\n") -> bytes:
 
 def served(pieces: Sequence[bytes]) -> tuple[str, dict[str, str], bytes]:
     """Send the pieces to a relay. Return the status, fields and body of its answer."""
-    wire = Room().client(web=True)
+    wire = Room().client(role=Role.WEBSOCKET)
     wire.feed(*pieces)
     head, blank, rest = wire.sent.partition(b"\r\n\r\n")
     assert blank, wire.sent
     status, fields = parse_head(head)
     if status == "101":
-        assert wire.session.state == WAIT_HANDSHAKE and not wire.finished
+        assert wire.session.state == State.WAIT_HANDSHAKE and not wire.finished
     else:
-        assert wire.session.state == DONE and wire.finished
+        assert wire.session.state == State.DONE and wire.finished
     return status, fields, rest
 
 
@@ -731,13 +731,13 @@ def test_the_longest_answers(head: bytes) -> None:
 @pytest.mark.parametrize(("head", "status"), REJECTED.values(), ids=REJECTED)
 def test_a_client_reports_the_status(head: bytes, status: int) -> None:
     """The relay's answer to a rejected request is a whole head that is no upgrade."""
-    wire: FakeWire = Room().client(web=True)
+    wire: FramedTransport = Room().client(role=Role.WEBSOCKET)
     wire.feed(head)
     with pytest.raises(UpgradeFailed, match=f"the answer is {status}"):
         take([wire.sent])
 
 
 def test_a_head_is_read_by_http_framing_until_it_is_whole() -> None:
-    wire = Room().client(web=True)
+    wire = Room().client(role=Role.WEBSOCKET)
     wire.feed(request()[:-1])
-    assert type(wire.framing) is HttpFraming and wire.session.state == WAIT_UPGRADE
+    assert type(wire.framing) is HttpFraming and wire.session.state == State.WAIT_UPGRADE
