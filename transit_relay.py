@@ -29,7 +29,8 @@ Server and handed to it.
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
     Looking in           texts about a running relay
-    Endpoints            `tcp:4001`, `unix:/run/x.sock`, ... and how each is opened
+    Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
+    Listeners            open the sockets of endpoints, or adopt those that are open
     Daemon               pidfile, log file, user, background, systemd
     Command line         options, and the configuration file
     Start and stop       the order of a start
@@ -2750,31 +2751,43 @@ def size_text(size: int) -> str:
 # ---------------------------------------------------------------------------------------------
 # Endpoints
 #
-# The strings that operators of the Twisted relay have in their scripts: a kind, then fields
-# between colons, by position or as name=value; a backslash takes the meaning off the next
-# character. What is wrong with the string is a UsageError, what the system refuses a
-# StartupError; both name the endpoint. A Listener is the open socket behind one of them.
+# The values of --port and --websocket, in the syntax of Twisted: a kind, then fields between
+# colons, by position or as name=value. A backslash escapes the next character.
+# The service manager passes sockets that are open already; an endpoint can name one of them.
 # ---------------------------------------------------------------------------------------------
 
-# The fields of each kind, in the order in which they may be given without a name.
+# The fields of each kind, in the order in which they may be written without a name.
 ENDPOINT_FIELDS = {
     "tcp": ("port", "interface", "backlog"),
+    "tcp6": ("port", "interface", "backlog"),
     "unix": ("address", "mode", "backlog", "lockfile"),
     "systemd": ("domain", "name", "index"),
     "fd": ("fileno",),
 }
-SOCKET_DOMAINS = ("INET", "INET6", "UNIX")  # accepted for old scripts: the socket knows better
+# The highest value of a field that is a number, and its base.
+NUMBERS = {
+    "port": (65535, 10),
+    "backlog": (2**31 - 1, 10),
+    "mode": (0o777, 8),
+    "lockfile": (1, 10),  # ignored: only Twisted needs a file to detect a stale socket
+    "index": (65535, 10),
+    "fileno": (2**31 - 1, 10),
+}
+SOCKET_DOMAINS = ("INET", "INET6", "UNIX")  # ignored: the socket has one already
+# The HOST of HOST:PORT, as many programs expect it: empty, an address (in brackets), or a name.
+HOST = re.compile(r"|\*|localhost|[\w-]+(?:\.[\w-]+)+|\[?[0-9A-Fa-f\\]*:[0-9A-Fa-f:.\\]*\]?")
+ANY_IPV4, ANY_IPV6 = "0.0.0.0", "::"
 FIRST_PASSED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 
 
 class Endpoint(NamedTuple):
-    """One `--port` or `--websocket`, understood but not yet opened."""
+    """One `--port` or `--websocket`, parsed but not yet opened."""
 
     text: str
     kind: str
     role: Role = Role.PORT
     port: int = 0
-    interface: str = ""
+    interface: str = ""  # empty: all of them
     backlog: int = LISTEN_BACKLOG
     path: str = ""
     mode: int = 0o666
@@ -2784,26 +2797,39 @@ class Endpoint(NamedTuple):
 
 
 class PassedSockets(NamedTuple):
-    """What the service manager opened for us: descriptors from 3 on, and their names."""
+    """The sockets that the service manager opened: descriptors from 3 on, and their names."""
 
     total: int = 0
     names: tuple[str, ...] = ()
+    remark: str = ""  # for the log: why sockets that were passed are not used
+
+    @classmethod
+    def parse(cls, pid: str, count: str, names: str) -> PassedSockets:
+        """Read the values of LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES. Raises StartupError.
+
+        Call this before any fork: LISTEN_PID must be the id of this process.
+        """
+        if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
+            return cls()
+        if pid != str(os.getpid()):
+            advice = "a wrapper script must start the relay with exec"
+            return cls(remark=f"LISTEN_FDS is for another process, and is ignored: {advice}")
+        last = FIRST_PASSED_FD + int(count) - 1
+        try:
+            os.fstat(last)  # this bounds `total`, over which the methods below iterate
+        except OSError as error:
+            why = f"descriptor {last}: {error_text(error)}"
+            raise StartupError(f"LISTEN_FDS={count}: {why}") from None
+        return cls(int(count), tuple(names.split(":")) if names else ())
 
     @classmethod
     def take(cls) -> PassedSockets:
-        """Read LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, and take them out of the environment.
-
-        They are ours only if LISTEN_PID is us: so this is asked before any fork.
-        """
-        pid, count, names = (
-            os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-        )
-        if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,6}", count):
-            return cls()
-        return cls(int(count), tuple(names.split(":")) if names else ())
+        """Read LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, and remove them from the environment."""
+        names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+        return cls.parse(*(os.environ.pop(name, "") for name in names))
 
     def endpoints(self) -> list[Endpoint]:
-        """All of them as endpoints: what is not called `websocket` is a port."""
+        """Return all sockets as endpoints. The role follows from the name `websocket`."""
         return [
             Endpoint(
                 f"systemd:index={n}",
@@ -2815,32 +2841,34 @@ class PassedSockets(NamedTuple):
         ]
 
     def unused(self, endpoints: Sequence[Endpoint]) -> int:
-        """How many of them no endpoint means. Raises StartupError."""
+        """Return how many of the sockets no endpoint names. Raises StartupError."""
         used = {self.find(endpoint) for endpoint in endpoints}
         return len({FIRST_PASSED_FD + n for n in range(self.total)} - used)
 
     def find(self, endpoint: Endpoint) -> int | None:
-        """Which descriptor an endpoint means; None if it is to be opened. Raises StartupError."""
+        """Return the open descriptor that an endpoint names, if any. Raises StartupError."""
         if endpoint.kind == "fd":
             return endpoint.fileno
         if endpoint.kind != "systemd":
             return None
         if endpoint.position is not None:
-            if endpoint.position >= self.total:
-                raise StartupError(f"{endpoint.text}: {self.total} sockets were passed to us")
-            return FIRST_PASSED_FD + endpoint.position
-        found = [n for n, name in enumerate(self.names[: self.total]) if name == endpoint.name]
-        if len(found) != 1:
-            raise StartupError(f"{endpoint.text}: {len(found)} sockets of this name were passed")
-        return FIRST_PASSED_FD + found[0]
+            found = [endpoint.position] if endpoint.position < self.total else []
+            reason = f"{self.total} sockets were passed"
+        else:
+            found = [n for n, name in enumerate(self.names[: self.total]) if name == endpoint.name]
+            reason = f"{len(found)} sockets of this name were passed"
+        if len(found) == 1:
+            return FIRST_PASSED_FD + found[0]
+        raise StartupError("; ".join(filter(None, (f"{endpoint.text}: {reason}", self.remark))))
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """Understand an endpoint as an operator writes it. Raises UsageError."""
-    (label, kind), *fields = _split_fields(text)
-    if label or kind not in ENDPOINT_FIELDS or not fields:
-        kinds = ", ".join(ENDPOINT_FIELDS)
-        raise UsageError(f"{text!r}: not an endpoint, write KIND:... (KIND: one of {kinds})")
+    """Parse the text of an endpoint. Raises UsageError."""
+    if text.isascii() and text.isdecimal():
+        return parse_endpoint(f"tcp:{text}")._replace(text=text)
+    (prefix, kind), *fields = _split_fields(text)
+    if prefix or kind not in ENDPOINT_FIELDS or not fields:
+        raise UsageError(f"{text!r}: not an endpoint{_suggestion(text, kind)}")
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
     given: dict[str, str] = {}
@@ -2854,45 +2882,53 @@ def parse_endpoint(text: str) -> Endpoint:
             raise UsageError(f"{text}: {name} is given twice (a colon in a value is \\:)")
         given[name] = value
 
-    def number(name: str, highest: int, base: int = 10) -> int:
-        digits = "01234567" if base == 8 else "0123456789"
-        value = given[name]
-        if not value or value.strip(digits) or len(value) > 10 or int(value, base) > highest:
-            limit = f"{highest:o}" if base == 8 else f"{highest}"
-            raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
-        return int(value, base)
-
-    endpoint = Endpoint(text, kind)
-    if "backlog" in given:  # old scripts say 50, which is too few for a busy hour
-        endpoint = endpoint._replace(backlog=max(LISTEN_BACKLOG, number("backlog", 2**31 - 1)))
-    if kind == "tcp":
+    numbers = {name: _parse_number(text, name, given[name]) for name in NUMBERS if name in given}
+    interface = given.get("interface", "")
+    if kind in ("tcp", "tcp6"):
         if "port" not in given:
             raise UsageError(f"{text}: the port is missing")
-        return endpoint._replace(port=number("port", 65535), interface=given.get("interface", ""))
-    if kind == "unix":
+        if kind == "tcp6":
+            interface = interface or ANY_IPV6
+    elif kind == "unix":
         if not given.get("address"):
             raise UsageError(f"{text}: the path is missing")
-        if "lockfile" in given:  # Twisted's way of finding a dead socket; ours needs no file
-            number("lockfile", 1)
-        mode = number("mode", 0o777, base=8) if "mode" in given else endpoint.mode
-        return endpoint._replace(path=given["address"], mode=mode)
-    if kind == "systemd":
+    elif kind == "systemd":
         if given.get("domain", "INET") not in SOCKET_DOMAINS:
             raise UsageError(f"{text}: domain must be one of {', '.join(SOCKET_DOMAINS)}")
         if ("name" in given) == ("index" in given):
             raise UsageError(f"{text}: needs either name= or index=")
-        index = number("index", 65535) if "index" in given else None
-        return endpoint._replace(name=given.get("name"), position=index)
-    return endpoint._replace(fileno=number("fileno", 2**31 - 1))
+    return Endpoint(
+        text,
+        kind,
+        port=numbers.get("port", 0),
+        interface=interface,
+        # Scripts may have the default of Twisted, 50: too low for a busy hour.
+        backlog=max(LISTEN_BACKLOG, numbers.get("backlog", 0)),
+        path=given.get("address", ""),
+        mode=numbers.get("mode", 0o666),
+        name=given.get("name"),
+        position=numbers.get("index"),
+        fileno=numbers.get("fileno", -1),
+    )
 
 
 def parse_websocket_endpoint(text: str) -> Endpoint:
-    """Understand an endpoint behind `--websocket`. Raises UsageError."""
+    """Parse the text of an endpoint behind `--websocket`. Raises UsageError."""
     return parse_endpoint(text)._replace(role=Role.WEBSOCKET)
 
 
+def _parse_number(text: str, name: str, value: str) -> int:
+    """Return the value of a field that is a number. Raises UsageError."""
+    highest, base = NUMBERS[name]
+    digits = "01234567" if base == 8 else "0123456789"
+    if not value or value.strip(digits) or len(value) > 10 or int(value, base) > highest:
+        limit = f"{highest:o}" if base == 8 else f"{highest}"
+        raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
+    return int(value, base)
+
+
 def _split_fields(text: str) -> list[tuple[str, str]]:
-    """Cut `text` at its colons: (name, value) of each field, the name empty if it has none."""
+    """Split `text` at its colons into (name, value) pairs; a field may have an empty name."""
     fields = [["", ""]]
     named = False
     characters = iter(text)
@@ -2910,41 +2946,109 @@ def _split_fields(text: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in fields]
 
 
+def _suggestion(text: str, kind: str) -> str:
+    """Return the end of an error message: what to write instead of `text`."""
+    from difflib import get_close_matches
+
+    if kind.lower() in ("ssl", "tls", "https", "wss"):
+        return "; a proxy in front of the relay does TLS: write tcp:PORT here"
+    host, _, port = text.rpartition(":")
+    rest = text[len(kind) :]
+    guesses = [f"tcp:{text}"]
+    if HOST.fullmatch(host):
+        host = re.sub(r"[\[\]*\\]", "", host).replace(":", "\\:")
+        guesses.append(f"tcp:{port}:interface={host}" if host else f"tcp:{port}")
+    if text.startswith(("/", "./")):
+        guesses.append(f"unix:{text}")
+    if rest.startswith(":"):
+        nearest = get_close_matches(kind.lower(), ENDPOINT_FIELDS, n=1, cutoff=0.5)
+        guesses += [right + rest for right in (*nearest, "tcp")]
+    for guess in guesses:
+        with contextlib.suppress(UsageError):
+            return f"; did you mean {parse_endpoint(guess).text!r}?"
+    return f", write KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
+
+
+# ---------------------------------------------------------------------------------------------
+# Listeners
+#
+# A Listener is one open listening socket. An endpoint has one for each address of its interface.
+# A refusal by the system is a StartupError, whose text names the endpoint.
+# ---------------------------------------------------------------------------------------------
+
+NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # not in the kernel; or switched off
+FREE_PORT_ATTEMPTS = 20  # to find a port that is free on each address of an interface
+FileIdentity = tuple[int, int, int]  # device, inode, and time: inode numbers are soon used again
+
+
 class Listener:
-    """An open listening socket, the name by which we speak of it, and the way to leave it."""
+    """An open listening socket.
+
+    `label` names it in messages: the endpoint, with the real address and port.
+    A reload has to carry `fd`, `endpoint` and `made`.
+    """
 
     def __init__(
-        self, sock: socket.socket, label: str, path: str = "", role: Role = Role.PORT
+        self, sock: socket.socket, endpoint: Endpoint, made: FileIdentity | None = None
     ) -> None:
-        """`path`: the unix socket that we made, and remove when we close. `role`: see Endpoint."""
+        """Listen on `sock`. `made`: the file of a unix socket, if this relay made that file."""
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
-        self.label = label
-        self.role = role
-        self._path = path
-        self._made = _identity(path) if path else None
+        self.endpoint = endpoint
+        self.made = made
+        self.label = endpoint.text
+        if endpoint.kind in ("tcp", "tcp6"):
+            numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+            host, port = socket.getnameinfo(sock.getsockname(), numeric)
+            interface = ":interface=" + host.replace(":", "\\:") if endpoint.interface else ""
+            self.label = f"tcp:{port}{interface}"
+
+    @property
+    def role(self) -> Role:
+        """Return what the clients of this listener are expected to send."""
+        return self.endpoint.role
 
     @property
     def port(self) -> int | None:
-        """The TCP port, if it has one."""
+        """Return the TCP port, if there is one."""
         is_tcp = self.sock.family in (socket.AF_INET, socket.AF_INET6)
         return int(self.sock.getsockname()[1]) if is_tcp else None
 
+    @property
+    def bound(self) -> tuple[int, object, bool]:
+        """Return the family and the address, and whether it is for IPv6 only.
+
+        A reload finds a listener by this: two endpoints may be spellings of one address.
+        """
+        address = self.sock.getsockname()
+        if self.sock.family == socket.AF_UNIX and isinstance(address, str):
+            address = os.path.realpath(address)
+        ipv6_only = self.sock.family == socket.AF_INET6 and bool(
+            self.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        )
+        return self.sock.family, address, ipv6_only
+
+    def give_to(self, uid: int, gid: int) -> None:
+        """Change the owner of a unix socket that this relay made. Raises StartupError."""
+        try:
+            if self.made is not None and _identify(self.endpoint.path) == self.made:
+                os.chown(self.endpoint.path, uid, gid, follow_symlinks=False)
+        except OSError as error:
+            raise StartupError(f"{self.label}: {error_text(error)}") from None
+
     def close(self) -> None:
-        """Listen no more; remove the unix socket, if it is still the one that we made."""
+        """Close the socket, and remove its file if that is still the one that we made."""
         self.sock.close()
-        made, self._made = self._made, None
+        made, self.made = self.made, None
         if made is not None:
-            # Root may have made it in a folder that is not ours to write: then it stays
-            # behind, and the next start takes it for what it is, a dead socket.
+            # After --user the folder may not be writable. Then the next start removes the file.
             with contextlib.suppress(OSError):
-                if _identity(self._path) == made:
-                    os.unlink(self._path)
+                if _identify(self.endpoint.path) == made:
+                    os.unlink(self.endpoint.path)
 
 
-def _identity(path: str) -> tuple[int, int, int]:
-    """Which file this is. Inode numbers are soon used again, so its time is looked at too."""
+def _identify(path: str) -> FileIdentity:
     found = os.lstat(path)
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
@@ -2952,19 +3056,24 @@ def _identity(path: str) -> tuple[int, int, int]:
 def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
     """Open all endpoints, or none. Raises StartupError.
 
-    Those that are open already come first: of the others one could get the number of a
-    descriptor that is missing.
+    Adopt the passed descriptors first: else a new socket could get the number of a missing one.
     """
     listeners: list[Listener] = []
-    taken: set[int | None] = set()  # the numbers asked for, and those of our copies
+    taken: set[int | None] = set()  # passed descriptors, and our copies of them
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
+    ipv4_ports = {one.port for one in endpoints if one.interface == ANY_IPV4} - {0}
     try:
         for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
             if fd is not None and fd in taken:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
-            listener = open_listener(endpoint, fd)
-            listeners.append(listener)
-            taken |= {fd, listener.fd}
+            try:
+                ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
+                opened = open_endpoint(endpoint, fd, ipv6_only)
+            except OSError as error:
+                reason = _open_error_text(endpoint, error, listeners)
+                raise StartupError(f"{endpoint.text}: {reason}") from None
+            listeners += opened
+            taken |= {fd, *(listener.fd for listener in opened)}
     except StartupError:
         for listener in listeners:
             listener.close()
@@ -2972,50 +3081,93 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
     return listeners
 
 
-def open_listener(endpoint: Endpoint, fd: int | None) -> Listener:
-    """Open an endpoint, or take over `fd` if it is open already. Raises StartupError."""
+def _open_error_text(endpoint: Endpoint, error: OSError, listeners: Sequence[Listener]) -> str:
+    """Return why an endpoint cannot be opened; `listeners` are those opened before it."""
+    text = error_text(error)
+    if error.errno == errno.EADDRINUSE:
+        for other in listeners:
+            if endpoint.path and other.bound[1] == os.path.realpath(endpoint.path):
+                return "this socket is given twice"
+            if endpoint.port and other.port == endpoint.port:
+                return f"{text}; this relay itself listens on {other.label}"
+    return text
+
+
+def open_endpoint(
+    endpoint: Endpoint, fd: int | None = None, ipv6_only: bool = False
+) -> list[Listener]:
+    """Open an endpoint, or adopt `fd` for it. Raises OSError and StartupError.
+
+    `ipv6_only`: another endpoint listens on all of IPv4, on the same port.
+    """
+    if fd is not None:
+        return [Listener(_adopt(fd, endpoint), endpoint)]
+    if endpoint.kind == "unix":
+        return [_listen_unix(endpoint)]
+    attempts = FREE_PORT_ATTEMPTS if endpoint.port == 0 else 1
+    while True:
+        try:
+            return [Listener(sock, endpoint) for sock in _listen_tcp(endpoint, ipv6_only)]
+        except OSError as error:
+            attempts -= 1
+            if error.errno != errno.EADDRINUSE or not attempts:
+                raise
+
+
+def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[object, ...]]]:
+    """Return the families and addresses of an endpoint's interface. Raises OSError."""
+    if endpoint.interface in ("", ANY_IPV6):
+        everywhere = [(socket.AF_INET6, (ANY_IPV6, 0)), (socket.AF_INET, (ANY_IPV4, 0))]
+        return everywhere[:1] if ipv6_only else everywhere
+    family = socket.AF_INET6 if endpoint.kind == "tcp6" else socket.AF_UNSPEC
     try:
-        if fd is not None:
-            return Listener(_adopt(fd, endpoint), endpoint.text, role=endpoint.role)
-        return _listen_unix(endpoint) if endpoint.kind == "unix" else _listen_tcp(endpoint)
-    except OSError as error:  # socket.gaierror, an unknown interface, is one too
-        raise StartupError(f"{endpoint.text}: {error_text(error)}") from None
-    except UnicodeError:  # from its way of encoding names
-        raise StartupError(f"{endpoint.text}: the interface is no address and no name") from None
+        found = socket.getaddrinfo(
+            endpoint.interface, 0, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except UnicodeError:  # Python encodes the name before it asks the system
+        raise OSError("the interface is no address and no name") from None
+    return list(dict.fromkeys((one[0], one[4]) for one in found))
 
 
-def _listen_tcp(endpoint: Endpoint) -> Listener:
-    if endpoint.interface in ("", "::"):
-        sock = _bind_everywhere(endpoint)
-    else:
-        family, kind, _, _, address = socket.getaddrinfo(
-            endpoint.interface, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = _bind(socket.socket(family, kind), address)
-    sock.listen(endpoint.backlog)
-    label = f"tcp:{sock.getsockname()[1]}"
-    if endpoint.interface:
-        label += ":interface=" + endpoint.interface.replace(":", "\\:")
-    return Listener(sock, label, role=endpoint.role)
+def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
+    """Listen on each address of the interface, all with one port. Raises OSError.
 
-
-def _bind_everywhere(endpoint: Endpoint) -> socket.socket:
-    """One socket for IPv4 and IPv6, or for IPv4 alone where IPv6 is switched off."""
+    An IPv6 address that this machine does not have is left out, if there is an IPv4 address.
+    """
+    addresses = _resolve(endpoint, ipv6_only)
+    port = endpoint.port
+    socks: list[socket.socket] = []
     try:
-        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        return _bind(sock, ("::", endpoint.port))
-    except OSError as error:
-        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            raise
-        log.info("no IPv6 here: %s serves IPv4 only", endpoint.text)
-        return _bind(socket.socket(socket.AF_INET, socket.SOCK_STREAM), ("", endpoint.port))
+        for family, (host, _, *scope) in addresses:
+            try:
+                sock = _listen(family, (host, port, *scope), endpoint.backlog, ipv6_only)
+            except OSError as error:
+                has_ipv4 = socket.AF_INET in dict(addresses)
+                if family == socket.AF_INET or not has_ipv4 or error.errno not in NO_IPV6:
+                    raise
+                log.info("%s: IPv6 address %s left out: %s", endpoint.text, host, error_text(error))
+                continue
+            socks.append(sock)
+            port = sock.getsockname()[1]
+            if host == ANY_IPV6:  # serves IPv4 too
+                break
+    except OSError:
+        for sock in socks:
+            sock.close()
+        raise
+    return socks
 
 
-def _bind(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
+def _listen(
+    family: int, address: tuple[object, ...], backlog: int, ipv6_only: bool
+) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address[0] == ANY_IPV6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
         sock.bind(address)
+        sock.listen(backlog)
     except OSError:
         sock.close()
         raise
@@ -3026,14 +3178,14 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
     path = endpoint.path
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o777 & ~endpoint.mode)
-    # Two that start at once must not take each other's new socket for the dead one.
+    # Two relays that start at once must not remove each other's new socket as a stale one.
     lock = _lock_folder(os.path.dirname(path) or ".")
     try:
         if os.path.lexists(path):
-            _remove_dead_socket(endpoint)
+            _remove_stale_socket(endpoint)
         sock.bind(path)
         sock.listen(endpoint.backlog)
-        return Listener(sock, endpoint.text, path, endpoint.role)
+        return Listener(sock, endpoint, _identify(path))
     except (OSError, StartupError):
         sock.close()
         raise
@@ -3044,9 +3196,9 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder until the descriptor is closed; None where one may not.
+    """Lock a folder until the returned descriptor is closed. Return None if it is not readable.
 
-    Whoever keeps it locked for longer than a start takes is no relay: then it goes without.
+    After FOLDER_LOCK_SECONDS go on without the lock: a relay would have released it by then.
     """
     try:
         fd = os.open(folder, os.O_RDONLY)
@@ -3064,8 +3216,8 @@ def _lock_folder(folder: str) -> int | None:
     return fd
 
 
-def _remove_dead_socket(endpoint: Endpoint) -> None:
-    """Make way if a relay that died left its socket behind. Raises StartupError if not so."""
+def _remove_stale_socket(endpoint: Endpoint) -> None:
+    """Remove the socket of a relay that died. Raises OSError and StartupError if it is not one."""
     if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
         raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -3075,14 +3227,14 @@ def _remove_dead_socket(endpoint: Endpoint) -> None:
         except ConnectionRefusedError:
             os.unlink(endpoint.path)
             return
-        except BlockingIOError:  # its queue is full: very much alive
+        except BlockingIOError:  # the backlog of a live listener is full
             pass
-    raise StartupError(f"{endpoint.text}: another program listens there")
+    raise OSError(errno.EADDRINUSE, "another program listens there")
 
 
 def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
-    """Make our socket of a descriptor that was passed to us. Raises OSError, StartupError."""
-    if fd < STANDARD_FDS:  # where a daemon will have /dev/null
+    """Return a socket for a descriptor that is open already. Raises OSError and StartupError."""
+    if fd < STANDARD_FDS:  # --daemonize replaces these by /dev/null
         fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
