@@ -70,7 +70,6 @@ import select
 import selectors
 import signal
 import socket
-import sqlite3
 import stat
 import struct
 import sys
@@ -82,7 +81,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import NamedTuple, NoReturn, Protocol, TextIO, Union
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TextIO, Union
+
+if TYPE_CHECKING:
+    import sqlite3
 
 try:
     import ws_frames
@@ -2294,100 +2296,105 @@ class Server:
 # ---------------------------------------------------------------------------------------------
 # Recorder
 #
-# Records leave the loop through a queue, one for each sink (database, JSON lines), and a thread
-# behind it writes them in batches. So neither an fsync nor a locked database nor a reader that
-# has stopped reading ever delays a byte. A record stays in its sink until it is written; when
-# too many wait, the newcomers are dropped and counted.
+# Usage records leave the event loop through queues. Each sink (database, JSON lines) has a queue
+# and a thread that writes batches from it. So an fsync, a locked database or a stalled reader
+# delays no byte. A record stays in its sink until it is written. When too many records wait, new
+# ones are dropped and counted.
 #
-# Shared between the loop and a sink's thread is only what `_changed` guards.
+# The loop and the thread of a sink share fields only under the lock of `_changed`.
 # ---------------------------------------------------------------------------------------------
 
 
 class Sink(threading.Thread):
-    """One place where records go, the queue before it, and the thread between the two."""
+    """A destination for records, with its queue and the thread that writes."""
 
-    gather_seconds = 0.0  # how long to collect more before writing
+    # The fields that a reload carries over: unwritten data, and what is counted since the start.
+    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "_dropped")
+    gather_seconds = 0.0  # how long to collect more records before a write
 
     def __init__(self, label: str, records_limit: int = QUEUED_RECORDS) -> None:
-        # A daemon thread: one that hangs in a dead disk must not keep the process alive.
+        # A daemon thread: a write that hangs on a dead disk must not keep the process alive.
         super().__init__(name=label, daemon=True)
-        self._limit = records_limit
+        self._records_limit = records_limit
         self._changed = threading.Condition()
         self._queue: deque[UsageRecord] = deque()
         self._batch: list[UsageRecord] = []  # taken from the queue, not yet written
         self._current: Current | None = None  # to be written with the next batch
-        self._stopping = False
         self._dropped = 0
+        self._stopping = False
         self._finished = False
-        self._gone = False  # nobody wants more records
-        # The thread's own: whether the last write failed, and what was said about it.
-        self._failing = False
-        self._complained = False
+        self._gone = False  # SinkGone was raised: further records are ignored
+        # Used by the thread only, once it runs.
+        self._failing = False  # the last write failed
+        self._complained = False  # a warning about the failure was logged
         self._complaints = Throttle()
 
-    # The loop's side.
+    def prepare(self) -> None:
+        """Open the destination and try a write without effect. Raises StartupError."""
+
+    # Called by the loop.
 
     def put(self, record: UsageRecord) -> None:
-        """Take a record, or count it as dropped. Never blocks."""
+        """Queue a record, or count it as dropped. Does not wait for a write."""
         with self._changed:
             if self._gone:
                 return
-            if self._finished or len(self._queue) + len(self._batch) >= self._limit:
+            if self._finished or len(self._queue) + len(self._batch) >= self._records_limit:
                 self._dropped += 1
                 return
             self._queue.append(record)
-            if len(self._queue) == 1:  # while more are queued, the thread knows
+            if len(self._queue) == 1:  # the first one wakes the thread
                 self._changed.notify()
 
     def put_current(self, current: Current) -> None:
-        """Take the numbers of the moment. Only the last ones count."""
+        """Replace the numbers that the next write stores."""
         with self._changed:
             self._current = current
             self._changed.notify()
 
     def stop(self) -> None:
-        """Write what there is, then end."""
+        """Ask the thread to write all that is queued and to end."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
 
     @property
     def finished(self) -> bool:
-        """Whether the thread has nothing left to do."""
+        """Return whether the thread has ended its work."""
         with self._changed:
             return self._finished
 
     @property
     def unwritten(self) -> int:
-        """How many records wait."""
+        """Return how many records wait."""
         with self._changed:
             return len(self._queue) + len(self._batch)
 
     @property
     def dropped(self) -> int:
-        """How many records there was no room for, since the start."""
+        """Return how many records were dropped since the start."""
         with self._changed:
             return self._dropped
 
-    # The thread's side.
+    # Called by the thread.
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write records from the front of `batch`, and `current` where there is a place for it.
+        """Write records from the front of `batch`, and `current` where the format has it.
 
-        Gives how many are written; the next batch begins with the first that is not. Raises
-        SinkError (try again later, with the same) or SinkGone (never again).
+        Return the number of records written; the next batch begins with the first unwritten one.
+        Raises SinkError (the same batch is tried again) or SinkGone (the sink is given up).
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """The last call, after the last write."""
+        """Close the destination, after the last write."""
 
     def run(self) -> None:
-        """Gather, write, and again; until told to stop and nothing is left."""
+        """Gather and write until `stop` was called and nothing is left to write."""
         try:
             try:
                 while self._gather():
-                    self._write_some()
+                    self._write_batch()
             finally:
                 self.close()
         except SinkGone as error:
@@ -2397,19 +2404,19 @@ class Sink(threading.Thread):
                 self._queue.clear()
                 self._batch.clear()
         except Exception:
-            log.exception("%s: a mistake of ours; no more records go there", self.name)
+            log.exception("%s: unexpected error; no more records go there", self.name)
         with self._changed:
             self._finished = True
 
     def _gather(self) -> bool:
-        """Wait until there is something to write, and take it. False: nothing ever will be."""
+        """Wait for something to write and fill the batch. Return False at the end of a stop."""
         with self._changed:
             self._changed.wait_for(self._has_work)
             if not self._stopping:
-                pause = RETRY_SECONDS if self._failing else self.gather_seconds
-                self._changed.wait_for(lambda: self._stopping, pause)
+                pause_seconds = RETRY_SECONDS if self._failing else self.gather_seconds
+                self._changed.wait_for(lambda: self._stopping, pause_seconds)
             elif self._failing:
-                self._changed.wait(STOP_POLL_SECONDS)  # time is short
+                self._changed.wait(STOP_POLL_SECONDS)  # a stop has little time: retry sooner
             while self._queue and len(self._batch) < BATCH_RECORDS:
                 self._batch.append(self._queue.popleft())
             return bool(self._batch or self._current)
@@ -2417,14 +2424,14 @@ class Sink(threading.Thread):
     def _has_work(self) -> bool:
         return bool(self._queue or self._batch or self._current or self._stopping)
 
-    def _write_some(self) -> None:
-        """Write what was gathered, or as much of it as can be written now."""
+    def _write_batch(self) -> None:
+        """Write the batch, or the part of it that can be written now."""
         with self._changed:
             current = self._current
         try:
             written = self.write(self._batch, current)
-        except SinkError as error:
-            self._report_failure(str(error))
+        except (SinkError, MemoryError) as error:
+            self._report_failure(str(error) or "out of memory")
             return
         with self._changed:
             del self._batch[:written]
@@ -2435,26 +2442,25 @@ class Sink(threading.Thread):
             self._complained = False
             log.info("%s: works again", self.name)
 
-    def _report_failure(self, what: str) -> None:
-        """Say that records wait; at most once a minute, while it is tried each second."""
+    def _report_failure(self, reason: str) -> None:
+        """Note the failure, and log it unless that was done within the last minute."""
         self._failing = True
         if self._complaints.is_due(time.monotonic()):
             self._complained = True
-            log.warning("%s: %s; %d records wait", self.name, what, self.unwritten)
+            log.warning("%s: %s; %d records wait", self.name, reason, self.unwritten)
 
 
 class Recorder:
-    """The loop's side of all sinks."""
+    """The loop's access to all sinks."""
+
+    CARRIED = ("_reported",)
 
     def __init__(self, sinks: Sequence[Sink] = (), blur_seconds: int = 0) -> None:
-        """Starts the sinks' threads. `blur_seconds`: 0 tells all as it was.
-
-        Raises StartupError.
-        """
+        """`blur_seconds`: 0 passes records on unchanged."""
         self._sinks = sinks
         self._blur_seconds = blur_seconds
         self._complaints = Throttle()
-        self._reported = 0  # how many of the dropped have been spoken of
+        self._reported = 0  # dropped records that the log has mentioned
 
     def start(self) -> None:
         """Start the sinks' threads. Raises StartupError."""
@@ -2465,74 +2471,76 @@ class Recorder:
             raise StartupError(str(error)) from None
 
     def record(self, record: UsageRecord) -> None:
-        """Take a record to all sinks, blurred if that is wanted."""
+        """Queue a record in all sinks, blurred if `blur_seconds` asks for it."""
         if self._blur_seconds:
             record = record.blurred(self._blur_seconds)
         for sink in self._sinks:
             sink.put(record)
 
     def update(self, current: Current) -> None:
-        """Take the numbers of the moment to all sinks."""
+        """Replace the current numbers in all sinks."""
         for sink in self._sinks:
             sink.put_current(current)
 
     def report_dropped(self, now: float) -> None:
-        """Say, once a minute, how many records there was no room for."""
+        """Log how many records were dropped since the last report, at most once a minute."""
         dropped = sum(sink.dropped for sink in self._sinks)
         if dropped > self._reported and self._complaints.is_due(now):
             log.warning("%d usage records dropped: too many wait", dropped - self._reported)
             self._reported = dropped
 
     def stop(self) -> None:
-        """Let the sinks write what they have, then end."""
+        """Ask all sinks to write their queues and to end."""
         for sink in self._sinks:
             sink.stop()
 
     @property
     def finished(self) -> bool:
-        """Whether all sinks have ended."""
+        """Return whether all sinks have ended."""
         return all(sink.finished for sink in self._sinks)
 
     def join(self, seconds: float) -> None:
-        """Wait for the sinks to end, but no longer than this. For when no loop is left to wait."""
+        """Wait for the sinks to end, at most `seconds` in all. Blocks the caller."""
         deadline = time.monotonic() + seconds
         for sink in self._sinks:
             sink.join(max(0.0, deadline - time.monotonic()))
 
     def lost(self) -> int:
-        """How many records are unwritten or were dropped, since the start (each sink counts)."""
+        """Return how many records are unwritten or were dropped, summed over the sinks."""
         return sum(sink.unwritten + sink.dropped for sink in self._sinks)
 
 
 # ---------------------------------------------------------------------------------------------
 # Sinks
 #
-# The two places where records go: JSON lines, whose reader may stop reading, and a database
-# that somebody may lock, move away, or fill the disk under.
+# The two destinations of records. JSON lines go to a descriptor whose reader may stall or leave.
+# The database may be locked, damaged, moved away or on a full disk. Records wait meanwhile.
+# sqlite3 is imported with `--usage-db` only: without this option the relay runs without it.
 # ---------------------------------------------------------------------------------------------
 
 
 class JsonLines(Sink):
-    """`--log-fd`: one JSON object a line, each written whole or kept."""
+    """`--log-fd`: one JSON object a line. A line that was begun is completed first."""
 
+    CARRIED = (*Sink.CARRIED, "_chunk", "_chunk_records")
     chunk_bytes = select.PIPE_BUF
 
     def __init__(self, fd: int) -> None:
-        """`fd` is open for writing, and ours: it is closed at the end."""
+        """Take over `fd`, which is open for writing; the sink closes it."""
         super().__init__("--log-fd")
         self._fd = fd
-        self._chunk = b""  # lines that are not yet written to their last byte ...
-        self._chunk_records = 0  # ... and how many
+        self._chunk = b""  # encoded lines, without the bytes that are written
+        self._chunk_records = 0  # how many records of the batch the chunk encodes
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write one chunk of lines, if the reader takes it within half a second."""
+        """Write one chunk of lines, if the reader makes room within STALL_SECONDS."""
         if not self._chunk:
-            self._take_chunk(batch)
+            self._encode_chunk(batch)
         try:
             if self._chunk and takes_bytes(self._fd, STALL_SECONDS):
                 self._chunk = self._chunk[os.write(self._fd, self._chunk) :]
         except BlockingIOError:
-            pass  # somebody else has made it non-blocking
+            pass  # another process may have made the descriptor non-blocking
         except OSError as error:
             hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self._fd).st_mode)
             if hung_up or error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED):
@@ -2541,10 +2549,10 @@ class JsonLines(Sink):
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Close the descriptor."""
         os.close(self._fd)
 
-    def _take_chunk(self, batch: Sequence[UsageRecord]) -> None:
+    def _encode_chunk(self, batch: Sequence[UsageRecord]) -> None:
         self._chunk_records = 0
         for record in batch:
             line = (json.dumps(record._asdict()) + "\n").encode()
@@ -2556,7 +2564,7 @@ class JsonLines(Sink):
 
 USAGE_SCHEMA = """
 CREATE TABLE `version` (`version` INTEGER);  -- one row: 1
-CREATE TABLE `current`                       -- one row: how things stand
+CREATE TABLE `current`                       -- one row: the state at the time `updated`
 (
  `rebooted` INTEGER,                         -- start of the relay, seconds since the epoch
  `updated` INTEGER,                          -- when this row was written, likewise
@@ -2564,12 +2572,12 @@ CREATE TABLE `current`                       -- one row: how things stand
  `waiting` INTEGER,                          -- tokens that wait for a partner
  `incomplete_bytes` INTEGER                  -- bytes of pairs that still run
 );
-CREATE TABLE `usage`                         -- a row for each life
+CREATE TABLE `usage`                         -- one row per pair or single connection
 (
- `started` INTEGER,                          -- seconds since the epoch, perhaps blurred
+ `started` INTEGER,                          -- seconds since the epoch, may be blurred
  `total_time` INTEGER,                       -- seconds from first accept to last end
  `waiting_time` INTEGER,                     -- seconds between the two accepts, or NULL
- `total_bytes` INTEGER,                      -- both directions, perhaps blurred
+ `total_bytes` INTEGER,                      -- both directions, may be blurred
  `result` VARCHAR                            -- happy, lonely, redundant, impatient, errory, empty
 );
 CREATE INDEX `usage_started_index` ON `usage` (`started`);
@@ -2581,29 +2589,51 @@ USAGE_COLUMNS = {
     "current": ("rebooted", "updated", "connected", "waiting", "incomplete_bytes"),
     "usage": ("started", "total_time", "waiting_time", "total_bytes", "result"),
 }
-# What may be better in a moment, in SQLite's words: Python 3.9 does not give its error codes.
-PASSING_TROUBLE = re.compile("locked|full|disk I/O error")
+# Errors that may pass without a new start: SQLite's message and primary result code for each.
+SQLITE_BUSY = 5
+PASSING_ERRORS = {
+    "database is locked": SQLITE_BUSY,
+    "database table is locked": 6,  # SQLITE_LOCKED
+    "disk I/O error": 10,  # SQLITE_IOERR
+    "database disk image is malformed": 11,  # SQLITE_CORRUPT: a good copy may replace the file
+    "database or disk is full": 13,  # SQLITE_FULL
+}
+
+
+class UnusableDatabase(SinkError):
+    """The file is no usage database, or cannot be written: a start is refused."""
+
+
+def result_code(error: Exception) -> int | None:
+    """Return SQLite's primary result code for an error, or None if it is unknown.
+
+    Before Python 3.11 the code is found by SQLite's message, for PASSING_ERRORS only.
+    """
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return PASSING_ERRORS.get(str(error)) if code is None else code & 0xFF
 
 
 def open_usage_database(path: str) -> sqlite3.Connection:
-    """Open a usage database (schema 1 of the reference relay), or make it if there is none.
+    """Open a usage database (schema 1 of the reference relay), or create it.
 
-    Raises sqlite3.Error. What is not ours is left untouched, and nothing half made is left
-    behind.
+    Raises sqlite3.Error, OSError or UnusableDatabase. Then an existing database keeps its content,
+    and a new file that is still empty is removed.
     """
-    target = os.path.realpath(path)  # a link to nowhere yet is somebody's plan: it stays
+    import sqlite3
+
+    target = os.path.realpath(path)  # a dangling link is followed, not replaced
     is_new = not os.path.exists(target)
     if not is_new and not os.path.isfile(target):
-        raise sqlite3.DatabaseError("not a regular file")
+        raise UnusableDatabase("not a regular file")
     db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
     try:
-        db.execute("SELECT * FROM sqlite_master")  # takes back what a kill left half done
+        db.execute("SELECT * FROM sqlite_master")  # rolls back what a killed process left
         if path == ":memory:" or os.path.getsize(target) == 0:
             _create_schema(db)
         _check_schema(db)
-    except sqlite3.Error as error:
+    except Exception as error:
         db.close()
-        if is_new and "locked" not in str(error):  # else another relay is making it just now
+        if is_new and result_code(error) != SQLITE_BUSY:  # busy: another relay is creating it
             with contextlib.suppress(OSError):
                 if os.path.getsize(target) == 0:
                     os.unlink(target)
@@ -2612,32 +2642,30 @@ def open_usage_database(path: str) -> sqlite3.Connection:
 
 
 def _create_schema(db: sqlite3.Connection) -> None:
-    """All in one transaction. Not `executescript`, which commits before it begins."""
+    """Create all tables in one transaction, unless another relay has just done so.
+
+    `executescript` will not do: it commits before it begins.
+    """
     db.execute("BEGIN IMMEDIATE")
-    if db.execute("SELECT * FROM sqlite_master").fetchone():  # another relay was faster
-        db.execute("ROLLBACK")
-        return
-    statement = ""
-    for line in USAGE_SCHEMA.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
+    if not db.execute("SELECT * FROM sqlite_master").fetchone():
+        for statement in USAGE_SCHEMA.split(";"):  # its comments contain no semicolon
             db.execute(statement)
-            statement = ""
-    _insert(db, "version", [(USAGE_VERSION,)])
+        _insert(db, "version", [(USAGE_VERSION,)])
     db.execute("COMMIT")
 
 
 def _check_schema(db: sqlite3.Connection) -> None:
+    """Raise UnusableDatabase unless all tables, columns and the version are the expected ones."""
     for table, columns in USAGE_COLUMNS.items():
         missing = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info(`{table}`)")}
         if missing:
-            raise sqlite3.DatabaseError(
+            raise UnusableDatabase(
                 f"not a usage database: table {table} lacks {', '.join(sorted(missing))}"
             )
     versions = [row[0] for row in db.execute("SELECT `version` FROM `version`")]
     if versions != [USAGE_VERSION]:
         found = ", ".join(map(str, versions)) or "none"
-        raise sqlite3.DatabaseError(f"its schema version is {found}, we know {USAGE_VERSION}")
+        raise UnusableDatabase(f"its schema version is {found}, expected {USAGE_VERSION}")
 
 
 def _insert(db: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...]]) -> None:
@@ -2649,38 +2677,43 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...
 class UsageDatabase(Sink):
     """`--usage-db`: rows in SQLite, many to a transaction."""
 
+    CARRIED = (*Sink.CARRIED, "_latest")
     gather_seconds = GATHER_SECONDS
 
     def __init__(self, path: str) -> None:
-        """Open it, and write to it, which shows that we may. Raises StartupError."""
+        """Import sqlite3, but touch no file. Raises StartupError.
+
+        Construct the sink before a change of user: the new user may be unable to read Python's
+        library.
+        """
         super().__init__("--usage-db")
+        try:
+            import sqlite3
+        except ImportError:
+            raise StartupError("--usage-db: this Python has no module sqlite3") from None
+        self._sqlite_error: type[Exception] = sqlite3.Error
         self._path = path
         self._db: sqlite3.Connection | None = None
-        self._file: os.stat_result | None = None  # what was opened
+        self._file: os.stat_result | None = None  # identifies the file that is open
         now = int(time.time())
-        self._latest = Current(now, now, 0, 0, 0)
+        self._latest = self._current = Current(now, now, 0, 0, 0)
+
+    def prepare(self) -> None:
+        """Open or create the database, and try a write that is rolled back.
+
+        Raises StartupError. An error that may pass is logged instead: records wait.
+        """
         try:
-            self.write((), None)
+            self._transact((), "ROLLBACK")
+        except UnusableDatabase as error:
+            raise StartupError(f"--usage-db {self._path}: {error}") from None
         except SinkError as error:
-            if not PASSING_TROUBLE.search(str(error)):
-                raise StartupError(f"--usage-db {path}: {error}") from None
             self._report_failure(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write all or nothing; `current` always, as the file may be a new one."""
+        """Write all or nothing, with the latest `current`: the file may be a new one."""
         self._latest = current or self._latest
-        try:
-            db = self._open()
-            db.execute("BEGIN IMMEDIATE")
-            _insert(db, "usage", batch)
-            db.execute("DELETE FROM `current`")  # none or several rows switch_user one
-            _insert(db, "current", [self._latest])
-            db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            self._roll_back()
-            raise SinkError(str(error)) from None
-        with contextlib.suppress(sqlite3.Error):  # so that who moves the file has all of it
-            db.execute("PRAGMA wal_checkpoint")
+        self._transact(batch, "COMMIT")
         return len(batch)
 
     def close(self) -> None:
@@ -2689,10 +2722,30 @@ class UsageDatabase(Sink):
             self._db.close()
             self._db = None
 
-    def _open(self) -> sqlite3.Connection:
-        """Give the database: anew, if the file of that name is no longer the one we have.
+    def _transact(self, batch: Sequence[UsageRecord], last: str) -> None:
+        """Write in one transaction, which ends with the statement `last`. Raises SinkError."""
+        try:
+            db = self._open()
+            db.execute("BEGIN IMMEDIATE")
+            _insert(db, "usage", batch)
+            db.execute("DELETE FROM `current`")  # none or several rows become one
+            _insert(db, "current", [self._latest])
+            db.execute(last)
+        except Exception as error:
+            self._roll_back()
+            if isinstance(error, (self._sqlite_error, OSError)):
+                passes = result_code(error) in PASSING_ERRORS.values()
+                text = error_text(error) if isinstance(error, OSError) else str(error)
+                raise (SinkError if passes else UnusableDatabase)(text) from None
+            raise
+        # Move all rows from the write-ahead log to the file: an operator may move the file alone.
+        with contextlib.suppress(self._sqlite_error, MemoryError):
+            db.execute("PRAGMA wal_checkpoint")
 
-        Somebody may have moved or removed it, which SQLite by itself does not always notice.
+    def _open(self) -> sqlite3.Connection:
+        """Return the database. Open it anew if its path no longer leads to the open file.
+
+        SQLite may not notice that a file was moved or removed.
         """
         if self._file is not None:
             try:
@@ -2707,9 +2760,8 @@ class UsageDatabase(Sink):
         return self._db
 
     def _roll_back(self) -> None:
-        """Undo what is half done. A file is opened anew next time: it may have been mended."""
-        if self._path == ":memory:":
-            assert self._db is not None
+        """Undo the transaction. Close a file: it may be repaired or replaced before the retry."""
+        if self._db is not None and self._path == ":memory:":
             self._db.rollback()
         else:
             self.close()
@@ -2718,12 +2770,12 @@ class UsageDatabase(Sink):
 # ---------------------------------------------------------------------------------------------
 # Looking in
 #
-# What people are told of a relay that runs: each a function from one Snapshot to text.
+# Text for people about a running relay, made by pure functions from one Snapshot.
 # ---------------------------------------------------------------------------------------------
 
 
 def status_line(now: Snapshot) -> str:
-    """One line for `systemctl status`."""
+    """Return one line for `systemctl status`."""
     return (
         f"{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
         f" {count_text(now.connections, 'connection')}; since the start"
@@ -2732,12 +2784,12 @@ def status_line(now: Snapshot) -> str:
 
 
 def count_text(count: int, noun: str) -> str:
-    """Tell how many there are of something."""
+    """Return a count with its noun, in the plural unless the count is 1."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def size_text(size: int) -> str:
-    """Tell a number of bytes with three digits, and a unit as on a disk: k = 1000."""
+    """Return a number of bytes with three digits and a decimal unit (1 kB = 1000 bytes)."""
     if size < 1000:
         return f"{size} bytes"
     value = float(size)
