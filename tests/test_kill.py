@@ -1,8 +1,9 @@
-"""A relay that is killed loses the records of the last two seconds, at most."""
+"""A killed relay loses at most the records of its last two seconds."""
 
 from __future__ import annotations
 
 import itertools
+import socket
 import sqlite3
 import time
 from collections import deque
@@ -11,37 +12,37 @@ from pathlib import Path
 
 from helpers import RelayProcess, read_to_end
 
-TRANSFERS = 1_000  # at least
-AT_ONCE = 20
+MIN_TRANSFERS = 1_000
+PAIRS_AT_ONCE = 20
 PROMISE_SECONDS = 2  # older records are in the database
-LASTS_SECONDS = 3  # so that there are older ones
+MIN_RUN_SECONDS = 3  # longer than PROMISE_SECONDS
 
 
 def test_killed_in_the_middle_of_a_thousand_transfers(
     relay: Callable[..., RelayProcess], tmp_path: Path
 ) -> None:
-    """The database opens, is sound, and holds every record that is older than two seconds."""
+    """The database is sound and contains every record older than two seconds."""
     path = tmp_path / "usage.sqlite"
     running = relay("--usage-db", str(path))
-    ended: dict[int, float] = {}  # when a transfer's end was seen, by its size, which is its name
-    under_way = deque()
+    ended: dict[int, float] = {}  # when each transfer ended, by its size, which is unique
+    running_pairs: deque[tuple[int, socket.socket, socket.socket]] = deque()
     start = time.monotonic()
     for size in itertools.count(1):
-        under_way.append((size, *running.pair(f"t{size}")))
-        if len(under_way) < AT_ONCE:
+        running_pairs.append((size, *running.pair(f"t{size}")))
+        if len(running_pairs) < PAIRS_AT_ONCE:
             continue
-        if size >= TRANSFERS and time.monotonic() - start > LASTS_SECONDS:
+        if size >= MIN_TRANSFERS and time.monotonic() - start > MIN_RUN_SECONDS:
             break
-        done, one, other = under_way.popleft()
-        other.sendall(b"x" * done)
+        sent_bytes, one, other = running_pairs.popleft()
+        other.sendall(b"x" * sent_bytes)
         other.close()
-        assert len(read_to_end(one)) == done
-        ended[done] = time.monotonic()
+        assert len(read_to_end(one)) == sent_bytes
+        ended[sent_bytes] = time.monotonic()
         one.close()
     killed = time.monotonic()
     running.process.kill()
     running.process.wait()
-    for _, one, other in under_way:
+    for _, one, other in running_pairs:
         one.close()
         other.close()
     with sqlite3.connect(path) as database:
@@ -49,7 +50,7 @@ def test_killed_in_the_middle_of_a_thousand_transfers(
         rows = database.execute("SELECT total_bytes, result FROM usage").fetchall()
     database.close()
     promised = {size for size, at in ended.items() if killed - at > PROMISE_SECONDS}
-    print(f"{len(ended)} transfers ended, {len(promised)} records promised, {len(rows)} there")
+    print(f"{len(ended)} transfers ended, {len(promised)} records promised, {len(rows)} found")
     assert promised
     assert promised <= {size for size, _ in rows} <= set(ended)
     assert len(rows) == len({size for size, _ in rows})
