@@ -100,6 +100,7 @@ class Child:
             text=True,
             errors="replace",
         )
+        self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout
         self.lines = Lines(self._process.stdout)
         try:

@@ -85,6 +85,14 @@ def curl() -> Path:
 
 
 @pytest.fixture(scope="session")
+def strace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A strace that may trace processes here: some sandboxes forbid it."""
+    found = _have(tools.program, "strace", "strace")
+    _have(tools.run, [found, "-o", tmp_path_factory.mktemp("strace") / "log", "true"])
+    return found
+
+
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate for relay.example.org that vouches for itself, and its key.
 

@@ -136,6 +136,10 @@ class Client:
         while self._receive():
             pass
 
+    def unchecked(self) -> bytes:
+        """Return the payload that has come and was not checked by `expect`."""
+        return bytes(self._received[self._expected :])
+
     def shutdown(self) -> None:
         """End our direction, and go on listening."""
         try:
