@@ -1,4 +1,4 @@
-# The relay itself needs no building: python3 transit_relay.py runs it.
+# The relay needs no build step: python3 transit_relay.py runs it.
 
 PYTHON ?= python3
 prefix = /usr/local
@@ -8,44 +8,45 @@ share = $(DESTDIR)$(prefix)/share/transit-relay
 entry = $(DESTDIR)$(prefix)/sbin/transit-relay
 man8 = $(DESTDIR)$(prefix)/share/man/man8
 
-# Where pytest goes if $(PYTHON) has none: one venv for each spelling of PYTHON.
+# The venv for pytest, if $(PYTHON) has no pytest: one for each value of PYTHON.
 venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(subst /,_,$(PYTHON)))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# Whatever plugins the machine's pytest has: the tests need none and must not depend on one.
+# The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test fuzz interop check-packaging bench bench-quick bench-against lint install uninstall onefile deb clean
+.PHONY: help pytest test fuzz interop check-packaging bench bench-quick bench-against lint install uninstall \
+	onefile sdist check-sdist deb clean
 
-help: ## list these verbs (the default)
+help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# Leaves in $$python a Python with pytest. A venv whose Python has gone, or that was left half made, is made anew.
+# Set $$python to a Python with pytest. Make the venv again if its Python is gone or if it is incomplete.
 define find_pytest
 python='$(PYTHON)'; \
 if ! "$$python" -c 'import pytest' 2>/dev/null; then \
 	python='$(venv)/bin/python'; \
 	"$$python" -c 'import pytest' 2>/dev/null || { \
-		echo 'no pytest in $(PYTHON): making $(venv)'; \
+		echo 'no pytest in $(PYTHON): installing it in $(venv)'; \
 		'$(PYTHON)' -m venv --clear '$(venv)' && "$$python" -m pip install -qq pytest; \
 	} || exit 1; \
 fi
 endef
 
-pytest: # only that; nobody else may be about to do the same
+pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
 test: ## run the tests; PYTHON=python3.9 make test for another Python
 	@$(find_pytest); "$$python" -m pytest -q tests
 
-fuzz: ## run the garbage tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other garbage
+fuzz: ## run the fuzz tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other inputs
 	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \
 		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
 
-check-packaging: ## build, judge, install and boot the packages, in minutes; needs root and a Debian
+check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options
@@ -68,8 +69,8 @@ build/lint/made: pyproject.toml
 	build/lint/bin/pip install -qq --group lint
 	touch $@
 
-# The entry imports the relay, as only an imported module is kept compiled (a script is compiled at every
-# start), and finds it from its own place, so that it runs in a staging folder as well.
+# The entry imports the relay: Python caches the bytecode of modules, but compiles a script at every
+# start. The entry finds the module relative to its own path, so it also runs in a staging folder.
 define entry_text
 #!/usr/bin/python3
 import os.path
@@ -94,8 +95,8 @@ uninstall: ## remove what install put there
 	rm -f '$(entry)' '$(man8)/transit-relay.8'
 	rm -rf '$(share)'
 
-# Both modules in one file that Python runs: a zip behind a #! line, as of PEP 441. Its entries carry no
-# time of their own, so that the same sources make the same file, byte for byte.
+# Both modules in one file that Python runs: a zip archive after a #! line (PEP 441). All entries have
+# the same fixed time, so the same sources make the same file, byte for byte.
 define onefile_text
 import sys, zipfile
 main = b"import sys\n\nimport transit_relay\n\nsys.exit(transit_relay.main())\n"
@@ -117,11 +118,37 @@ onefile: ## build/transit-relay.pyz, one file to copy: the relay with WebSocket
 	@chmod 755 build/transit-relay.pyz
 	@ls -l build/transit-relay.pyz
 
-# Built in an exported copy of what is committed, as dpkg-buildpackage wants ./debian. Neither the umask
-# nor this make's flags may leak in, and Python is Debian's own.
+# The source archive. An old *.egg-info would add the files that it lists. In a git repository the file
+# list is compared with the committed files.
+sdist_venv = build/venv-sdist
+
+sdist: $(sdist_venv)/made ## build dist/transit_relay-VERSION.tar.gz, with every committed file
+	@rm -rf dist *.egg-info
+	@$(sdist_venv)/bin/python -m build --sdist . >build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
+	@[ ! -e .git ] || { \
+		export LC_ALL=C; \
+		git -c core.quotePath=no ls-files | sort >build/committed; \
+		tar -tzf dist/*.tar.gz | sed -n 's,^[^/]*/\(.*[^/]\)$$,\1,p' \
+			| grep -vE '^(PKG-INFO|setup\.cfg|[^/]*\.egg-info/.*)$$' | sort >build/packed; \
+		diff -U0 --label committed --label 'in the source archive' build/committed build/packed; \
+	}
+	@ls -l dist/*.tar.gz
+
+$(sdist_venv)/made: Makefile
+	'$(PYTHON)' -m venv --clear $(sdist_venv)
+	$(sdist_venv)/bin/pip install -qq build
+	@touch $@
+
+check-sdist: sdist ## unpack the source archive in an empty folder and run the tests there
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 1' INT TERM && \
+	tar -xzf dist/*.tar.gz --strip-components=1 --directory="$$folder" && \
+	env -u PYTHONPATH $(MAKE) --no-print-directory --directory="$$folder" test
+
+# dpkg-buildpackage needs ./debian, so the package is built in an exported copy of the commit. The umask
+# and this make's flags must not affect the package. Its Python is Debian's.
 deb = build/deb
 
-deb: ## the Debian package of what is committed, and its source, in build/deb
+deb: ## build the Debian package and its source from the last commit, in build/deb
 	@rm -rf '$(deb)' && mkdir -p '$(deb)'
 	@umask 022 && set -e; \
 	version=$$(git show HEAD:transit_relay.py | sed -n 's/^__version__ = "\(.*\)"$$/\1/p'); \
@@ -138,6 +165,6 @@ deb: ## the Debian package of what is committed, and its source, in build/deb
 	env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 		dpkg-buildpackage -us -uc
 
-clean: ## remove all that these verbs, pip and Python have made here
+clean: ## remove everything that these targets, pip and Python have created here
 	rm -rf build dist .venv *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
