@@ -1,7 +1,6 @@
-"""Child processes, and waiting for what they say.
+"""Child processes, and waiting for their output.
 
-Nothing here sleeps: every wait is for a line, an end of file or an exit, and ends in an error
-after TIMEOUT.
+Nothing here sleeps. Every wait is for a line, an end of file or an exit, and fails after TIMEOUT.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-# Seconds. Only a failing test ever waits that long.
+# Seconds. Only a test that fails waits this long.
 TIMEOUT = 60.0 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))
 
 
 class Lines:
-    """What one stream says, line by line. A thread reads it, so that a wait can time out."""
+    """The lines of one stream. A thread reads them, so that a wait can time out."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.seen: list[str] = []
@@ -37,36 +36,36 @@ class Lines:
         self._queue.put(None)
 
     def next(self) -> str | None:
-        """The next line, or None where the stream has ended."""
+        """Return the next line, or None at the end of the stream."""
         try:
             line = self._queue.get(timeout=TIMEOUT)
         except queue.Empty:
             raise AssertionError(f"no further line in {TIMEOUT} s, only:\n{self}") from None
         if line is None:
-            self._queue.put(None)  # the end stays the end
+            self._queue.put(None)  # the next call returns None, too
         else:
             self.seen.append(line)
         return line
 
     def until(self, pattern: str) -> re.Match[str]:
-        """Skip to the line that holds the pattern."""
+        """Skip to the first line that matches the pattern."""
         while (line := self.next()) is not None:
             match = re.search(pattern, line)
             if match:
                 return match
-        raise AssertionError(f"ended without {pattern!r}, after:\n{self}")
+        raise AssertionError(f"the stream ended without a line {pattern!r}, after:\n{self}")
 
     def rest(self) -> list[str]:
-        """All that still comes, to the end of the stream."""
+        """Return the remaining lines, up to the end of the stream."""
         lines: list[str] = []
         while (line := self.next()) is not None:
             lines.append(line)
         return lines
 
     def close(self) -> None:
-        """To be called when the writer is gone, so that the thread is at its end."""
+        """Close the stream. The writer must have ended, so that the thread has ended."""
         self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive(), "somebody else holds the other end"
+        assert not self._thread.is_alive(), "another process has the write end open"
         self._stream.close()
 
     def __str__(self) -> str:
@@ -77,7 +76,7 @@ SomeChild = TypeVar("SomeChild", bound="Child")
 
 
 class Child:
-    """A process whose stdout and stderr are one stream of lines. It ends with its `with` block."""
+    """A process whose stdout and stderr are one stream of lines. The `with` block ends it."""
 
     def __init__(
         self,
@@ -107,20 +106,20 @@ class Child:
             self._process.stdin.write(stdin)
             self._process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended at once: its exit code and its lines tell why
+            pass  # the process has ended already: its exit code and its lines show the reason
 
     def wait(self) -> int:
-        """Its exit code, once it has ended by itself."""
+        """Wait until the process ends by itself, and return its exit code."""
         return self._process.wait(TIMEOUT)
 
     def succeed(self) -> None:
-        """Wait for its end, which must be a good one."""
+        """Wait until the process ends. Its exit code must be 0."""
         code = self.wait()
         self.lines.rest()
         assert code == 0, f"{' '.join(self.argv)}\nexit code {code}:\n{self.lines}"
 
     def terminate(self) -> int:
-        """SIGTERM, then its exit code."""
+        """Send SIGTERM, and return the exit code."""
         self._process.send_signal(signal.SIGTERM)
         return self.wait()
 
@@ -128,13 +127,13 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # nothing to one that has ended and was waited for
+        self._process.kill()  # does nothing if the process was waited for
         self.wait()
         self.lines.close()
 
 
 class Record(NamedTuple):
-    """What two relays can agree on in a usage record: the times differ in every run."""
+    """The fields of a usage record that two relays must agree on: the times differ in every run."""
 
     mood: str
     total_bytes: int
@@ -142,6 +141,7 @@ class Record(NamedTuple):
 
     @classmethod
     def parse(cls, line: str) -> Record:
+        """Parse a JSON line. Its keys and types must be exactly those of a usage record."""
         record: dict[str, Any] = json.loads(line)
         types = {key: type(value).__name__ for key, value in record.items()}
         waited = record["waiting_time"] is not None
@@ -156,19 +156,20 @@ class Record(NamedTuple):
 
 
 class Relay(Child):
-    """A running relay, ours or the reference: its ports, and its records as they are written."""
+    """A running relay, ours or the reference, with its ports and its usage records."""
 
     def __init__(self, argv: Sequence[str], *announcements: str) -> None:
-        """The announcements are patterns, for what the relay says when it listens, in its order.
+        """Start the relay, and wait until it listens.
 
-        Their groups are the ports.
+        `announcements` are patterns for the lines that it then prints, in their order. The groups
+        in the patterns are the ports.
         """
-        ours, its = os.pipe()
+        read_end, write_end = os.pipe()
         try:
-            super().__init__([*argv, f"--log-fd={its}"], pass_fds=[its])
+            super().__init__([*argv, f"--log-fd={write_end}"], pass_fds=[write_end])
         finally:
-            os.close(its)
-        self._records = Lines(open(ours, encoding="ascii"))
+            os.close(write_end)
+        self._records = Lines(open(read_end, encoding="ascii"))
         try:
             found = [port for text in announcements for port in self.lines.until(text).groups()]
         except AssertionError:
@@ -178,13 +179,13 @@ class Relay(Child):
         self.port = self.ports[0]
 
     def record(self) -> Record:
-        """The next record."""
+        """Wait for the next record."""
         line = self._records.next()
         assert line is not None, f"the relay has ended:\n{self.lines}"
         return Record.parse(line)
 
     def last_records(self) -> list[Record]:
-        """All records that still come from a relay that was told to stop."""
+        """Return the remaining records of a relay that was told to stop."""
         return [Record.parse(line) for line in self._records.rest()]
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""What the interop tests need from outside: the registry's Python programs and Debian's Go client.
+"""The programs that the interop tests need: from the Python and npm registries, and from Debian.
 
-Whatever cannot be had skips the tests that need it, with the reason. With
-RELAY_INTEROP_REQUIRED=1, as in CI, it fails them instead, and so does any other skip.
+A test whose program cannot be installed is skipped, with the reason. With RELAY_INTEROP_REQUIRED=1,
+as in CI, the test fails instead, and any other skip fails the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _missing(reason: str) -> NoReturn:
 
 
 def _have(get: Callable[..., Tool], *arguments: object) -> Tool:
-    """Get something, or say that it is missing."""
+    """Call `get`. If the program is missing, skip or fail the test."""
     try:
         return get(*arguments)
     except tools.Missing as error:
@@ -38,19 +38,19 @@ def _have(get: Callable[..., Tool], *arguments: object) -> Tool:
 
 @pytest.fixture(scope="session")
 def missing() -> Callable[[str], NoReturn]:
-    """To be called with the reason where something is missing: skips, or fails where required."""
+    """Return a function that skips the test with a reason, or fails it if skips are forbidden."""
     return _missing
 
 
 @pytest.fixture(scope="session")
 def python_tools() -> Path:
-    """The bin folder of a venv with the Twisted relay, the mailbox server and Python's client."""
+    """Return the bin folder of a venv with the Twisted relay, the mailbox server and the client."""
     return _have(tools.python_tools)
 
 
 @pytest.fixture(scope="session")
 def go_client() -> Path:
-    """wormhole-william: the machine's, or the one in Debian's package, unpacked."""
+    """Return the path of wormhole-william, the client in Go."""
     return _have(tools.go_client)
 
 
@@ -86,7 +86,7 @@ def curl() -> Path:
 
 @pytest.fixture(scope="session")
 def strace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A strace that may trace processes here: some sandboxes forbid it."""
+    """Return the path of strace, if it may trace processes here: some sandboxes forbid it."""
     found = _have(tools.program, "strace", "strace")
     _have(tools.run, [found, "-o", tmp_path_factory.mktemp("strace") / "log", "true"])
     return found
@@ -94,9 +94,10 @@ def strace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a certificate for relay.example.org that vouches for itself, and its key.
+    """Return a folder with a self-signed certificate for relay.example.org, and its key.
 
-    fullchain.pem, privkey.pem, both.pem, and in spki the digest that Chromium knows the key by.
+    The files are fullchain.pem, privkey.pem, both.pem (both in one file), and spki: the digest of
+    the public key, for Chromium's option.
     """
     openssl = _have(tools.program, "openssl", "openssl")
     folder = tmp_path_factory.mktemp("certificate")
@@ -122,12 +123,12 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def npm_ws() -> Path:
-    """A node_modules folder with the package ws, for node's NODE_PATH."""
+    """Return a node_modules folder with the package ws, for node's NODE_PATH."""
     for tool in "node", "npm":
         if not shutil.which(tool):
             _missing(f"no {tool}")
     folder = tools.BUILD / "npm-ws"
-    wanted = "ws@8.23.0"  # a change makes the folder anew
+    wanted = "ws@8.23.0"  # after a change the folder is created again
     made_from = folder / "made-from"
     if not made_from.exists() or made_from.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,12 +140,12 @@ def npm_ws() -> Path:
 
 @pytest.fixture(scope="session")
 def our_relay() -> list[str]:
-    """The command that runs our relay, without its options."""
+    """Return the command that runs our relay, without options."""
     return [sys.executable, str(tools.ROOT / "transit_relay.py")]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under RELAY_INTEROP_REQUIRED no test may be skipped, for whatever reason."""
+    """Fail the run if a test was skipped, for any reason, and RELAY_INTEROP_REQUIRED is set."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if REQUIRED and reporter and reporter.stats.get("skipped"):
         reporter.ensure_newline()

@@ -1,6 +1,6 @@
-"""Where our relay answers otherwise than the reference, on purpose, and what ours does there.
+"""Scenarios in which our relay intentionally differs from the reference, and its exact outcomes.
 
-All of it is exact: test_differential.py asserts it, and that the reference does something else.
+test_differential.py asserts that our relay has this outcome, and that the reference has another.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ DIFFERENCES: dict[tuple[str, Kinds], Difference] = {}
 
 TOO_LONG = (
     "section 1, `1,024 bytes and no newline yet`: bad handshake, errory; the reference says "
-    "nothing and records empty, from 1,025 bytes without newline and for every longer line"
+    "nothing and records empty, from 1,025 bytes without newline and for each longer line"
 )
 NEWEST = "section 1, `A newcomer takes the newest`: arbitrary in the reference"
-BEHIND_THE_LINE = (
-    "section 1, `Bytes behind the handshake line`: to the reference, a first message that holds "
+AFTER_THE_LINE = (
+    "section 1, `Bytes behind the handshake line`: to the reference, a first message that contains "
     "more than the handshake is a bad handshake"
 )
-HOLDING = (
-    "section 1, `Holding`: the reference closes at once, and a side that happens to be sending, "
-    "or is slow, loses what it had not yet taken"
+LINGERING = (
+    "section 1, `Lingering`: the reference closes at once, and a client that is sending or is slow "
+    "loses the bytes that it has not yet read"
 )
-BOTH_SPELLINGS = "section 1, `Every listener takes both spellings`: one kind per port there"
+BOTH_ENCODINGS = "section 1, `Every listener takes both encodings`: one kind per port there"
 FIRST_MESSAGE = (
-    "section 2, `Rule`: the reference judges the first message alone and whole; several messages "
-    "or an empty one are a bad handshake, an empty one later is impatient"
+    "section 2, `Rule`: to the reference the first message is the whole handshake; several "
+    "messages or an empty one are a bad handshake, and a later empty one is impatient"
 )
 BORDERS = "section 2, `Message borders mean nothing`: the reference assembles whole messages"
 BAD_FRAME = "section 2, `Close 1003 ... 1002 ... 1007`: the reference drops without Close"
@@ -55,15 +55,15 @@ REQUEST = (
     "numbers, has no head limit and also takes version 8"
 )
 STOPPING = "section 2, `Relay shutting down`: the reference just ends the TCP connection"
-# These have no mark in PROTOCOL.md.
-HTTP_SYNTAX = "section 2, `Not HTTP`: the reference reads requests more leniently, or waits on"
+# PROTOCOL.md does not mark these rows with "differs".
+HTTP_SYNTAX = "section 2, `Not HTTP`: the reference accepts more, or continues to wait"
 ANY_ORIGIN = (
     "section 2, `Accept any path, any Host, any or no Origin. Decline extensions and "
     "subprotocols`: the reference refuses some"
 )
 TCP_ENDED = (
-    "section 1, `Holding` (over WebSocket the end stands behind a Close): the reference answers "
-    "no Close to a client that ends its TCP connection without one"
+    "section 1, `Lingering` (over WebSocket the end follows a Close): the reference sends no Close "
+    "to a client that ends its TCP connection without one"
 )
 
 EMPTY, LONELY = Record("empty", 0, False), Record("lonely", 0, False)
@@ -72,23 +72,23 @@ ENDS = {"tcp": "end", "ws": "Close 1000"}
 
 
 def seen(kind: str, data: bytes = b"", end: str = "") -> Seen:
-    """What a client sees that is not broken off."""
+    """Return what a client receives whose connection ends in order."""
     return Seen(summary(data), end or ENDS[kind])
 
 
 def differ(row: str, names: Iterable[str], kinds: Kinds, *records: Record, **clients: Seen) -> None:
-    """In all these scenarios, played with these kinds, ours shows just this."""
+    """Add the outcome of our relay for these scenarios, with clients of these kinds."""
     for name in names:
         assert (name, kinds) not in DIFFERENCES
         DIFFERENCES[name, kinds] = Difference(row, Outcome(clients, sorted(records)))
 
 
 def refused(row: str, kind: str, answer: bytes, mood: str, *names: str) -> None:
-    """There is one client, which gets an answer, or none, and then an orderly end."""
+    """Add scenarios with one client, which gets an answer (it may be empty) and an orderly end."""
     differ(row, names, (kind,), Record(mood, 0, False), client=seen(kind, answer))
 
 
-# ---- over TCP as well
+# ---- differences over TCP, too
 
 refused(
     TOO_LONG,
@@ -99,39 +99,39 @@ refused(
     "1,025 bytes and a newline",
     "20,000 bytes and a newline",
 )
-refused(HOLDING, "tcp", BAD, "errory", "sending on behind a bad handshake")
-refused(HOLDING, "tcp", IMPATIENT, "impatient", "sending on behind impatience")
+refused(LINGERING, "tcp", BAD, "errory", "sending on after a bad handshake")
+refused(LINGERING, "tcp", IMPATIENT, "impatient", "sending on after impatient")
 refused(
-    HOLDING,
+    LINGERING,
     *("ws", IMPATIENT, "impatient"),
-    "sending on behind impatience",
+    "sending on after impatient",
     "impatient and end at once",
 )
 for kinds in ANY_TWO:
     first, second = kinds
     if second == "tcp":
         differ(
-            HOLDING,
+            LINGERING,
             ["handshake that matches data and end at once"],
             kinds,
-            Record("happy", len(b"farewell"), True),
-            first=seen(first, OK + b"farewell"),
+            Record("happy", len(b"last bytes"), True),
+            first=seen(first, OK + b"last bytes"),
             second=seen(second, OK),
         )
 
 for kinds in ANY_TWO:
     taken = ["partner", f"handshake {WAITING}"]
     in_a_round = [*(f"handshake {number}" for number in range(WAITING, 0, -1)), "partner"]
-    everyone = [(number, who) for number in range(ROUNDS) for who in in_a_round]
+    everyone = [(number, name) for number in range(ROUNDS) for name in in_a_round]
     differ(
         NEWEST,
-        ["newest of a side meets another side", "newest of a side meets one without"],
+        ["newest of a side meets another side", "newest of a side meets a client without side"],
         kinds,
         *[HAPPY] * ROUNDS,
         *[Record("redundant", 0, False)] * (ROUNDS * (WAITING - 1)),
         **{
-            f"{number}: {who}": seen(kinds[place % 2], OK if who in taken else b"")
-            for place, (number, who) in enumerate(everyone)
+            f"{number}: {name}": seen(kinds[place % 2], OK if name in taken else b"")
+            for place, (number, name) in enumerate(everyone)
         },
     )
 
@@ -148,25 +148,25 @@ refused(
 refused(
     BORDERS,
     *("ws", BAD, "errory"),
-    "long line in a message without an end",
-    "bad line in a message without an end",
+    "long line in an unfinished message",
+    "bad line in an unfinished message",
 )
 refused(BORDERS, "ws", IMPATIENT, "impatient", "impatient fragment")
 
-# The spelling of the handshake; what of it is data.
-SPELLINGS = [
+# How the handshake is split into messages, and which of its bytes are data.
+HANDSHAKES = [
     (FIRST_MESSAGE, "in two messages", b""),
     (FIRST_MESSAGE, "in two messages, without its newline", b""),
-    (FIRST_MESSAGE, "behind an empty message", b""),
+    (FIRST_MESSAGE, "after an empty message", b""),
     (FIRST_MESSAGE, "and an empty message", b""),
     (FIRST_MESSAGE, "in two messages, the newline in a third", b"\n"),
     (FIRST_MESSAGE, "in messages of one byte", SIDE_BEGINS),
-    (BORDERS, "in a message without an end", b""),
-    (BEHIND_THE_LINE, "with data behind it in its message", b"early"),
-    (BEHIND_THE_LINE, "with a newline behind it in its message", b"\n"),
-    (BEHIND_THE_LINE, "with data behind it in its last fragment", b"early"),
+    (BORDERS, "in an unfinished message", b""),
+    (AFTER_THE_LINE, "with data after it in its message", b"early"),
+    (AFTER_THE_LINE, "with a newline after it in its message", b"\n"),
+    (AFTER_THE_LINE, "with data after it in its last fragment", b"early"),
 ]
-for row, how, data in SPELLINGS:
+for row, how, data in HANDSHAKES:
     for kinds in WITH_ANY:
         client, partner = kinds
         name = f"handshake {how}"
@@ -178,7 +178,7 @@ for row, how, data in SPELLINGS:
             sees = {"client": seen(client, OK), "partner": seen(partner, OK)}
             differ(row, [name], kinds, HAPPY, **sees)
         if name == "handshake and an empty message":
-            continue  # where a partner waits, both relays have met it by then
+            continue  # if a partner waits, both relays match it before the empty message
         sees = {"partner": seen(partner, OK + data), "client": seen(client, OK)}
         happy = Record("happy", len(data), True)
         differ(row, [f"matching {name}"], (partner, client), happy, **sees)
@@ -187,7 +187,10 @@ for row, how, data in SPELLINGS:
 
 
 def upgrades(row: str, answer: str, *names: str) -> None:
-    """There is a partner, and a client which meets it if it has got an upgrade and no answer."""
+    """Add scenarios with a partner, and a client that meets it unless its upgrade was refused.
+
+    `answer` is the HTTP status of a refusal.
+    """
     names = tuple(f"upgrade: {name}" for name in names)
     if answer:
         sees = {"client": Seen(f"HTTP/1.1 {answer}", "end"), "partner": seen("tcp")}
@@ -200,17 +203,17 @@ def upgrades(row: str, answer: str, *names: str) -> None:
 upgrades(
     ANY_ORIGIN,
     "",
-    "Host with a port that is none",
+    "Host with an invalid port",
     "fragment in the path",
-    "Origin that is none",
+    "invalid Origin",
     "Origin twice",
     "subprotocol twice",
     "extensions on two lines",
-    "extension with a parameter that is none",
+    "extension with an invalid parameter",
 )
 upgrades(REQUEST, "200", "Upgrade to something else")
 upgrades(REQUEST, "400", "HTTP/1.0", "HTTP/2.0")
-upgrades(REQUEST, "426", "version 8", "version 7", "version that is none", "versions as a list")
+upgrades(REQUEST, "426", "version 8", "version 7", "invalid version", "versions as a list")
 upgrades(REQUEST, "426", "version 013")
 upgrades(
     HTTP_SYNTAX,
@@ -220,12 +223,12 @@ upgrades(
     "line without a colon",
     "line that is folded",
 )
-upgrades(REQUEST, "431", "9,000 bytes of a cookie")
+upgrades(REQUEST, "431", "17,000 bytes of a cookie", "36,000 bytes of cookies")
 
 BEGUN: list[tuple[str, str, str, list[Record]]] = [
     (HTTP_SYNTAX, "101", "request with lone line feeds", [EMPTY]),
-    (REQUEST, "431", "9,000 bytes of a request without an end", []),
-    (REQUEST, "400", "request that cannot become one", []),
+    (REQUEST, "431", "17,000 bytes of an unfinished request", []),
+    (REQUEST, "400", "bytes that cannot begin a request", []),
 ]
 for row, status, name, records in BEGUN:
     differ(row, [name], ("ws",), *records, client=Seen(f"HTTP/1.1 {status}", "end"))
@@ -237,7 +240,7 @@ for what in REQUESTS:
     if status == "200" and what not in ("GET", "GET of somewhere"):
         differ(REQUEST, [f"{what} at the WebSocket listener"], ("ws",), **sees)
     if method != "DELETE":
-        differ(BOTH_SPELLINGS, [f"{what} at the TCP listener"], ("ws",), **sees)
+        differ(BOTH_ENCODINGS, [f"{what} at the TCP listener"], ("ws",), **sees)
 
 OTHER_LISTENER = {
     "WebSocket at the TCP listener": "ws",
@@ -246,14 +249,14 @@ OTHER_LISTENER = {
 for partner in "tcp", "ws":
     for name, client in OTHER_LISTENER.items():
         sees = {"client": seen(client, OK), "partner": seen(partner, OK)}
-        differ(BOTH_SPELLINGS, [name], (partner,), HAPPY, **sees)
+        differ(BOTH_ENCODINGS, [name], (partner,), HAPPY, **sees)
 
-# ---- what a pair moves, and its end
+# ---- messages of a pair, and its end
 
 for kinds in WITH_ANY:
     differ(
         BORDERS,
-        ["a message broken off"],
+        ["an interrupted message"],
         kinds,
         Record("happy", 50_000, True),
         first=Seen(repr(OK), "closed"),
@@ -261,7 +264,7 @@ for kinds in WITH_ANY:
     )
     differ(
         BORDERS,
-        ["a message without an end"],
+        ["an unfinished message"],
         kinds,
         Record("happy", 3, True),
         first=seen("ws", OK),
@@ -276,7 +279,7 @@ for kinds in WITH_ANY:
     )
     differ(
         TCP_ENDED,
-        ["tcp ends behind last words"],
+        ["tcp ends after last bytes"],
         kinds,
         Record("happy", 50_000, True),
         first=seen("ws", OK),
@@ -284,7 +287,7 @@ for kinds in WITH_ANY:
     )
     differ(
         BAD_FRAME,
-        ["last words and a bad frame"],
+        ["last bytes and a bad frame"],
         kinds,
         Record("happy", 50_000, True),
         first=seen("ws", OK, "Close 1002"),
@@ -293,7 +296,7 @@ for kinds in WITH_ANY:
 refused(TCP_ENDED, "ws", b"", "empty", "tcp ends without a byte", "tcp ends within a handshake")
 
 SAME_ANSWER = ("1000", "1000 and a reason")
-NOT_UTF8 = ("1000 and a reason that is not UTF-8", "1000 and half a letter")
+NOT_UTF8 = ("1000 and a reason that is not UTF-8", "1000 and half a UTF-8 character")
 GOOD_CODES = ("1001", "1003", "1011", "1012", "1013", "1014", "3000", "4999")
 for what in CLOSES:
     code = what.partition(" ")[0]
@@ -310,9 +313,9 @@ for what in CLOSES:
             row,
             [f"Close with {what}"],
             kinds,
-            Record("happy", len(b"farewell"), True),
+            Record("happy", len(b"last bytes"), True),
             first=seen("ws", OK, end),
-            second=seen(kinds[1], OK + b"farewell"),
+            second=seen(kinds[1], OK + b"last bytes"),
         )
 
 for name in BAD_FRAMES:
@@ -330,4 +333,4 @@ for name in BAD_FRAMES:
         sees = {"client": seen("ws", b"", end)}
         (alone,) = ALONE
         differ(BAD_FRAME, [f"bad frame at once: {name}"], alone, EMPTY, **sees)
-        differ(BAD_FRAME, [f"bad frame of one that waits: {name}"], alone, LONELY, **sees)
+        differ(BAD_FRAME, [f"bad frame of a waiting client: {name}"], alone, LONELY, **sees)

@@ -1,7 +1,8 @@
-"""Three hosts as network namespaces: two clients that reach a server, and never each other.
+"""Three hosts as network namespaces: two clients reach a server, but not each other.
 
-That is what two hosts behind NAT look like to the relay. The namespaces are this process's own
-(its number is in their names) with documentation addresses; nothing of the machine's is touched.
+To the relay this looks like two hosts behind NAT. The names of the namespaces contain the number of
+this process, and their addresses are reserved for documentation. The machine's own network is not
+changed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# The names that the clients have built in lead to SERVER. Nothing listens at OTHER, which is
-# the server as well, until a test says so: it is found only by being told.
+# The names built into the clients resolve to SERVER. OTHER is a second address of the server: no
+# name resolves to it, and nothing listens there until a test starts a listener.
 SERVER = "198.51.100.254"
 OTHER = "198.51.100.253"
 CLIENTS = {"a": "198.51.100.2", "b": "198.51.100.6"}
@@ -26,16 +27,16 @@ HOSTS = f"""\
 
 
 class Unavailable(Exception):
-    """This machine makes no network namespaces for us."""
+    """Network namespaces cannot be created on this machine."""
 
 
 def inside(host: str, argv: Sequence[str]) -> list[str]:
-    """The command that runs argv on one of the hosts: "server", "a" or "b"."""
+    """Return the command that runs argv on one of the hosts: "server", "a" or "b"."""
     return ["ip", "netns", "exec", namespace(host), *argv]
 
 
 def namespace(host: str) -> str:
-    """The name of a host's network namespace."""
+    """Return the name of a host's network namespace."""
     return f"relay-interop-{os.getpid()}-{host}"
 
 
@@ -51,12 +52,12 @@ def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:
-        pass  # another run has its hosts there
+        pass  # another test run has its hosts there
 
 
 @contextmanager
 def three_hosts() -> Iterator[None]:
-    """The hosts exist in the `with` block."""
+    """Create the hosts, and remove them after the `with` block."""
     if os.geteuid() != 0:
         raise Unavailable("network namespaces need root")
     if not shutil.which("ip"):
@@ -66,7 +67,7 @@ def three_hosts() -> Iterator[None]:
             teardown.callback(_remove_if_empty, ETC_NETNS)
             ETC_NETNS.mkdir(exist_ok=True)
         for host in "server", *CLIENTS:
-            # First, as this run may be told to stop in the middle of the command.
+            # Before the command, because a signal may interrupt it.
             teardown.callback(_delete_if_there, namespace(host))
             try:
                 _ip("netns", "add", namespace(host))
@@ -90,7 +91,7 @@ def three_hosts() -> Iterator[None]:
             _ip("-n", client, "link", "set", "eth0", "up")
             for server_address in SERVER, OTHER:
                 _ip("-n", client, "route", "add", f"{server_address}/32", "via", gateway)
-            # `ip netns exec` shows this file to its command in place of /etc/hosts.
+            # `ip netns exec` mounts this file over /etc/hosts for its command.
             folder = ETC_NETNS / client
             teardown.callback(shutil.rmtree, folder, ignore_errors=True)
             folder.mkdir()

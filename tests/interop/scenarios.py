@@ -1,7 +1,8 @@
-"""What happens on the stage of test_differential.py, one scenario after the other.
+"""The scenarios of test_differential.py, for TCP and for WebSocket.
 
-A script says what its clients do, and waits for what they see wherever both relays must answer
-alike. When it is over, whoever is still there leaves, and all that was seen is compared.
+The script of a scenario connects clients and sends bytes. Where both relays must answer the same,
+the script also checks the answer. After the script all remaining clients disconnect, and
+everything that they received is compared.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ Script = Callable[[Stage], None]
 
 class Scenario(NamedTuple):
     script: Script
-    kinds: list[Kinds]  # it is played once with each of these
+    kinds: list[Kinds]  # the script runs once with each of these
 
 
 ANY_TWO: list[Kinds] = [("tcp", "tcp"), ("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")]
-ANY_ONE: list[Kinds] = [("tcp",), ("ws",)]  # where there is one client
+ANY_ONE: list[Kinds] = [("tcp",), ("ws",)]  # for a script with one client
 SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(kinds: list[Kinds]) -> Callable[[Script], Script]:
+    """Return a decorator that adds a script to SCENARIOS, under the name of the function."""
+
     def add(script: Script) -> Script:
         SCENARIOS[script.__name__.replace("_", " ")] = Scenario(script, kinds)
         return script
@@ -34,7 +37,7 @@ def scenario(kinds: list[Kinds]) -> Callable[[Script], Script]:
     return add
 
 
-# ---- lines that are no handshake
+# ---- bad handshakes
 
 TOKEN = b"0123456789abcdef" * 4
 SIDE = b"0123456789abcdef"
@@ -65,8 +68,8 @@ BAD_LINES = {
     "empty line": b"\n",
     "only a carriage return": b"\r\n",
     "prefix of a handshake": b"please\n",
-    "handshake behind an empty line": b"\n" + SIDED % (TOKEN, SIDE),
-    "handshake behind a bad line": b"hello\n" + SIDED % (TOKEN, SIDE),
+    "handshake after an empty line": b"\n" + SIDED % (TOKEN, SIDE),
+    "handshake after a bad line": b"hello\n" + SIDED % (TOKEN, SIDE),
     "something before the handshake": b"and " + SIDED % (TOKEN, SIDE),
     "TLS hello": bytes.fromhex("16030100c8010000c40303") + b"\n" + bytes(100),
     "binary": bytes(range(256)),
@@ -94,7 +97,7 @@ SCENARIOS["bad line: HTTP"] = Scenario(bad_line(b"GET / HTTP/1.0\r\n\r\n"), [("w
 
 
 def meeting(first_side: str | None, second_side: str | None, accepted_first: str) -> Script:
-    """Two meet, exchange a word, and the first to have said its handshake leaves."""
+    """Connect a pair and exchange bytes. Then the client with the first handshake closes."""
 
     def script(stage: Stage) -> None:
         if accepted_first == "first":
@@ -137,15 +140,15 @@ def same_moment(stage: Stage) -> None:
 def byte_by_byte(stage: Stage) -> None:
     first = stage.waiting("first", "a")
     second = stage.connect("second")
-    for byte in second.spell(stage.handshake("b")):
+    for byte in second.encode(stage.handshake("b")):
         second.write(bytes([byte]))
-        stage.settle()  # so that the relay really reads it alone
+        stage.settle()  # so that the relay reads each byte alone
     first.expect(OK)
     second.expect(OK)
 
 
-def odd_words(first: bytes, second: bytes) -> Scenario:
-    """Two handshakes that are spelled oddly, but are handshakes."""
+def unusual(first: bytes, second: bytes) -> Scenario:
+    """Send two handshakes that look unusual, but are valid."""
 
     def script(stage: Stage) -> None:
         stage.connect("first").send(first)
@@ -158,18 +161,18 @@ def odd_words(first: bytes, second: bytes) -> Scenario:
 
 LETTERS = b"AbCdEfGh" * 8
 SCENARIOS |= {
-    "underscores": odd_words(SIDED % (b"_" * 64, b"_" * 16), SIDED % (b"_" * 64, b"_" * 15 + b"a")),
-    "only digits": odd_words(SIDED % (b"7" * 64, b"1" * 16), SIDED % (b"7" * 64, b"2" * 16)),
-    "side in capitals is another": odd_words(
+    "underscores": unusual(SIDED % (b"_" * 64, b"_" * 16), SIDED % (b"_" * 64, b"_" * 15 + b"a")),
+    "only digits": unusual(SIDED % (b"7" * 64, b"1" * 16), SIDED % (b"7" * 64, b"2" * 16)),
+    "side in capitals is another side": unusual(
         SIDED % (LETTERS, b"a" * 16), SIDED % (LETTERS, b"A" * 16)
     ),
-    "token in capitals is another": odd_words(
+    "token in capitals is another token": unusual(
         SIDED % (LETTERS.upper(), b"a" * 16), SIDED % (LETTERS.lower(), b"b" * 16)
     ),
 }
 
 
-# ---- leaving: every way to go, at every moment
+# ---- clients that disconnect: every way, in every state
 
 LEAVING: dict[str, Callable[[Client], None]] = {
     "close": methodcaller("close"),
@@ -178,13 +181,13 @@ LEAVING: dict[str, Callable[[Client], None]] = {
 }
 
 
-def interrupted(said: slice | None, leave: Callable[[Client], None]) -> Script:
-    """A client leaves with only a part of its handshake said."""
+def interrupted(sent: slice | None, leave: Callable[[Client], None]) -> Script:
+    """Disconnect after a part of the handshake."""
 
     def script(stage: Stage) -> None:
         client = stage.connect("client")
-        if said:
-            client.begin(stage.handshake("a")[said])
+        if sent:
+            client.send_unfinished(stage.handshake("a")[sent])
         stage.settle()
         leave(client)
 
@@ -192,7 +195,7 @@ def interrupted(said: slice | None, leave: Callable[[Client], None]) -> Script:
 
 
 def lonely(leave: Callable[[Client], None]) -> Script:
-    """A client leaves while it waits; the next one with its token does not meet it any more."""
+    """Disconnect while waiting. The next client with this token must wait, too."""
 
     def script(stage: Stage) -> None:
         leave(stage.waiting("client", "a"))
@@ -201,8 +204,8 @@ def lonely(leave: Callable[[Client], None]) -> Script:
     return script
 
 
-def parting(who: str, leave: Callable[[Client], None]) -> Script:
-    """One of a pair leaves: the other sees an orderly end."""
+def pair_ends(leaver_name: str, leave: Callable[[Client], None]) -> Script:
+    """Disconnect one client of a pair. The other gets an orderly end."""
 
     def script(stage: Stage) -> None:
         first, second = stage.pair()
@@ -210,19 +213,19 @@ def parting(who: str, leave: Callable[[Client], None]) -> Script:
         second.expect(b"one")
         second.send(b"two")
         first.expect(b"two")
-        leaver, stayer = (first, second) if who == "first" else (second, first)
+        leaver, stayer = (first, second) if leaver_name == "first" else (second, first)
         leave(leaver)
         stayer.expect_end()
 
     return script
 
 
-def last_words(who: str, leave: Callable[[Client], None]) -> Script:
-    """One of a pair leaves with its last bytes: the other gets all of them before the end."""
+def last_bytes(leaver_name: str, leave: Callable[[Client], None]) -> Script:
+    """Send bytes and disconnect at once. The partner gets all of them before the end."""
 
     def script(stage: Stage) -> None:
         first, second = stage.pair()
-        leaver, stayer = (first, second) if who == "first" else (second, first)
+        leaver, stayer = (first, second) if leaver_name == "first" else (second, first)
         leaver.send(b"x" * 50_000)
         leave(leaver)
         stayer.expect(b"x" * 50_000)
@@ -238,10 +241,10 @@ for how, leave in LEAVING.items():
         f"{how} before the newline": Scenario(interrupted(slice(-1), leave), ANY_ONE),
         f"{how} while waiting": Scenario(lonely(leave), ANY_TWO),
     }
-    for who in "first", "second":
+    for name in "first", "second":
         SCENARIOS |= {
-            f"{how} by the {who} of a pair": Scenario(parting(who, leave), ANY_TWO),
-            f"{how} behind the last words of the {who}": Scenario(last_words(who, leave), ANY_TWO),
+            f"{how} by the {name} of a pair": Scenario(pair_ends(name, leave), ANY_TWO),
+            f"{how} after the last bytes of the {name}": Scenario(last_bytes(name, leave), ANY_TWO),
         }
 
 
@@ -260,13 +263,13 @@ def both_close(stage: Stage) -> None:
 
 
 @scenario(ANY_TWO)
-def both_close_the_other_way_round(stage: Stage) -> None:
+def both_close_in_the_other_order(stage: Stage) -> None:
     first, second = stage.pair()
     second.close()
     first.close()
 
 
-@scenario([("tcp", "tcp")])  # a Close that crosses another is often lost in the reference
+@scenario([("tcp", "tcp")])  # the reference often loses a Close that crosses another
 def both_shut_down(stage: Stage) -> None:
     first, second = stage.pair()
     first.shutdown()
@@ -290,7 +293,7 @@ def sending_to_one_that_has_left(stage: Stage) -> None:
     first.expect_end()
 
 
-# ---- several on one token
+# ---- several clients with one token
 
 
 @scenario(ANY_TWO)
@@ -325,7 +328,7 @@ def third_on_a_token_waits(stage: Stage) -> None:
 @scenario(ANY_TWO)
 def third_and_fourth_on_a_token_meet(stage: Stage) -> None:
     first, second = stage.pair()
-    third = stage.waiting("third", "a")  # a side that the running pair has too
+    third = stage.waiting("third", "a")  # the running pair has this side, too
     fourth = stage.waiting("fourth", "b")
     third.expect(OK)
     fourth.expect(OK)
@@ -422,11 +425,11 @@ def one_of_the_waiting_is_impatient(stage: Stage) -> None:
 
 
 @scenario(ANY_TWO)
-def data_behind_the_handshake_that_matches(stage: Stage) -> None:
+def data_after_the_handshake_that_matches(stage: Stage) -> None:
     first = stage.waiting("first", "a")
     second = stage.connect("second")
-    second.send(stage.handshake("b"), b"not early at all\n")
-    first.expect(OK + b"not early at all\n")
+    second.send(stage.handshake("b"), b"data, not early\n")
+    first.expect(OK + b"data, not early\n")
     second.expect(OK)
 
 
@@ -450,7 +453,7 @@ def mebibyte_each_way(stage: Stage) -> None:
         sender.join()
 
 
-# ---- what differs, and its neighbours: see DIFFERENCES in test_differential.py
+# ---- scenarios in which the relays differ (see differences.py), and similar ones
 
 
 def long_line(data: bytes) -> Scenario:
@@ -470,12 +473,12 @@ SCENARIOS |= {
     "20,000 bytes and a newline": long_line(b"x" * 20_000 + b"\n"),
 }
 
-ROUNDS = 8  # in each of which a relay that takes any of the waiting may take the newest by chance
+ROUNDS = 8  # several, because a relay that takes any waiting client may take the newest by chance
 WAITING = 4
 
 
 def newest(partner_side: str | None) -> Scenario:
-    """Of those waiting, the one with the latest handshake (not the latest accepted) is taken."""
+    """Match the waiting client with the latest handshake. It was not accepted last."""
 
     def script(stage: Stage) -> None:
         for number in range(ROUNDS):
@@ -493,7 +496,7 @@ def newest(partner_side: str | None) -> Scenario:
 
 SCENARIOS |= {
     "newest of a side meets another side": newest("b"),
-    "newest of a side meets one without": newest(None),
+    "newest of a side meets a client without side": newest(None),
 }
 
 
@@ -501,22 +504,22 @@ SCENARIOS |= {
 def handshake_that_matches_data_and_end_at_once(stage: Stage) -> None:
     first = stage.waiting("first", "a")
     second = stage.connect("second")
-    second.send_last(stage.handshake("b"), b"farewell")
-    first.expect(OK + b"farewell")
+    second.send_last(stage.handshake("b"), b"last bytes")
+    first.expect(OK + b"last bytes")
     first.expect_end()
 
 
-def still_sending(first_words: Callable[[Stage], bytes]) -> Scenario:
-    """A client goes on sending while it is refused."""
+def still_sending(beginning: Callable[[Stage], bytes]) -> Scenario:
+    """Continue to send while the relay refuses the client."""
 
     def script(stage: Stage) -> None:
         client = stage.connect("client")
-        client.send_last(first_words(stage), bytes(16 << 20))
+        client.send_last(beginning(stage), bytes(16 << 20))
 
     return Scenario(script, ANY_ONE)
 
 
 SCENARIOS |= {
-    "sending on behind a bad handshake": still_sending(lambda stage: b"hello\n"),
-    "sending on behind impatience": still_sending(lambda stage: stage.handshake("a")),
+    "sending on after a bad handshake": still_sending(lambda stage: b"hello\n"),
+    "sending on after impatient": still_sending(lambda stage: stage.handshake("a")),
 }

@@ -1,4 +1,4 @@
-"""A stage for the scenarios of test_differential.py: clients of one relay, and what they saw."""
+"""Clients of one relay for the scenarios of test_differential.py, and everything they receive."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from children import TIMEOUT, Record, Relay
 OK = b"ok\n"
 BAD = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
-# Bytes that a pair of the stage's own moves: no scenario may move just as many.
+# A pair of Stage.settle sends these bytes. No pair of a scenario may send the same number.
 MARKER = b"m" * 7919
 
-# What a client that upgrades begins with; its key is filled in.
+# The request of a WebSocket client. The key is filled in.
 UPGRADE = """\
 GET / HTTP/1.1
 Host: localhost
@@ -38,7 +38,7 @@ _marker_numbers = itertools.count()
 
 
 def handshake(token: str, side: str | None = None) -> bytes:
-    """A handshake. Token and side are any words: they are brought to the right length here."""
+    """Return a handshake. Token and side are any strings, and are brought to the right length."""
     token = hashlib.sha256(token.encode()).hexdigest()
     if side is None:
         return f"please relay {token}\n".encode()
@@ -48,7 +48,7 @@ def handshake(token: str, side: str | None = None) -> bytes:
 def frame(
     opcode: int, payload: bytes = b"", *, final: bool = True, masked: bool = True, reserved: int = 0
 ) -> bytes:
-    """A frame as a client sends it. RFC 6455, 5.2 and 5.3."""
+    """Encode a frame as a client does: RFC 6455, 5.2 and 5.3."""
     if len(payload) < 126:
         length, extended = len(payload), b""
     elif len(payload) < 1 << 16:
@@ -65,60 +65,60 @@ def frame(
 
 
 class Seen(NamedTuple):
-    """What one client saw of the relay."""
+    """What one client received from the relay."""
 
     data: str  # over WebSocket: the payload
-    end: str  # over WebSocket: a Close, if one came, and how TCP ended if that was not orderly
+    end: str  # over WebSocket: the Close, if any, and the end of TCP if that was not orderly
     pongs: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
-    """All that a scenario shows of a relay."""
+    """Everything that a scenario shows of a relay."""
 
     clients: dict[str, Seen]
     records: list[Record]
 
 
 class Client:
-    """One TCP connection to the relay, which remembers what it saw."""
+    """One TCP connection to the relay, and everything it has received."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = bytearray()
-        self._expected = 0  # so many of these bytes have been expected
+        self._expected = 0  # number of received bytes that `expect` has checked
         self._broken = False
         self._end = ""
 
-    def spell(self, *parts: bytes) -> bytes:
-        """These bytes as they go over the wire."""
+    def encode(self, *parts: bytes) -> bytes:
+        """Return the bytes that go over the connection for these parts."""
         return b"".join(parts)
 
     def send(self, *parts: bytes) -> None:
-        """Send it all, or as much as can be sent before the relay breaks off.
+        """Send all parts, or as much as possible if the relay ends the connection.
 
-        Over TCP the parts are one run of bytes; over WebSocket each is a message, sent at once.
+        Over TCP the parts are joined. Over WebSocket each part is a message. One write has all.
         """
-        self.write(self.spell(*parts))
+        self.write(self.encode(*parts))
 
-    def begin(self, data: bytes) -> None:
-        """Send the beginning of something (over WebSocket: of a message)."""
+    def send_unfinished(self, data: bytes) -> None:
+        """Send bytes after which more must follow (over WebSocket: a message without its end)."""
         self.write(data)
 
     def send_last(self, *parts: bytes) -> None:
-        """Send it all, and with it the end of our direction."""
+        """Send all parts, then the end of our direction."""
         self.send(*parts)
         self.shutdown()
 
-    def write(self, raw: bytes) -> None:
-        """Send what is spelled already."""
+    def write(self, encoded: bytes) -> None:
+        """Send bytes that are encoded already."""
         try:
-            self._socket.sendall(raw)
+            self._socket.sendall(encoded)
         except ConnectionError:
-            self._broken = True  # what came before that may still be read
+            self._broken = True  # bytes that came before may still be read
 
     def expect(self, data: bytes) -> None:
-        """Read just these bytes."""
+        """Read exactly these bytes."""
         until = self._expected + len(data)
         while len(self._received) < until and self._receive():
             pass
@@ -127,12 +127,12 @@ class Client:
         assert got == data, f"expected {summary(data)}, got {summary(got)} {self._how_it_ended()}"
 
     def expect_end(self) -> None:
-        """Read the relay's end, and nothing before it."""
+        """Read the end. No byte may come before it."""
         self.read_to_end()
         self._assert_all_expected("the end")
 
     def read_to_end(self) -> None:
-        """Read whatever comes, to the relay's end."""
+        """Read everything, up to the end."""
         while self._receive():
             pass
 
@@ -141,7 +141,7 @@ class Client:
         return bytes(self._received[self._expected :])
 
     def shutdown(self) -> None:
-        """End our direction, and go on listening."""
+        """End our direction. The other direction stays open."""
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -149,22 +149,22 @@ class Client:
                 raise
 
     def close(self) -> None:
-        """Leave, having read everything: a byte left unread would make the kernel send a reset."""
+        """Read everything that has come, and close: an unread byte would cause a reset."""
         self._socket.setblocking(False)
         try:
             self._take_all_there_is()
         except (BlockingIOError, ConnectionResetError):
             pass
-        self._assert_all_expected("nothing, as the scenario closes the connection")
+        self._assert_all_expected("nothing, because the scenario closes the connection")
         self._leave("closed")
 
     def reset(self) -> None:
-        """Break off: the relay's kernel sees a reset."""
+        """Close with a reset."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._leave("broken off")
+        self._leave("reset by us")
 
     def finish(self) -> Seen:
-        """Where we have not left: end our direction and read on to the relay's end."""
+        """If the connection is open, end our direction and read up to the end."""
         if self._socket.fileno() != -1:
             self.shutdown()
             self.read_to_end()
@@ -172,7 +172,7 @@ class Client:
         return Seen(summary(self._received), self._how_it_ended())
 
     def abandon(self) -> None:
-        """Close without a look, behind a scenario that failed."""
+        """Close without a check, after a scenario that failed."""
         self._socket.close()
 
     def _leave(self, how: str) -> None:
@@ -187,15 +187,15 @@ class Client:
         return self._end
 
     def _take_all_there_is(self) -> None:
-        """Without waiting: raises BlockingIOError where nothing is there any more."""
+        """Read without waiting. Raises BlockingIOError when no more bytes are there."""
         while not self._end:
             data = self._socket.recv(1 << 16)
             if not data:
-                return  # both have left: whose end was first means nothing
+                return  # both have closed: the order has no meaning
             self._take(data)
 
     def _receive(self) -> bool:
-        """Take some bytes; False where there is the end instead."""
+        """Read some bytes. Return False at the end."""
         if self._end:
             return False
         try:
@@ -213,31 +213,33 @@ class Client:
 
 
 class WebSocketClient(Client):
-    """One WebSocket connection to the relay: RFC 6455, as little of it as the scenarios need.
+    """One WebSocket connection to the relay, with the parts of RFC 6455 that the scenarios need.
 
-    It shares no code with the relay. Where the relay declines the upgrade, it is a TCP connection
-    which has received the answer.
+    It shares no code with the relay. If the relay refuses the upgrade, it is a TCP connection that
+    has received the answer.
     """
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
         self.is_open = False
-        self.sizes: list[int] = []  # of the messages that came
-        self._wire = bytearray()  # what came of a frame that is not whole yet
+        self.sizes: list[int] = []  # of the received messages
+        self._partial = bytearray()  # received, but not yet a whole frame
         self._has_sent_close = False
-        self._close = ""  # the relay's
+        self._close = ""  # the Close that was received
         self._pongs: list[str] = []
         self._key = base64.b64encode(os.urandom(16)).decode()
 
-    def upgrade(self, request: str = UPGRADE, *behind: bytes) -> None:
-        """Ask for the upgrade, with frames behind it in the same segment, and read the answer."""
-        self.write(self.spell_request(request) + b"".join(behind))
+    def upgrade(self, request: str = UPGRADE, *frames: bytes) -> None:
+        """Request the upgrade, with frames in the same segment, and read the answer."""
+        self.write(self.encode_request(request) + b"".join(frames))
         self.read_answer()
 
-    def spell_request(self, request: str = UPGRADE) -> bytes:
+    def encode_request(self, request: str = UPGRADE) -> bytes:
+        """Return the request with our key."""
         return request.format(key=self._key).encode()
 
     def read_answer(self) -> None:
+        """Read the answer. If it is an upgrade, check its fields."""
         while b"\r\n\r\n" not in self._received and self._receive():
             pass
         head, end, frames = bytes(self._received).partition(b"\r\n\r\n")
@@ -257,26 +259,26 @@ class WebSocketClient(Client):
         self._received.clear()
         self._take(frames)
 
-    def spell(self, *parts: bytes) -> bytes:
+    def encode(self, *parts: bytes) -> bytes:
         return b"".join(frame(BINARY, part) for part in parts)
 
-    def begin(self, data: bytes) -> None:
+    def send_unfinished(self, data: bytes) -> None:
         self.write(frame(BINARY, data, final=False))
 
     def send_last(self, *parts: bytes, close: bytes = NORMAL) -> None:
         self._has_sent_close = True
-        self.write(self.spell(*parts) + frame(CLOSE, close))
+        self.write(self.encode(*parts) + frame(CLOSE, close))
 
     def shutdown(self) -> None:
-        """Send a Close, and go on listening."""
+        """Send a Close. The other direction stays open."""
         if not self.is_open:
             super().shutdown()
         elif not self._has_sent_close:
             self.send_last()
 
     def end_tcp(self) -> None:
-        """End our direction of the TCP connection below, without a Close."""
-        self._has_sent_close = True  # there is no sending one any more
+        """End our direction of the TCP connection, without a Close."""
+        self._has_sent_close = True  # after this none can be sent
         super().shutdown()
 
     def finish(self) -> Seen:
@@ -292,44 +294,45 @@ class WebSocketClient(Client):
         try:
             super()._take_all_there_is()
         finally:
-            self._close = close  # a Close that crosses our leaving means nothing either
+            self._close = close  # a Close that crosses our own end has no meaning
 
     def _take(self, data: bytes) -> None:
         if not self.is_open:
             super()._take(data)
             return
-        self._wire += data
+        self._partial += data
         while self._take_frame():
             pass
-        if self._end and self._wire:
+        if self._end and self._partial:
             self._end += " within a frame"
 
     def _take_frame(self) -> bool:
-        wire = self._wire
-        if len(wire) < 2:
+        """Take a whole frame from the received bytes. Return False if there is none."""
+        data = self._partial
+        if len(data) < 2:
             return False
-        opcode, length, start = wire[0], wire[1], 2
+        opcode, length, start = data[0], data[1], 2
         if length == 126:
             start = 4
         elif length == 127:
             start = 10
-        if len(wire) < start:
+        if len(data) < start:
             return False
         if start > 2:
-            length = int.from_bytes(wire[2:start], "big")
-        # The relay has no reason to use fragments, nor anything but binary messages; no mask: 5.1.
+            length = int.from_bytes(data[2:start], "big")
+        # Neither relay sends fragments or text. A server does not mask: RFC 6455, 5.1.
         known = [0x80 | known for known in (BINARY, CLOSE, PING, PONG)]
         assert opcode in known, f"opcode {opcode:#x}"
-        assert wire[1] < 128, "the relay masks"
-        if len(wire) < start + length:
+        assert data[1] < 128, "the relay masks"
+        if len(data) < start + length:
             return False
-        payload = bytes(wire[start : start + length])
-        del wire[: start + length]
-        assert not self._close, f"{summary(payload)} behind the relay's Close"
+        payload = bytes(data[start : start + length])
+        del data[: start + length]
+        assert not self._close, f"{summary(payload)} after the relay's Close"
         if opcode == 0x80 | BINARY:
             self.sizes.append(length)
             self._received += payload
-        elif opcode == 0x80 | PING:  # ours, and only where 25 s pass without a byte
+        elif opcode == 0x80 | PING:  # only from our relay, after 25 s without a byte
             self.write(frame(PONG, payload))
         elif opcode == 0x80 | PONG:
             self._pongs.append(repr(payload))
@@ -342,9 +345,9 @@ class WebSocketClient(Client):
 
 
 def summary(data: bytes | bytearray) -> str:
-    """The bytes themselves, as long as a reader would look at them."""
+    """Return the bytes as text, or their length and digest if they are many."""
     if data.startswith(b"HTTP/1.1 "):
-        return bytes(data[:12]).decode()  # what else an answer says is each relay's own
+        return bytes(data[:12]).decode()  # the rest of an HTTP answer may differ
     if len(data) <= 200:
         return repr(bytes(data))
     return f"{len(data)} bytes with SHA-256 {hashlib.sha256(data).hexdigest()}"
@@ -354,9 +357,9 @@ Kinds = tuple[str, ...]
 
 
 class Stage:
-    """Where one scenario is played against one relay.
+    """One scenario with one relay: its clients and its usage records.
 
-    The kinds, "tcp" or "ws", are given to the clients by turn, in the order they connect.
+    The kinds, "tcp" or "ws", are assigned to the clients in turn, in the order they connect.
     """
 
     def __init__(self, relay: Relay, token: str, kinds: Kinds) -> None:
@@ -367,10 +370,10 @@ class Stage:
         self._clients: dict[str, Client] = {}
         self._records: list[Record] = []
         self.settle()
-        self._records.clear()  # what a scenario that failed has left behind
+        self._records.clear()  # records of an earlier scenario that failed
 
     def connect(self, name: str) -> Client:
-        """A client of the next kind. Over WebSocket, the upgrade is done."""
+        """Connect a client of the next kind. Over WebSocket, the upgrade is done."""
         if next(self._kinds) == "tcp":
             return self.connect_to(self.tcp_port, name)
         client = self.connect_websocket_to(self.websocket_port, name)
@@ -378,30 +381,30 @@ class Stage:
         return client
 
     def connect_to(self, port: int, name: str) -> Client:
-        """A client over TCP."""
+        """Connect a client over TCP."""
         assert name not in self._clients
         client = self._clients[name] = Client(port)
         return client
 
     def connect_websocket_to(self, port: int, name: str) -> WebSocketClient:
-        """A client that has not asked for the upgrade yet. (A failing one gets an HTTP answer.)"""
+        """Connect a WebSocket client that has not requested the upgrade yet."""
         assert name not in self._clients
         client = self._clients[name] = WebSocketClient(port)
         return client
 
     def handshake(self, side: str | None = None) -> bytes:
-        """A handshake with the scenario's own token."""
+        """Return a handshake with the token of this scenario."""
         return handshake(self.token, side)
 
     def waiting(self, name: str, side: str | None = None) -> Client:
-        """A client that the relay has taken as waiting (with a partner there, it is paired)."""
+        """Connect a client, and wait until the relay has handled its handshake."""
         client = self.connect(name)
         client.send(self.handshake(side))
         self.settle()
         return client
 
     def pair(self) -> tuple[Client, Client]:
-        """Two clients that have their ok, "first" and "second" in the order of their handshakes."""
+        """Connect a pair: "first" and "second", in the order of their handshakes."""
         first = self.waiting("first", "a")
         second = self.connect("second")
         second.send(self.handshake("b"))
@@ -410,13 +413,13 @@ class Stage:
         return first, second
 
     def settle(self) -> None:
-        """Wait until the relay has digested all that was sent to it, and has written its records.
+        """Wait until the relay has handled everything sent to it, and has written the records.
 
-        There is no answer to wait for when a client is merely waiting. But a relay serves its
-        connections in one loop, and events come out of the kernel in the order they went in: when
-        two connections made *later* have been accepted, matched, relayed for, ended and recorded,
-        which takes a relay several turns, whatever came before them has had its turn. The record
-        of that pair stands behind all records of earlier events, and its size tells it apart.
+        A client that waits for its partner gets no answer that could tell. But a relay serves its
+        connections in one loop, and the kernel reports events in the order in which they happened.
+        So connect another pair, let it send bytes, end it, and wait for its record. The relay needs
+        several turns for that, and has then handled all earlier events. The record of that pair
+        follows all records of earlier events, and is recognised by its size.
         """
         marker = f"marker {next(_marker_numbers)}"
         one, two = Client(self.tcp_port), Client(self.tcp_port)
@@ -437,13 +440,13 @@ class Stage:
             self._records.append(record)
 
     def outcome(self) -> Outcome:
-        """End every connection that is left, in the order they were made, and tell what was seen.
+        """End the remaining connections, in the order in which they were made; return the outcome.
 
-        Over WebSocket each has time to get what the end of the one before means for it: the
-        reference does not even send its Close when it reads the client's in the same turn.
+        Before a WebSocket connection ends, the relay handles the end of the connection before it:
+        the reference sends no Close if it reads the client's Close in the same turn.
 
-        The records are sorted: those of one event (a match that makes others redundant) have no
-        order that means anything.
+        The records are sorted, because the records of one event (a match that makes other clients
+        redundant) have no defined order.
         """
         seen = {}
         for name, client in self._clients.items():
@@ -454,10 +457,11 @@ class Stage:
         return Outcome(seen, sorted(self._records))
 
     def outcome_of_stop(self) -> Outcome:
-        """The same, when the relay has been stopped in the middle of the scenario."""
+        """Return the outcome after the relay was stopped in the middle of the scenario."""
         seen = {name: client.finish() for name, client in self._clients.items()}
         return Outcome(seen, sorted(self._records + self._relay.last_records()))
 
     def abandon(self) -> None:
+        """Close all clients without a check."""
         for client in self._clients.values():
             client.abandon()

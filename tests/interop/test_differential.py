@@ -1,9 +1,9 @@
-"""The same scenarios against our relay and against the Twisted one: clients must see the same.
+"""Run the same scenarios against our relay and the Twisted relay, and compare the results.
 
-Compared are every byte each client saw (over WebSocket: of payload), how each connection ended,
-and every usage record (mood, bytes, whether there was a waiting time). Every scenario is played
-over TCP, over WebSocket and over both. Where the two relays may differ, differences.py says what
-ours does and which row of PROTOCOL.md it is.
+The comparison covers every byte that a client received (over WebSocket: its payload), how each
+connection ended, and every usage record (mood, bytes, whether it has a waiting time). Each scenario
+runs over TCP, over WebSocket and over both. Where the two relays may differ, differences.py has the
+result of ours and the row of PROTOCOL.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import websocket_scenarios  # noqa: F401  # adds its own to SCENARIOS
+import websocket_scenarios  # noqa: F401  # adds scenarios to SCENARIOS
 from children import Relay
 from differences import DIFFERENCES, STOPPING
 from scenarios import ANY_TWO, SCENARIOS
@@ -25,9 +25,9 @@ CASES = {
     for kinds in scenario.kinds
 }
 
-# The reference drops a client that has not answered its Close after a second, rounded down to
-# whole ticks of its clock: it may be at once, and what was sent before is lost. Here it waits.
-PATIENT_REFERENCE = """
+# The reference drops a client that has not answered its Close for one second, rounded down to its
+# clock ticks. That can be at once, and bytes sent before are lost. With this program it waits.
+REFERENCE_WITHOUT_TIMEOUT = """
 from twisted.application.twist._twist import Twist
 from wormhole_transit_relay.transit_server import WebSocketTransitConnection
 WebSocketTransitConnection.closeHandshakeTimeout = 0
@@ -44,9 +44,10 @@ def start_ours(command: list[str], folder: Path) -> Relay:
 
 
 def start_reference(python_tools: Path) -> Relay:
-    twist = [str(python_tools / "python"), "-c", PATIENT_REFERENCE, "--log-format=text"]
+    program = REFERENCE_WITHOUT_TIMEOUT
+    twist = [str(python_tools / "python"), "-c", program, "--log-format=text"]
     return Relay(
-        # It does not take port 0 without a URL, and has no other use for that.
+        # The reference refuses port 0 without a URL.
         [*twist, "transitrelay", *LISTENERS, "--websocket-url=ws://localhost/"],
         r" ServerFactory starting on (\d+)$",
         r" WebSocketServerFactory starting on (\d+)$",
@@ -65,7 +66,8 @@ def reference(python_tools: Path) -> Iterator[Relay]:
         yield relay
 
 
-def play(name: str, kinds: Kinds, relay: Relay) -> Outcome:
+def run(name: str, kinds: Kinds, relay: Relay) -> Outcome:
+    """Run a scenario against a relay."""
     stage = Stage(relay, name, kinds)
     try:
         SCENARIOS[name].script(stage)
@@ -74,26 +76,29 @@ def play(name: str, kinds: Kinds, relay: Relay) -> Outcome:
         stage.abandon()
 
 
-def play_until_no_reset(name: str, kinds: Kinds, reference: Relay) -> Outcome:
-    """On a busy machine the reference's reset may overtake its Close: then once more.
+def run_reference_until_no_reset(name: str, kinds: Kinds, reference: Relay) -> Outcome:
+    """Run a scenario against the reference; repeat it if a client got a reset.
 
-    One of hundreds does. Where it always resets, this gives that.
+    On a busy machine the reset of the reference may overtake its Close, about once in hundreds of
+    runs. If every run has a reset, return the last outcome.
     """
     for _ in range(5):
-        outcome = play_reference(name, kinds, reference)
+        outcome = run_reference(name, kinds, reference)
         if all(seen.end != "reset" for seen in outcome.clients.values()):
             break
     return outcome
 
 
-def play_reference(name: str, kinds: Kinds, reference: Relay) -> Outcome:
-    return without_resets_behind_a_close(play(name, kinds, reference))
+def run_reference(name: str, kinds: Kinds, reference: Relay) -> Outcome:
+    """Run a scenario against the reference."""
+    return without_resets_after_a_close(run(name, kinds, reference))
 
 
-def without_resets_behind_a_close(outcome: Outcome) -> Outcome:
-    """The reference resets the connection when its Close is answered, where ours ends it.
+def without_resets_after_a_close(outcome: Outcome) -> Outcome:
+    """Remove the resets that follow a Close.
 
-    No client looks any more: "Close 1000" is what both mean.
+    When its Close is answered, the reference resets the connection, and ours ends it. Clients have
+    closed by then, so to them both are "Close 1000".
     """
     clients = {
         name: seen._replace(end=seen.end.replace(", reset", ""))
@@ -105,14 +110,14 @@ def without_resets_behind_a_close(outcome: Outcome) -> Outcome:
 @pytest.mark.parametrize("case", CASES)
 def test_same_as_the_reference(case: str, ours: Relay, reference: Relay) -> None:
     name, kinds = CASES[case]
-    mine = play(name, kinds, ours)
+    mine = run(name, kinds, ours)
     if (name, kinds) not in DIFFERENCES:
-        assert mine == play_until_no_reset(name, kinds, reference)
+        assert mine == run_reference_until_no_reset(name, kinds, reference)
         return
     row, expected = DIFFERENCES[name, kinds]
     assert mine == expected, row
-    # By chance the reference may do what ours always does, but not time after time.
-    assert any(play_reference(name, kinds, reference) != expected for _ in range(5)), (
+    # The reference may do the same by chance, but not five times.
+    assert any(run_reference(name, kinds, reference) != expected for _ in range(5)), (
         f"no difference any more: {row}"
     )
 
@@ -122,7 +127,7 @@ def test_every_difference_has_a_scenario() -> None:
 
 
 def largest_message(relay: Relay, kinds: Kinds) -> int:
-    """... that a WebSocket client gets of a mebibyte."""
+    """Send 1 MiB to a WebSocket client, and return the size of the largest message."""
     stage = Stage(relay, "largest message", kinds)
     try:
         first, second = stage.pair()
@@ -137,21 +142,21 @@ def largest_message(relay: Relay, kinds: Kinds) -> int:
 
 @pytest.mark.parametrize("sender", ["tcp", "ws"])
 def test_messages_are_small(sender: str, ours: Relay, reference: Relay) -> None:
-    """PROTOCOL.md, section 2, `binary messages of at most 32 KiB`: larger ones there."""
+    """PROTOCOL.md, section 2, `binary messages of at most 32 KiB`: the reference sends more."""
     limit = 32 << 10
     assert largest_message(ours, (sender, "ws")) <= limit
     assert any(largest_message(reference, (sender, "ws")) > limit for _ in range(5))
 
 
 def stop_in_the_middle(relay: Relay, kinds: Kinds) -> tuple[int, Outcome]:
-    """Stop a relay with clients in every state: its exit code, and what was seen."""
+    """Stop a relay with clients in every state; return its exit code and the outcome."""
     stage = Stage(relay, "stop", kinds)
     try:
         first, second = stage.pair()
         first.send(b"so far")
         second.expect(b"so far")
         stage.waiting("waiting", "c")
-        stage.connect("in the middle of a handshake").begin(stage.handshake("a")[:50])
+        stage.connect("unfinished handshake").send_unfinished(stage.handshake("a")[:50])
         stage.connect("silent")
         stage.settle()
         return relay.terminate(), stage.outcome_of_stop()
@@ -166,7 +171,7 @@ def test_stopped_as_the_reference(
     with start_ours(our_relay, tmp_path) as relay:
         code, mine = stop_in_the_middle(relay, kinds)
     with start_reference(python_tools) as relay:
-        _, theirs = stop_in_the_middle(relay, kinds)  # Twisted ends by the signal itself
+        _, theirs = stop_in_the_middle(relay, kinds)  # Twisted dies by the signal
     assert code == 0
     assert mine.records == theirs.records
     for place, (name, seen) in enumerate(mine.clients.items()):

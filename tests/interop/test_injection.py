@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-import tools
 from children import TIMEOUT, Child, Record, Relay
 from stage import OK, Client, WebSocketClient, handshake, summary
 

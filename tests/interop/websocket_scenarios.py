@@ -1,4 +1,4 @@
-"""More scenarios for test_differential.py: what there is over WebSocket alone."""
+"""The scenarios of test_differential.py that exist only over WebSocket."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ WITH_ANY: list[Kinds] = [("ws", "tcp"), ("ws", "ws")]
 
 
 def websocket(client: Client) -> WebSocketClient:
+    """Return the client, which must be one over WebSocket."""
     assert isinstance(client, WebSocketClient)
     return client
 
@@ -40,7 +41,7 @@ def websocket(client: Client) -> WebSocketClient:
 
 
 def with_fields(*fields: str, without: str = "", line: str = "GET / HTTP/1.1") -> str:
-    """A request for the upgrade: other fields in place of those that begin as `without` says."""
+    """Return an upgrade request with more fields, and without those that begin with `without`."""
     kept = [old for old in UPGRADE.split("\r\n")[1:-2] if not (without and old.startswith(without))]
     return "\r\n".join([line, *kept, *fields, "", ""])
 
@@ -55,8 +56,8 @@ UPGRADES = {
     .replace("Upgrade", "UPGRADE")
     .replace("Connection", "CONNECTION")
     .replace("websocket", "WEBSOCKET"),
-    "no space behind the colons": UPGRADE.replace(": ", ":"),
-    "much space behind the colons": UPGRADE.replace(": ", ": \t "),
+    "no space after the colons": UPGRADE.replace(": ", ":"),
+    "much space after the colons": UPGRADE.replace(": ", ": \t "),
     "space at the ends of lines": UPGRADE.replace("localhost", "localhost \t").replace(
         "{key}", "{key} "
     ),
@@ -73,7 +74,7 @@ UPGRADES = {
     "extension": with_fields(
         "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
     ),
-    "extension with a parameter that is none": with_fields(
+    "extension with an invalid parameter": with_fields(
         "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits"
     ),
     "subprotocols": with_fields("Sec-WebSocket-Protocol: binary, transit_relay"),
@@ -86,15 +87,18 @@ UPGRADES = {
         "X-Forwarded-For: 192.0.2.2",
         "Via: 1.1 proxy.example",
     ),
-    "letters beyond ASCII": with_fields("Cookie: \u00e9\u00e8=\u20ac"),
+    "non-ASCII characters": with_fields("Cookie: \u00e9\u00e8=\u20ac"),
     "7,000 bytes of a cookie": with_fields("Cookie: " + "c" * 7000),
-    # What differs.
-    "9,000 bytes of a cookie": with_fields("Cookie: " + "c" * 9000),
+    "16,000 bytes of a cookie": with_fields("Cookie: " + "c" * 16_000),
+    "24,000 bytes of cookies": with_fields(*["Cookie: " + "c" * 12_000] * 2),
+    # The relays differ in the following.
+    "17,000 bytes of a cookie": with_fields("Cookie: " + "c" * 17_000),
+    "36,000 bytes of cookies": with_fields(*["Cookie: " + "c" * 12_000] * 3),
     "no Host": with_fields(without="Host"),
     "Host twice": with_fields("Host: elsewhere"),
-    "Host with a port that is none": with_fields("Host: relay.example:http", without="Host"),
+    "Host with an invalid port": with_fields("Host: relay.example:http", without="Host"),
     "fragment in the path": with_fields(line="GET /#here HTTP/1.1"),
-    "Origin that is none": with_fields("Origin: elsewhere"),
+    "invalid Origin": with_fields("Origin: elsewhere"),
     "Origin twice": with_fields("Origin: http://a.example", "Origin: http://b.example"),
     "subprotocol twice": with_fields("Sec-WebSocket-Protocol: binary, binary"),
     "extensions on two lines": with_fields(
@@ -109,7 +113,7 @@ UPGRADES = {
     "no version": with_fields(without="Sec-WebSocket-Version"),
     "version 8": with_fields("Sec-WebSocket-Version: 8", without="Sec-WebSocket-Version"),
     "version 7": with_fields("Sec-WebSocket-Version: 7", without="Sec-WebSocket-Version"),
-    "version that is none": with_fields(
+    "invalid version": with_fields(
         "Sec-WebSocket-Version: new", without="Sec-WebSocket-Version"
     ),
     "versions as a list": with_fields(
@@ -134,6 +138,8 @@ UPGRADES = {
 
 
 def upgrading(request: str) -> Script:
+    """Send this request. If it is accepted, send a handshake; then connect a partner."""
+
     def script(stage: Stage) -> None:
         client = stage.connect_websocket_to(stage.websocket_port, "client")
         client.upgrade(request)
@@ -152,7 +158,7 @@ for name, request in UPGRADES.items():
 @scenario(ALONE)
 def upgrade_byte_by_byte(stage: Stage) -> None:
     client = stage.connect_websocket_to(stage.websocket_port, "client")
-    for byte in client.spell_request():
+    for byte in client.encode_request():
         client.write(bytes([byte]))
         stage.settle()
     client.read_answer()
@@ -163,7 +169,7 @@ def upgrade_byte_by_byte(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def handshake_behind_the_upgrade(stage: Stage) -> None:
+def handshake_after_the_upgrade(stage: Stage) -> None:
     client = stage.connect_websocket_to(stage.websocket_port, "client")
     client.upgrade(UPGRADE, frame(BINARY, stage.handshake("a")))
     stage.settle()
@@ -172,11 +178,11 @@ def handshake_behind_the_upgrade(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def all_behind_the_upgrade(stage: Stage) -> None:
+def all_after_the_upgrade(stage: Stage) -> None:
     partner = stage.waiting("partner", "b")
     client = stage.connect_websocket_to(stage.websocket_port, "client")
-    said = messages(stage.handshake("a"), b"hello", b"good bye")
-    client.upgrade(UPGRADE, *said, frame(CLOSE, NORMAL))
+    sent = messages(stage.handshake("a"), b"hello", b"good bye")
+    client.upgrade(UPGRADE, *sent, frame(CLOSE, NORMAL))
     partner.expect(OK + b"hellogood bye")
     partner.expect_end()
     client.expect(OK)
@@ -185,19 +191,19 @@ def all_behind_the_upgrade(stage: Stage) -> None:
 @scenario(ALONE)
 def leaving_without_an_upgrade(stage: Stage) -> None:
     stage.connect_websocket_to(stage.websocket_port, "silent")
-    client = stage.connect_websocket_to(stage.websocket_port, "in the middle")
-    client.write(client.spell_request()[:50])
-    client = stage.connect_websocket_to(stage.websocket_port, "breaks off")
-    client.write(client.spell_request()[:50])
+    client = stage.connect_websocket_to(stage.websocket_port, "unfinished request")
+    client.write(client.encode_request()[:50])
+    client = stage.connect_websocket_to(stage.websocket_port, "unfinished request and reset")
+    client.write(client.encode_request()[:50])
     client.reset()
 
 
 def begun(request: str) -> Scenario:
-    """The reference answers only when it has seen an empty line that ends as it should."""
+    """Send bytes at which our relay may answer. The reference waits for an empty line with CRLF."""
 
     def script(stage: Stage) -> None:
         client = stage.connect_websocket_to(stage.websocket_port, "client")
-        client.write(client.spell_request(request))
+        client.write(client.encode_request(request))
         stage.settle()
 
     return Scenario(script, ALONE)
@@ -205,13 +211,13 @@ def begun(request: str) -> Scenario:
 
 SCENARIOS |= {
     "request with lone line feeds": begun(UPGRADE.replace("\r\n", "\n")),
-    "9,000 bytes of a request without an end": begun(with_fields("Cookie: " + "c" * 9000)[:-4]),
-    "request that cannot become one": begun("\x16\x03\x01"),
-    "request that may become one": begun("GET / HTTP/1.1\r\nHost: localhost\r\n"),
+    "17,000 bytes of an unfinished request": begun(with_fields("Cookie: " + "c" * 17_000)[:-4]),
+    "bytes that cannot begin a request": begun("\x16\x03\x01"),
+    "beginning of a request": begun("GET / HTTP/1.1\r\nHost: localhost\r\n"),
 }
 
 
-# ---- HTTP, and the listener of the other kind
+# ---- HTTP, and the other listener
 
 REQUESTS = {
     "GET": "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -228,7 +234,7 @@ REQUESTS = {
 
 
 def asking(request: str, over_websocket: bool) -> Scenario:
-    """Ask by HTTP, at either listener, for something else than an upgrade."""
+    """Send an HTTP request that is no upgrade, to either listener."""
 
     def script(stage: Stage) -> None:
         port = stage.websocket_port if over_websocket else stage.tcp_port
@@ -260,21 +266,21 @@ def tcp_at_the_websocket_listener(stage: Stage) -> None:
     stage.waiting("partner", "b")
 
 
-SCENARIOS |= {  # the kind is the partner's
+SCENARIOS |= {  # ANY_ONE: the kinds of the partner
     "WebSocket at the TCP listener": Scenario(websocket_at_the_tcp_listener, ANY_ONE),
     "TCP at the WebSocket listener": Scenario(tcp_at_the_websocket_listener, ANY_ONE),
 }
 
 
-# ---- how the handshake is put into messages
+# ---- the handshake in messages
 
 
-def spelled(spell: Callable[[bytes], list[bytes]]) -> Scenario:
-    """The handshake comes in these frames, one write each; then there is a partner."""
+def waiting_handshake(encode: Callable[[bytes], list[bytes]]) -> Scenario:
+    """Send the handshake in these frames, one write each. Then connect a partner."""
 
     def script(stage: Stage) -> None:
         client = stage.connect("client")
-        for piece in spell(stage.handshake("a")):
+        for piece in encode(stage.handshake("a")):
             client.write(piece)
             stage.settle()
         stage.waiting("partner", "b")
@@ -287,7 +293,7 @@ def messages(*payloads: bytes) -> list[bytes]:
 
 
 def fragments(*payloads: bytes, final: bool = True) -> list[bytes]:
-    """One message. It has no end if it is not `final`."""
+    """Return the frames of one message. Unless it is `final`, the message is unfinished."""
     last = len(payloads) - 1
     return [
         frame(CONTINUATION if number else BINARY, payload, final=final and number == last)
@@ -300,9 +306,9 @@ def singly(data: bytes) -> list[bytes]:
 
 
 UNSIDED = len(b"please relay ") + 64
-# What is left of it where it counts as whole too early, as it is whole without a side.
+# In messages of one byte the handshake counts as whole before its side. This is the rest.
 SIDE_BEGINS = handshake("", "a")[UNSIDED:]
-SPELLINGS: dict[str, Callable[[bytes], list[bytes]]] = {
+HANDSHAKES: dict[str, Callable[[bytes], list[bytes]]] = {
     "without its newline": lambda line: messages(line[:-1]),
     "without its newline, which comes later": lambda line: messages(line[:-1], b"\n"),
     "without its side, which comes later": lambda line: messages(line[:UNSIDED], line[UNSIDED:]),
@@ -314,40 +320,40 @@ SPELLINGS: dict[str, Callable[[bytes], list[bytes]]] = {
         frame(PING, b"first"),
         *fragments(line[:50], final=False),
         frame(PING, b"second"),
-        frame(PONG, b"never asked for"),
+        frame(PONG, b"without a Ping"),
         frame(CONTINUATION, line[50:]),
         frame(PING),
     ],
-    # What differs.
+    # The relays differ in the following.
     "in two messages": lambda line: messages(line[:50], line[50:]),
     "in two messages, the newline in a third": lambda line: messages(line[:20], line[20:-1], b"\n"),
     "in messages of one byte": lambda line: messages(*singly(line)),
     "in two messages, without its newline": lambda line: messages(line[:50], line[50:-1]),
-    "behind an empty message": lambda line: messages(b"", line),
-    "in a message without an end": lambda line: fragments(line, final=False),
+    "after an empty message": lambda line: messages(b"", line),
+    "in an unfinished message": lambda line: fragments(line, final=False),
     "and an empty message": lambda line: messages(line, b""),
-    "with data behind it in its message": lambda line: messages(line + b"early"),
-    "with a newline behind it in its message": lambda line: messages(line + b"\n"),
-    "with data behind it in its last fragment": lambda line: fragments(
+    "with data after it in its message": lambda line: messages(line + b"early"),
+    "with a newline after it in its message": lambda line: messages(line + b"\n"),
+    "with data after it in its last fragment": lambda line: fragments(
         line[:50], line[50:] + b"early"
     ),
 }
-SCENARIOS |= {f"handshake {how}": spelled(spell) for how, spell in SPELLINGS.items()}
+SCENARIOS |= {f"handshake {how}": waiting_handshake(encode) for how, encode in HANDSHAKES.items()}
 
 
-def matching(spell: Callable[[bytes], list[bytes]]) -> Scenario:
-    """The same when the partner waits already."""
+def matching(encode: Callable[[bytes], list[bytes]]) -> Scenario:
+    """Send the handshake in these frames, in one write. A partner waits already."""
 
     def script(stage: Stage) -> None:
         stage.waiting("partner", "b")
         client = stage.connect("client")
-        client.write(b"".join(spell(stage.handshake("a"))))
+        client.write(b"".join(encode(stage.handshake("a"))))
         stage.settle()
 
     return Scenario(script, [("tcp", "ws"), ("ws", "ws")])
 
 
-SCENARIOS |= {f"matching handshake {how}": matching(spell) for how, spell in SPELLINGS.items()}
+SCENARIOS |= {f"matching handshake {how}": matching(encode) for how, encode in HANDSHAKES.items()}
 
 
 @scenario(ALONE)
@@ -372,14 +378,14 @@ def long_line_in_two_fragments(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def long_line_in_a_message_without_an_end(stage: Stage) -> None:
+def long_line_in_an_unfinished_message(stage: Stage) -> None:
     client = stage.connect("client")
     client.write(b"".join(fragments(b"x" * 600, b"x" * 600, final=False)))
     stage.settle()
 
 
 @scenario(ALONE)
-def bad_line_in_a_message_without_an_end(stage: Stage) -> None:
+def bad_line_in_an_unfinished_message(stage: Stage) -> None:
     client = stage.connect("client")
     client.write(frame(BINARY, b"hello\n", final=False))
     stage.settle()
@@ -397,7 +403,7 @@ def empty_message_alone(stage: Stage) -> None:
     stage.settle()
 
 
-# ---- while it waits
+# ---- frames of a waiting client
 
 
 @scenario(WITH_ANY)
@@ -405,7 +411,7 @@ def pings_while_waiting(stage: Stage) -> None:
     client = websocket(stage.waiting("client", "a"))
     for payload in b"", b"one", b"x" * 125:
         client.write(frame(PING, payload))
-    client.write(frame(PONG, b"never asked for"))
+    client.write(frame(PONG, b"without a Ping"))
     stage.settle()
     stage.waiting("partner", "b").expect(OK)
     client.expect(OK)
@@ -419,7 +425,7 @@ def impatient_fragment(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def impatient_behind_a_ping(stage: Stage) -> None:
+def impatient_after_a_ping(stage: Stage) -> None:
     client = stage.waiting("client", "a")
     client.write(frame(PING, b"ping") + frame(BINARY, b"early"))
     client.expect(IMPATIENT)
@@ -427,14 +433,14 @@ def impatient_behind_a_ping(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def ping_behind_a_bad_line(stage: Stage) -> None:
+def ping_after_a_bad_line(stage: Stage) -> None:
     client = stage.connect("client")
     client.write(frame(BINARY, b"hello\n") + frame(PING, b"ping"))
     client.expect(BAD)
     client.expect_end()
 
 
-# ---- what a pair moves
+# ---- messages of a pair
 
 
 @scenario(WITH_ANY)
@@ -486,8 +492,8 @@ def pings_between_fragments(stage: Stage) -> None:
 def a_hundred_pings(stage: Stage) -> None:
     first, second = stage.pair()
     first.write(b"".join(frame(PING, bytes([number])) for number in range(100)))
-    first.send(b"behind them")
-    second.expect(b"behind them")
+    first.send(b"after them")
+    second.expect(b"after them")
 
 
 @scenario(WITH_ANY)
@@ -514,7 +520,7 @@ def ok_is_a_message_of_its_own(stage: Stage) -> None:
 
 @scenario(WITH_ANY)
 def four_mebibytes_in_messages_of_the_rust_client(stage: Stage) -> None:
-    """Three for each record."""
+    """The Rust client sends three messages for each record."""
     first, second = stage.pair()
     records = [[bytes([n]) * 4, bytes([n]) * 24, bytes([n]) * 16_400] for n in range(250)]
     sender = threading.Thread(target=first.send, args=[part for parts in records for part in parts])
@@ -523,11 +529,11 @@ def four_mebibytes_in_messages_of_the_rust_client(stage: Stage) -> None:
     sender.join()
 
 
-# ---- what differs there
+# ---- messages of a pair in which the relays differ
 
 
 @scenario(WITH_ANY)
-def a_message_broken_off(stage: Stage) -> None:
+def an_interrupted_message(stage: Stage) -> None:
     first, _ = stage.pair()
     first.write(frame(BINARY, b"x" * 100_000)[:-50_000])
     stage.settle()
@@ -535,7 +541,7 @@ def a_message_broken_off(stage: Stage) -> None:
 
 
 @scenario(WITH_ANY)
-def a_message_without_an_end(stage: Stage) -> None:
+def an_unfinished_message(stage: Stage) -> None:
     first, _ = stage.pair()
     first.write(frame(BINARY, b"one", final=False))
     stage.settle()
@@ -567,15 +573,15 @@ CLOSES = {
     "5000": struct.pack(">H", 5000),
     "65535": struct.pack(">H", 65_535),
     "1000 and a reason that is not UTF-8": NORMAL + b"\xff",
-    "1000 and half a letter": NORMAL + b"\xc3",
+    "1000 and half a UTF-8 character": NORMAL + b"\xc3",
 }
 
 
 def closing(payload: bytes) -> Scenario:
     def script(stage: Stage) -> None:
         first, second = stage.pair()
-        websocket(first).send_last(b"farewell", close=payload)
-        second.expect(b"farewell")
+        websocket(first).send_last(b"last bytes", close=payload)
+        second.expect(b"last bytes")
         second.expect_end()
 
     return Scenario(script, WITH_ANY)
@@ -585,10 +591,10 @@ SCENARIOS |= {f"Close with {what}": closing(payload) for what, payload in CLOSES
 
 
 @scenario(WITH_ANY)
-def data_behind_a_close(stage: Stage) -> None:
+def data_after_a_close(stage: Stage) -> None:
     first, second = stage.pair()
     first.write(frame(BINARY, b"before") + frame(CLOSE, NORMAL))
-    first.send(b"behind")
+    first.send(b"after")
     second.expect(b"before")
     second.expect_end()
 
@@ -610,7 +616,7 @@ def pong_before_the_close(stage: Stage) -> None:
 
 
 @scenario(WITH_ANY)
-def still_talking_when_its_partner_has_left(stage: Stage) -> None:
+def sending_when_its_partner_has_left(stage: Stage) -> None:
     first, second = stage.pair()
     second.close()
     stage.settle()
@@ -621,10 +627,10 @@ def still_talking_when_its_partner_has_left(stage: Stage) -> None:
 
 
 @scenario(ALONE)
-def still_talking_behind_a_bad_line(stage: Stage) -> None:
+def sending_after_a_bad_line(stage: Stage) -> None:
     client = stage.connect("client")
-    for said in b"hello\n", stage.handshake("a"):
-        client.send(said)
+    for line in b"hello\n", stage.handshake("a"):
+        client.send(line)
         stage.settle()
     client.expect(BAD)
     client.expect_end()
@@ -651,7 +657,7 @@ def tcp_ends_while_waiting(stage: Stage) -> None:
 
 
 @scenario(WITH_ANY)
-def tcp_ends_behind_last_words(stage: Stage) -> None:
+def tcp_ends_after_last_bytes(stage: Stage) -> None:
     first, second = stage.pair()
     first.send(b"x" * 50_000)
     websocket(first).end_tcp()
@@ -659,7 +665,7 @@ def tcp_ends_behind_last_words(stage: Stage) -> None:
     second.expect_end()
 
 
-# ---- frames that are against the rules
+# ---- invalid frames
 
 BAD_FRAMES = {
     "text": frame(TEXT, b"hello"),
@@ -687,7 +693,7 @@ BAD_FRAMES = {
 }
 
 
-def breaking_a_rule(wire: bytes) -> Scenario:
+def invalid_frame(wire: bytes) -> Scenario:
     def script(stage: Stage) -> None:
         first, second = stage.pair()
         first.send(b"good so far")
@@ -699,7 +705,7 @@ def breaking_a_rule(wire: bytes) -> Scenario:
     return Scenario(script, WITH_ANY)
 
 
-def breaking_a_rule_at_once(wire: bytes) -> Scenario:
+def invalid_frame_first(wire: bytes) -> Scenario:
     def script(stage: Stage) -> None:
         client = stage.connect("client")
         client.write(wire)
@@ -708,7 +714,7 @@ def breaking_a_rule_at_once(wire: bytes) -> Scenario:
     return Scenario(script, ALONE)
 
 
-def breaking_a_rule_while_waiting(wire: bytes) -> Scenario:
+def invalid_frame_while_waiting(wire: bytes) -> Scenario:
     def script(stage: Stage) -> None:
         client = stage.waiting("client", "a")
         client.write(wire)
@@ -718,17 +724,17 @@ def breaking_a_rule_while_waiting(wire: bytes) -> Scenario:
 
 
 for name, wire in BAD_FRAMES.items():
-    SCENARIOS[f"bad frame of a pair: {name}"] = breaking_a_rule(wire)
+    SCENARIOS[f"bad frame of a pair: {name}"] = invalid_frame(wire)
 BAD_FRAMES_ELSEWHERE = ("text", "unmasked", "opcode 11")
 for name in BAD_FRAMES_ELSEWHERE:
-    SCENARIOS[f"bad frame at once: {name}"] = breaking_a_rule_at_once(BAD_FRAMES[name])
-    SCENARIOS[f"bad frame of one that waits: {name}"] = breaking_a_rule_while_waiting(
+    SCENARIOS[f"bad frame at once: {name}"] = invalid_frame_first(BAD_FRAMES[name])
+    SCENARIOS[f"bad frame of a waiting client: {name}"] = invalid_frame_while_waiting(
         BAD_FRAMES[name]
     )
 
 
 @scenario(WITH_ANY)
-def last_words_and_a_bad_frame(stage: Stage) -> None:
+def last_bytes_and_a_bad_frame(stage: Stage) -> None:
     first, second = stage.pair()
     first.write(frame(BINARY, b"x" * 50_000) + frame(3))
     second.expect(b"x" * 50_000)
