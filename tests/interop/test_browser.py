@@ -1,6 +1,6 @@
-"""A page in a real browser, whose WebSockets are clients of our relay.
+"""A page in a real browser uses its WebSockets as clients of our relay.
 
-The page (browser/page.js) comes from a server in this process and posts to it what it saw.
+A server in this process serves the page (browser/page.js). The page posts its results to it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from test_proxies import (
 )
 
 PAGE = Path(__file__).parent / "browser"
-SIZE = 64 * MEBIBYTE  # what each client sends
+SIZE = 64 * MEBIBYTE  # sent by each client
 LARGEST = 32 * 1024  # bytes in one message of the relay
 FLAGS = [
     *["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"],
-    # Nothing to say to anybody outside, and no name known but that of the certificate.
+    # No connections to the Internet, and no names but that of the certificate.
     *["--disable-quic", "--disable-background-networking", "--disable-component-update"],
     *["--disable-sync", "--disable-breakpad", "--no-proxy-server"],
     f"--host-resolver-rules=MAP {HOST} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -44,11 +44,11 @@ FLAGS = [
 
 
 class PageServer(ThreadingHTTPServer):
-    """Gives out the page, and keeps what it tells."""
+    """Serves the page, and queues the results that the page posts."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), PageHandler)
-        self.told: queue.Queue[Any] = queue.Queue()
+        self.posted: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self.serve_forever, args=[0.02])
         self._thread.start()
 
@@ -75,9 +75,9 @@ class PageHandler(BaseHTTPRequestHandler):
         self._answer(200 if file else 404, kind, (PAGE / file).read_bytes() if file else b"")
 
     def do_POST(self) -> None:
-        told = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(204, "", b"")
-        self.server.told.put(json.loads(told))
+        self.server.posted.put(json.loads(body))
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -86,11 +86,11 @@ class PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        pass  # not on the terminal
+        pass  # no log on the terminal
 
 
 class Browser(Group):
-    """A Chromium with an empty profile, which shows the page."""
+    """A Chromium with an empty profile that loads the page."""
 
     def __init__(
         self, chromium: Path, folder: Path, trusted: str, server: PageServer, url: str
@@ -98,26 +98,26 @@ class Browser(Group):
         self._server = server
         command = [
             *[str(chromium), *FLAGS, f"--user-data-dir={folder / 'profile'}"],
-            f"--ignore-certificate-errors-spki-list={trusted}",  # of this key only
+            f"--ignore-certificate-errors-spki-list={trusted}",  # accept only this key
             url,
         ]
         super().__init__(command, cwd=folder, env=plain_environment(folder))
 
-    def told(self) -> Any:
-        """The next thing that the page tells."""
+    def result(self) -> Any:
+        """Wait for the next result that the page posts."""
         try:
-            told = self._server.told.get(timeout=TIMEOUT)
+            result = self._server.posted.get(timeout=TIMEOUT)
         except queue.Empty:
             self.kill()
             self.lines.rest()
-            raise AssertionError(f"the page says nothing, the browser:\n{self.lines}") from None
-        assert not (isinstance(told, dict) and "error" in told), told["error"]
-        return told
+            raise AssertionError(f"no result from the page; the browser:\n{self.lines}") from None
+        assert not (isinstance(result, dict) and "error" in result), result["error"]
+        return result
 
 
 @pytest.fixture
 def show(chromium: Path, certificate: Path, tmp_path: Path) -> Iterator[Callable[..., Browser]]:
-    """Have a browser show the page: show(scenario=..., url=..., ...)."""
+    """Return a function that loads the page in a browser: show(scenario=..., url=..., ...)."""
     trusted = (certificate / "spki").read_text()
     with PageServer() as server, ExitStack() as running:
 
@@ -138,7 +138,7 @@ def relay(our_relay: list[str]) -> Iterator[WebRelay]:
 def url(
     request: pytest.FixtureRequest, relay: WebRelay, certificate: Path, tmp_path: Path
 ) -> Iterator[str]:
-    """Where the page finds the relay: at either port itself, or through the README's nginx."""
+    """Return the URL of the relay: at either of its ports, or through nginx as documented."""
     if request.param == "ws":
         yield f"ws://127.0.0.1:{relay.websocket_port}/"
     elif request.param == "ws to --port":
@@ -155,8 +155,8 @@ def hellos(token: str) -> list[str]:
 
 
 def client_digests(report: dict[str, Any], code: int) -> Digests:
-    """A client of the page has seen what it should, and this code at its end."""
-    assert report["answer"] == "ok\n"  # a message of its own
+    """Check the report of a client in the page, and return its digests."""
+    assert report["answer"] == "ok\n"  # a separate message
     assert report["binary"]
     assert report["bytes"] == SIZE
     assert 0 < report["largest"] <= LARGEST
@@ -167,7 +167,7 @@ def client_digests(report: dict[str, Any], code: int) -> Digests:
 
 def test_two_in_a_page(url: str, relay: WebRelay, show: Callable[..., Browser]) -> None:
     browser = show(scenario="pair", url=url, size=SIZE, hello=hellos("two"))
-    first, second = browser.told()
+    first, second = browser.result()
     assert_crossed(client_digests(first, 4001), client_digests(second, 1000))
     assert relay.stop() == [Record("happy", 2 * SIZE, True)]
 
@@ -176,25 +176,25 @@ def test_two_in_a_page(url: str, relay: WebRelay, show: Callable[..., Browser]) 
 def test_partner_over_tcp(
     last: str, code: int, url: str, relay: WebRelay, show: Callable[..., Browser]
 ) -> None:
-    ours, its = hellos("one")
-    with TCPClient(relay.port, ours.encode()) as partner:
-        browser = show(scenario=last, url=url, size=SIZE, hello=its)
+    for_partner, for_page = hellos("one")
+    with TCPClient(relay.port, for_partner.encode()) as partner:
+        browser = show(scenario=last, url=url, size=SIZE, hello=for_page)
         digests = partner.exchange(SIZE)
         if last == "leave":
             partner.expect_end()
-    assert_crossed(client_digests(browser.told(), code), digests)
+    assert_crossed(client_digests(browser.result(), code), digests)
     assert relay.stop() == [Record("happy", 2 * SIZE, True)]
 
 
 def test_refusals(relay: WebRelay, show: Callable[..., Browser]) -> None:
     url = f"ws://127.0.0.1:{relay.websocket_port}/"
     browser = show(scenario="refusals", url=url, hello=hellos("refusals"))
-    assert browser.told() == {
+    assert browser.result() == {
         "no handshake": ["bad handshake\n", 1000, "", True],
         "impatient": ["impatient\n", 1000, "", True],
         "text": [1003, "", True],
-        "code of ours": [4999, "", True],
-        "no code": [1005, "", True],  # which is how a browser tells that there was none
+        "private code": [4999, "", True],
+        "no code": [1005, "", True],  # the browser's code for a Close without a code
     }
     moods = [record.mood for record in relay.stop()]
     assert moods == ["errory", "impatient", "empty", "empty", "empty"]
@@ -204,6 +204,6 @@ def test_relay_stops(relay: WebRelay, show: Callable[..., Browser]) -> None:
     url = f"ws://127.0.0.1:{relay.websocket_port}/"
     hello, sideless = hellos("stop")[0], handshake("stop").decode().rstrip("\n")
     browser = show(scenario="stop", url=url, hello=[hello, sideless])
-    assert browser.told() == "a pair"
+    assert browser.result() == "a pair"
     assert relay.stop() == [Record("happy", 0, True)]
-    assert browser.told() == [["ok\n", 1001, True], ["ok\n", 1001, True]]
+    assert browser.result() == [["ok\n", 1001, True], ["ok\n", 1001, True]]

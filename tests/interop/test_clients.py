@@ -1,8 +1,8 @@
-"""Real clients send real files through our relay, where no direct connection is possible.
+"""Real clients send files through our relay. A direct connection between them is impossible.
 
-The sender is on host a, the receiver on host b, the mailbox server and the relay on the server:
-see netns.py. The clients find the relay by the public names they have built in, which is the only
-way to point the Go client anywhere.
+The sender is on host a, the receiver on host b, and the mailbox server and the relay are on the
+server: see netns.py. The clients reach the relay under the public names that are built into them:
+the Go client has no option for another relay.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def programs(python_tools: Path, go_client: Path) -> Mapping[str, Program]:
 
 @pytest.fixture(scope="module")
 def hosts(missing: Callable[[str], NoReturn]) -> Iterator[None]:
-    """The three hosts. They go away also when this run is told to stop."""
+    """Create the three hosts. Remove them also if SIGTERM stops this test run."""
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -48,13 +48,13 @@ def hosts(missing: Callable[[str], NoReturn]) -> Iterator[None]:
 def mailbox(
     hosts: None, python_tools: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """The URL of a mailbox server on the server."""
+    """Run a mailbox server on the server, and return its URL."""
     with mailbox_server(python_tools, tmp_path_factory.mktemp("mailbox")) as url:
         yield url
 
 
 class OurRelay(Relay):
-    """Our relay, on the server."""
+    """Our relay, running on the server."""
 
     def __init__(self, command: list[str], folder: Path, address: str = netns.SERVER) -> None:
         self._database = folder / "usage.sqlite"
@@ -65,7 +65,7 @@ class OurRelay(Relay):
         )
 
     def stop(self, transfers: list[Transfer]) -> None:
-        """Stop it; the transfers must stand in its records, whole."""
+        """Stop the relay, and check its records: each transfer has one, with all its bytes."""
         assert self.terminate() == 0, str(self.lines)
         records = self.last_records()
         happy = sorted(record.total_bytes for record in records if record.mood == "happy")
@@ -115,7 +115,7 @@ def test_five_at_once(
 def test_transit_helper(
     python_tools: Path, mailbox: str, our_relay: list[str], tmp_path: Path
 ) -> None:
-    """As the README says: the sender alone is pointed at a relay that nobody knows otherwise."""
+    """Only the sender has an option with the address of the relay. No name resolves to it."""
     wormhole = str(python_tools / "wormhole")
     helper = f"--transit-helper=tcp:{netns.OTHER}:4001"
     program = Program([wormhole, helper, "send", "--code"], [wormhole, "receive", "--accept-file"])
@@ -141,7 +141,7 @@ socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()
 
 @pytest.mark.parametrize(("here", "there"), [("a", "b"), ("b", "a")])
 def test_no_direct_connection(here: str, there: str, hosts: None) -> None:
-    """What makes the rest of this file a proof: a listener of the one is no use to the other."""
+    """A client cannot connect to the other. Otherwise the other tests here would prove nothing."""
     address = netns.CLIENTS[there]
     listen = [sys.executable, "-c", LISTEN, address]
     with Child(netns.inside(there, listen)) as listener:

@@ -1,7 +1,7 @@
-"""WebSocket clients that nobody here wrote, through our relay: `websockets`, `autobahn` and `ws`.
+"""Clients with the WebSocket libraries `websockets`, `autobahn` and `ws` use our relay.
 
-Each is a program in websocket_clients/ that does the steps it is given and tells what it has seen.
-What a client sees is what its library makes of it; all of them offer permessage-deflate.
+Each client is a program in websocket_clients/ that executes a list of steps and prints the results.
+The results are what the library reports. All libraries offer permessage-deflate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAIRS = [pair for pair in itertools.product(CLIENTS, CLIENTS) if set(pair) != {"
 PARTNERS = dict(zip(LIBRARIES, LIBRARIES[1:] + LIBRARIES[:1]))
 
 FIRST, SECOND = (handshake("interop", side).decode() for side in ("first", "second"))
-NOTHING_TAKEN = ["open", None, None]  # neither an extension nor a subprotocol
+NOTHING_ACCEPTED = ["open", None, None]  # neither an extension nor a subprotocol
 SENT = ["send"]
 OK = ["receive", "ok\n"]
 LONELY, EMPTY = Record("lonely", 0, False), Record("empty", 0, False)
@@ -45,7 +45,7 @@ def happy(total_bytes: int) -> Record:
 
 
 def end(code: int | None, name: str = "closed") -> Step:
-    """What a client sees of an orderly end. The code is None where there is no Close: over TCP."""
+    """Return the result of an orderly end. The code is None over TCP, which has no Close."""
     return [name, code, "", True, "fin"]
 
 
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 
 class Client(Child):
-    """A client doing its steps."""
+    """A client program with its steps."""
 
     def __init__(
         self, program: Program, url: str, steps: Sequence[Any], *subprotocols: str
@@ -64,17 +64,17 @@ class Client(Child):
         super().__init__(argv, env=program.env, stdin=json.dumps(steps))
 
     def has_done(self, step: str) -> None:
-        """Wait until it has done the next step of that name."""
+        """Wait until the client has done the next step of that name."""
         self.lines.until(rf'^\["{step}"')
 
-    def all_seen(self) -> list[Step]:
-        """Wait until it has done all its steps: what it has seen in each."""
+    def results(self) -> list[Step]:
+        """Wait until the client has done all steps, and return their results."""
         self.succeed()
         return [json.loads(line) for line in self.lines.seen]
 
 
 class OurRelay(Relay):
-    """Our relay with a listener for TCP and one for WebSocket, each of which takes both."""
+    """Our relay with a TCP and a WebSocket listener. Each of them accepts both encodings."""
 
     def __init__(self, command: list[str]) -> None:
         endpoint = "tcp:0:interface=127.0.0.1"
@@ -85,7 +85,7 @@ class OurRelay(Relay):
         self.plain, self.web = (f"ws://127.0.0.1:{port}/" for port in self.ports)
 
     def stop(self, *records: Record) -> None:
-        """Stop it: it has written just these records, and had nothing to complain about."""
+        """Stop the relay. It must have written exactly these records, and no warning."""
         assert self.terminate() == 0
         assert sorted(self.last_records()) == sorted(records)
         self.lines.rest()
@@ -103,7 +103,7 @@ def relay(our_relay: list[str]) -> Iterator[OurRelay]:
 def programs(python_tools: Path, npm_ws: Path) -> Mapping[str, Program]:
     scripts = Path(__file__).parent / "websocket_clients"
     node = shutil.which("node")
-    assert node  # or there were no npm_ws
+    assert node  # npm_ws needs it
     return {
         "websockets": Program([str(python_tools / "python"), str(scripts / "with_websockets.py")]),
         "autobahn": Program([str(python_tools / "python"), str(scripts / "with_autobahn.py")]),
@@ -115,9 +115,9 @@ def programs(python_tools: Path, npm_ws: Path) -> Mapping[str, Program]:
 
 
 def plan(chance: random.Random) -> list[list[int]]:
-    """Messages, in all at least 16 MiB, as lists of their fragments' sizes.
+    """Return messages of at least 16 MiB in all, as lists of the sizes of their fragments.
 
-    Half of the sizes are below 1 KiB, the largest is 1 MiB; some messages are empty.
+    Half of the sizes are below 1 KiB, and the largest is 1 MiB. Some messages are empty.
     """
 
     def size() -> int:
@@ -139,7 +139,7 @@ def total(messages: list[list[int]]) -> int:
 def test_transfer(
     first: str, second: str, programs: Mapping[str, Program], relay: OurRelay
 ) -> None:
-    """16 MiB each way at once. The first comes to the listener for WebSocket, and ends it all."""
+    """Send 16 MiB in both directions. The first uses the WebSocket listener, and ends the pair."""
     chance = random.Random(f"{first} {second}")
     up, down = plan(chance), plan(chance)
     close = ["close"] if first == "tcp" else ["close", 1000]
@@ -148,17 +148,17 @@ def test_transfer(
         one.has_done("send")
         steps = [["send", SECOND], ["receive"], ["transfer", down, total(up)], ["closed"]]
         with Client(programs[second], relay.plain, steps) as other:
-            *ones_start, ones_transfer, ones_end = one.all_seen()
-            *others_start, others_transfer, others_end = other.all_seen()
-    assert ones_start == others_start == [NOTHING_TAKEN, SENT, OK]
-    _, ones_sent, ones_received, *ones_sizes = ones_transfer
-    _, others_sent, others_received, *others_sizes = others_transfer
-    assert ones_sent == others_received
-    assert others_sent == ones_received
-    for name, (smallest, largest) in (first, ones_sizes), (second, others_sizes):
+            *start_1, transfer_1, end_1 = one.results()
+            *start_2, transfer_2, end_2 = other.results()
+    assert start_1 == start_2 == [NOTHING_ACCEPTED, SENT, OK]
+    _, sent_1, received_1, *sizes_1 = transfer_1
+    _, sent_2, received_2, *sizes_2 = transfer_2
+    assert sent_1 == received_2
+    assert sent_2 == received_1
+    for name, (smallest, largest) in (first, sizes_1), (second, sizes_2):
         assert name == "tcp" or 0 < smallest <= largest <= LONGEST_MESSAGE
-    assert ones_end == end(None if first == "tcp" else 1000, "close")
-    assert others_end == end(None if second == "tcp" else 1000)
+    assert end_1 == end(None if first == "tcp" else 1000, "close")
+    assert end_2 == end(None if second == "tcp" else 1000)
     relay.stop(happy(total(up) + total(down)))
 
 
@@ -166,7 +166,7 @@ def test_transfer(
     ("library", "code_and_reason", "echo"),
     [
         *((library, [4001, "have seen enough"], 4001) for library in LIBRARIES),
-        # `websockets` always names a code.
+        # `websockets` always sends a code.
         ("autobahn", [], 1005),
         ("ws", [], 1005),
     ],
@@ -178,57 +178,57 @@ def test_close(
     programs: Mapping[str, Program],
     relay: OurRelay,
 ) -> None:
-    """Whoever closes hears its own code again, without its reason; the partner hears 1000."""
+    """The client that closes gets its own code without the reason. The partner gets 1000."""
     partner = programs[PARTNERS[library]]
     with Client(partner, relay.web, [["send", FIRST], ["receive"], ["closed"]]) as other:
         steps = [["send", SECOND], ["receive"], ["close", *code_and_reason]]
         with Client(programs[library], relay.web, steps) as one:
-            assert one.all_seen() == [NOTHING_TAKEN, SENT, OK, end(echo, "close")]
-            assert other.all_seen() == [NOTHING_TAKEN, SENT, OK, end(1000)]
+            assert one.results() == [NOTHING_ACCEPTED, SENT, OK, end(echo, "close")]
+            assert other.results() == [NOTHING_ACCEPTED, SENT, OK, end(1000)]
     relay.stop(happy(0))
 
 
 HANDSHAKES = {
     "without newline": [["send", FIRST.rstrip()]],
     "in fragments": [["send", FIRST[:1], "", FIRST[1:50], FIRST[50:]]],
-    # Not up to the side: what comes before it is a handshake, too, and the message would end it.
+    # The side is in the last message. Otherwise the bytes before it would be a whole handshake.
     "in many messages": [["send", part] for part in (*FIRST[:76], FIRST[76:])],
-    "behind an empty message": [["send", ""], ["send", FIRST]],
+    "after an empty message": [["send", ""], ["send", FIRST]],
 }
 
 
-@pytest.mark.parametrize("spelling", HANDSHAKES)
+@pytest.mark.parametrize("form", HANDSHAKES)
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_handshake(
-    library: str, spelling: str, programs: Mapping[str, Program], relay: OurRelay
+    library: str, form: str, programs: Mapping[str, Program], relay: OurRelay
 ) -> None:
-    """However it is spelled, what follows it is data: even a newline."""
-    start = HANDSHAKES[spelling]
+    """Bytes after a handshake in any form are data, even a newline."""
+    start = HANDSHAKES[form]
     steps = [*start, ["receive"], ["send", "\n"], ["close", 1000]]
     with Client(programs[library], relay.web, steps) as one:
         steps = [["send", SECOND], ["receive"], ["receive"], ["closed"]]
         with Client(programs["tcp"], relay.web, steps) as other:
-            start_seen = [NOTHING_TAKEN, *[SENT] * len(start), OK]
-            assert one.all_seen() == [*start_seen, SENT, end(1000, "close")]
-            assert other.all_seen() == [NOTHING_TAKEN, SENT, OK, ["receive", "\n"], end(None)]
+            results = [NOTHING_ACCEPTED, *[SENT] * len(start), OK]
+            assert one.results() == [*results, SENT, end(1000, "close")]
+            assert other.results() == [NOTHING_ACCEPTED, SENT, OK, ["receive", "\n"], end(None)]
     relay.stop(happy(1))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_empty_messages(library: str, programs: Mapping[str, Program], relay: OurRelay) -> None:
-    """They are nothing: neither impatient, nor passed on."""
-    empty = [["send", ""], ["send", "", ""], ["ping", ""]]  # the relay has read them by its Pong
+    """Empty messages have no effect: the client is not impatient, and the partner gets nothing."""
+    empty = [["send", ""], ["send", "", ""], ["ping", ""]]  # the relay reads them before the Ping
     partner = programs[PARTNERS[library]]
     steps = [["send", FIRST], *empty, ["receive"], *empty, ["send", "data"], ["close", 1000]]
     with Client(programs[library], relay.web, steps) as one:
         one.has_done("ping")
         steps = [["send", SECOND], ["receive"], ["receive"], ["closed"]]
         with Client(partner, relay.web, steps) as other:
-            empty_seen = [SENT, SENT, ["ping"]]
-            seen = [SENT, *empty_seen, OK, *empty_seen, SENT, end(1000, "close")]
-            assert one.all_seen() == [NOTHING_TAKEN, *seen]
-            seen = [SENT, OK, ["receive", "data"], end(1000)]
-            assert other.all_seen() == [NOTHING_TAKEN, *seen]
+            of_empty = [SENT, SENT, ["ping"]]
+            expected = [SENT, *of_empty, OK, *of_empty, SENT, end(1000, "close")]
+            assert one.results() == [NOTHING_ACCEPTED, *expected]
+            expected = [SENT, OK, ["receive", "data"], end(1000)]
+            assert other.results() == [NOTHING_ACCEPTED, *expected]
     relay.stop(happy(len("data")))
 
 
@@ -246,7 +246,7 @@ def test_refused(
     start, record = REFUSALS[answer]
     with Client(programs[library], relay.web, [*start, ["receive"], ["closed"]]) as client:
         sent = [SENT] * len(start)
-        assert client.all_seen() == [NOTHING_TAKEN, *sent, ["receive", answer], end(1000)]
+        assert client.results() == [NOTHING_ACCEPTED, *sent, ["receive", answer], end(1000)]
     relay.stop(record)
 
 
@@ -255,25 +255,25 @@ def test_text_instead_of_handshake(
     library: str, programs: Mapping[str, Program], relay: OurRelay
 ) -> None:
     with Client(programs[library], relay.web, [["send_text", FIRST], ["closed"]]) as client:
-        assert client.all_seen() == [NOTHING_TAKEN, ["send_text"], end(1003)]
+        assert client.results() == [NOTHING_ACCEPTED, ["send_text"], end(1003)]
     relay.stop(EMPTY)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_text_to_a_partner(library: str, programs: Mapping[str, Program], relay: OurRelay) -> None:
-    """It ends the pair, and does not reach the partner."""
+    """A text message ends the pair, and does not reach the partner."""
     partner = programs[PARTNERS[library]]
     with Client(partner, relay.web, [["send", FIRST], ["receive"], ["closed"]]) as other:
         steps = [["send", SECOND], ["receive"], ["send_text", "hello"], ["closed"]]
         with Client(programs[library], relay.web, steps) as one:
-            assert one.all_seen() == [NOTHING_TAKEN, SENT, OK, ["send_text"], end(1003)]
-            assert other.all_seen() == [NOTHING_TAKEN, SENT, OK, end(1000)]
+            assert one.results() == [NOTHING_ACCEPTED, SENT, OK, ["send_text"], end(1003)]
+            assert other.results() == [NOTHING_ACCEPTED, SENT, OK, end(1000)]
     relay.stop(happy(0))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_ping(library: str, programs: Mapping[str, Program], relay: OurRelay) -> None:
-    """At any time, between the fragments of a message too, and with any payload."""
+    """Each Ping gets its Pong: in all states, between fragments, and with any payload."""
     message = ["one ", "message"]
     pings = [["ping", payload] for payload in ("", "hello", "x" * 125)]
     around = ["send_around_ping", message[0], "between", message[1]]
@@ -283,32 +283,33 @@ def test_ping(library: str, programs: Mapping[str, Program], relay: OurRelay) ->
         one.has_done("send")
         steps = [["send", SECOND], ["receive"], ["transfer", [], size], ["closed"]]
         with Client(programs["tcp"], relay.web, steps) as other:
-            seen = one.all_seen()
-            *_, (_, _, received, *_), others_end = other.all_seen()
+            results = one.results()
+            *_, (_, _, received, *_), partner_end = other.results()
     pongs = [["ping"]] * len(pings)
-    met = [*pongs, SENT, *pongs, OK, *pongs]
-    assert seen == [NOTHING_TAKEN, *met, ["send_around_ping"], *pongs, end(1000, "close")]
+    paired = [*pongs, SENT, *pongs, OK, *pongs]
+    rest = [["send_around_ping"], *pongs, end(1000, "close")]
+    assert results == [NOTHING_ACCEPTED, *paired, *rest]
     assert received == hashlib.sha256("".join(message).encode()).hexdigest()
-    assert others_end == end(None)
+    assert partner_end == end(None)
     relay.stop(happy(size))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_subprotocol(library: str, programs: Mapping[str, Program], relay: OurRelay) -> None:
-    """None is taken. `ws` then gives up by itself, as its users must know."""
+    """The relay accepts no subprotocol. `ws` then closes the connection."""
     steps = [["send", FIRST], ["close", 1000]]
     with Client(programs[library], relay.web, steps, "transit", "binary") as client:
         if library == "ws":
             client.lines.until("Server sent no subprotocol")
             assert client.wait() == 1
         else:
-            assert client.all_seen() == [NOTHING_TAKEN, SENT, end(1000, "close")]
+            assert client.results() == [NOTHING_ACCEPTED, SENT, end(1000, "close")]
     relay.stop(EMPTY if library == "ws" else LONELY)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_what_is_offered(library: str, programs: Mapping[str, Program]) -> None:
-    """What makes NOTHING_TAKEN a proof: each offers permessage-deflate, and any subprotocol."""
+def test_offers(library: str, programs: Mapping[str, Program]) -> None:
+    """Each library offers permessage-deflate and subprotocols: NOTHING_ACCEPTED relies on it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(TIMEOUT)
         url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
@@ -323,7 +324,7 @@ def test_what_is_offered(library: str, programs: Mapping[str, Program]) -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_stop(library: str, programs: Mapping[str, Program], relay: OurRelay) -> None:
-    """A relay that is told to stop says so to those who relay and to those who wait."""
+    """A relay that stops sends Close 1001 to waiting clients and to both clients of a pair."""
     program = programs[library]
     waiting = handshake("another", "waiting").decode()
     steps = [["receive"], ["closed"]]
@@ -332,9 +333,9 @@ def test_stop(library: str, programs: Mapping[str, Program], relay: OurRelay) ->
         lonely = start(Client(program, relay.web, [["send", waiting], ["ping", ""], ["closed"]]))
         one = start(Client(program, relay.web, [["send", FIRST], *steps]))
         other = start(Client(program, relay.plain, [["send", SECOND], *steps]))
-        lonely.has_done("ping")  # then its handshake has arrived
+        lonely.has_done("ping")  # the relay has its handshake then
         one.has_done("receive")
         other.has_done("receive")
         relay.stop(happy(0), LONELY)
-        assert lonely.all_seen() == [NOTHING_TAKEN, SENT, ["ping"], end(1001)]
-        assert one.all_seen() == other.all_seen() == [NOTHING_TAKEN, SENT, OK, end(1001)]
+        assert lonely.results() == [NOTHING_ACCEPTED, SENT, ["ping"], end(1001)]
+        assert one.results() == other.results() == [NOTHING_ACCEPTED, SENT, OK, end(1001)]

@@ -113,9 +113,7 @@ UPGRADES = {
     "no version": with_fields(without="Sec-WebSocket-Version"),
     "version 8": with_fields("Sec-WebSocket-Version: 8", without="Sec-WebSocket-Version"),
     "version 7": with_fields("Sec-WebSocket-Version: 7", without="Sec-WebSocket-Version"),
-    "invalid version": with_fields(
-        "Sec-WebSocket-Version: new", without="Sec-WebSocket-Version"
-    ),
+    "invalid version": with_fields("Sec-WebSocket-Version: new", without="Sec-WebSocket-Version"),
     "versions as a list": with_fields(
         "Sec-WebSocket-Version: 13, 8", without="Sec-WebSocket-Version"
     ),

@@ -1,15 +1,15 @@
-// What test_browser.py has a real browser do. The query says which scenario, and where the relay
-// is; what came of it goes back as a POST.
+// The page of test_browser.py. The query has the name of the scenario and the URL of the relay. The
+// page posts the results to its server.
 
 const query = new URLSearchParams(location.search);
 const size = Number(query.get("size"));
 const hellos = query.getAll("hello"); // whole handshakes, each with its newline
-const highWater = 4 << 20; // bytes that the browser may have queued before we stop sending
+const highWater = 4 << 20; // stop sending while the browser has more bytes queued
 
-// A browser has no event for a queue that got shorter.
+// A browser has no event for "the queue is shorter".
 const nextTurn = () => new Promise((resolve) => setTimeout(resolve));
 
-// random(65536) is as much as the browser gives at a time.
+// Return random bytes. The browser returns at most 65536 in one call.
 function random(length) {
   const bytes = new Uint8Array(length);
   for (let at = 0; at < length; at += 65536) {
@@ -25,11 +25,11 @@ async function sha256(bytes) {
 
 class Client {
   constructor(capacity = 1024) {
-    this.messages = []; // text, of the first few
+    this.messages = []; // the first few, as text
     this.count = 0;
     this.largest = 0;
-    this.binary = true; // so far
-    this.data = new Uint8Array(capacity); // what came in the messages behind the first
+    this.binary = true; // whether all messages were binary
+    this.data = new Uint8Array(capacity); // of the messages after the first
     this.length = 0;
     this.opened = new Promise((resolve) => (this.onOpen = resolve));
     this.answered = new Promise((resolve) => (this.onAnswer = resolve));
@@ -41,7 +41,7 @@ class Client {
     this.socket.onmessage = (event) => this.take(event.data);
     this.socket.onclose = ({ code, reason, wasClean }) => {
       this.end = { code, reason, wasClean };
-      this.onOpen(); // nobody shall wait for what cannot come any more
+      this.onOpen(); // after the end no other event comes: resolve all promises
       this.onAnswer();
       this.onFull();
       this.onClose();
@@ -57,7 +57,7 @@ class Client {
     this.largest = Math.max(this.largest, bytes.length);
     if (this.count < 3) this.messages.push(new TextDecoder("latin1").decode(bytes.subarray(0, 80)));
     if (this.count++) {
-      if (this.length + bytes.length > this.data.length) throw new Error("more came than was sent");
+      if (this.length + bytes.length > this.data.length) throw new Error("received more than was sent");
       this.data.set(bytes, this.length);
       this.length += bytes.length;
       if (this.length === this.data.length) this.onFull();
@@ -67,12 +67,12 @@ class Client {
   }
 
   // Send text as one binary message.
-  say(text) {
+  sendText(text) {
     this.socket.send(new TextEncoder().encode(text));
   }
 
-  // Send so many bytes in messages of random sizes, none at all among them.
-  async pour(length) {
+  // Send random bytes in messages of random sizes. Some messages are empty.
+  async sendBulk(length) {
     const bytes = random(length);
     for (let at = 0; at < length; ) {
       while (this.socket.bufferedAmount > highWater) {
@@ -88,7 +88,7 @@ class Client {
   }
 
   async exchange() {
-    await Promise.all([this.pour(size), this.full]);
+    await Promise.all([this.sendBulk(size), this.full]);
   }
 
   async report() {
@@ -106,22 +106,23 @@ class Client {
   }
 }
 
-// Tell the test something. The last thing told is the scenario's result.
-async function tell(what) {
-  await fetch("/told", { method: "POST", body: JSON.stringify(what) });
+// Post something to the test. The last post is the result of the scenario.
+async function post(value) {
+  await fetch("/results", { method: "POST", body: JSON.stringify(value) });
 }
 
-async function greeted(hello, capacity) {
+// Return a client that has sent its handshake.
+async function connect(hello, capacity) {
   const client = new Client(capacity);
   await client.opened;
-  client.say(hello);
+  client.sendText(hello);
   return client;
 }
 
 const scenarios = {
-  // Two clients in this page. The first leaves, with a code of its own.
+  // Two clients in this page. The first closes, with a private code.
   async pair() {
-    const clients = await Promise.all(hellos.map((hello) => greeted(hello, size)));
+    const clients = await Promise.all(hellos.map((hello) => connect(hello, size)));
     await Promise.all(clients.map((client) => client.answered));
     await Promise.all(clients.map((client) => client.exchange()));
     clients[0].socket.close(4001, "for a reason");
@@ -129,18 +130,18 @@ const scenarios = {
     return Promise.all(clients.map((client) => client.report()));
   },
 
-  // One client, and a partner somewhere else, who leaves.
+  // One client. Its partner is in the test, and closes.
   async stay() {
-    const client = await greeted(hellos[0], size);
+    const client = await connect(hellos[0], size);
     await client.answered;
     await client.exchange();
     await client.closed;
     return client.report();
   },
 
-  // The same, but we leave, at once when all is with the browser, if not yet on its way.
+  // One client that closes as soon as the browser has all bytes, which may not be sent yet.
   async leave() {
-    const client = await greeted(hellos[0], size);
+    const client = await connect(hellos[0], size);
     await client.answered;
     await client.exchange();
     client.socket.close(4001);
@@ -148,40 +149,40 @@ const scenarios = {
     return client.report();
   },
 
-  // Clients that do something wrong: what each was told, and how it ended.
+  // Clients that break a rule. The result has the messages and the Close that each received.
   async refusals() {
-    const wrongs = {
-      "no handshake": (client) => client.say("please relay nothing\n"),
-      impatient: (client) => client.say(hellos[0] + "!"),
+    const violations = {
+      "no handshake": (client) => client.sendText("please relay nothing\n"),
+      impatient: (client) => client.sendText(hellos[0] + "!"),
       text: (client) => client.socket.send(hellos[1]),
-      "code of ours": (client) => client.socket.close(4999),
+      "private code": (client) => client.socket.close(4999),
       "no code": (client) => client.socket.close(),
     };
     const results = {};
-    for (const [name, wrong] of Object.entries(wrongs)) {
+    for (const [name, violate] of Object.entries(violations)) {
       const client = new Client();
       await client.opened;
-      wrong(client);
+      violate(client);
       await client.closed;
       results[name] = [...client.messages, client.end.code, client.end.reason, client.end.wasClean];
     }
     return results;
   },
 
-  // A handshake in three messages, and a client without a side, are a pair until the relay stops.
+  // A pair: a handshake in three messages, and a client without a side. The relay stops.
   async stop() {
     const clients = [new Client(), new Client()];
     await Promise.all(clients.map((client) => client.opened));
-    for (const part of [hellos[0].slice(0, 20), "", hellos[0].slice(20)]) clients[0].say(part);
-    clients[1].say(hellos[1]);
+    for (const part of [hellos[0].slice(0, 20), "", hellos[0].slice(20)]) clients[0].sendText(part);
+    clients[1].sendText(hellos[1]);
     await Promise.all(clients.map((client) => client.answered));
-    await tell("a pair");
+    await post("a pair");
     await Promise.all(clients.map((client) => client.closed));
     return clients.map((client) => [...client.messages, client.end.code, client.end.wasClean]);
   },
 };
 
-window.onerror = (message) => tell({ error: String(message) });
+window.onerror = (message) => post({ error: String(message) });
 scenarios[query.get("scenario")]()
-  .then(tell)
-  .catch((error) => tell({ error: `${error}\n${error.stack}` }));
+  .then(post)
+  .catch((error) => post({ error: `${error}\n${error.stack}` }));

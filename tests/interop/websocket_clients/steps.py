@@ -1,8 +1,8 @@
-"""What a client of test_websocket_clients.py is told to do, step by step.
+"""The steps of the client programs of test_websocket_clients.py.
 
-`CLIENT URL SUBPROTOCOL...` reads a list of steps from its input, as JSON, each a list of a name and
-arguments. It prints each step that it has done, as a JSON list of its name and of what was seen. A
-step that cannot be done ends the program, with an error. with_ws.js knows the same steps.
+`CLIENT URL SUBPROTOCOL...` reads a list of steps from its input, as JSON. Each step is a list of a
+name and arguments. After each step the client prints a JSON list: the name and the results. A step
+that fails ends the program with an error. with_ws.js implements the same steps.
 """
 
 from __future__ import annotations
@@ -17,45 +17,46 @@ from typing import Any, NamedTuple, Protocol
 
 
 class End(NamedTuple):
-    """How a connection has ended, in the words of the library."""
+    """The end of a connection, as the library reports it."""
 
     code: int | None  # of the relay's Close
     reason: str
-    clean: bool  # there was a Close each way
-    tcp: str  # "fin": the relay has ended it, and nobody has reset it
+    clean: bool  # both sides have sent a Close
+    tcp: str  # "fin": the relay has ended the TCP connection without a reset
 
 
 class Client(Protocol):
-    """What each library is wrapped in. Payloads are binary; texts come and go as str."""
+    """A client of one library. Binary messages are bytes, text messages are str."""
 
     async def connect(self, url: str, subprotocols: Sequence[str]) -> Sequence[str | None]:
-        """The extensions and the subprotocol that the relay has taken."""
+        """Connect; return the extensions and the subprotocol that the relay has accepted."""
 
     async def send(self, fragments: Iterable[bytes], ping: bytes | None = None) -> None:
-        """One message. The ping goes behind its first fragment."""
+        """Send one message. The Ping follows its first fragment."""
 
     async def send_text(self, text: str) -> None: ...
 
     async def ping(self, payload: bytes) -> None:
-        """Ping, and wait for a Pong with just that payload."""
+        """Send a Ping, and wait for a Pong with the same payload."""
 
     async def receive(self) -> bytes | str | None:
-        """A message, or None behind the last one."""
+        """Wait for a message. Return None at the end of the connection."""
 
     async def close(self, *code_and_reason: Any) -> None: ...
 
     async def end(self) -> End:
-        """Wait until the TCP connection is gone, too."""
+        """Wait for the end of the TCP connection, too."""
 
 
-async def play(client: Client, url: str, subprotocols: list[str], steps: Any) -> None:
-    say("open", *await client.connect(url, subprotocols))
+async def run(client: Client, url: str, subprotocols: list[str], steps: Any) -> None:
+    """Connect, then do all steps."""
+    print_result("open", *await client.connect(url, subprotocols))
     for name, *arguments in steps:
-        say(name, *await globals()[f"step_{name}"](client, *arguments))
+        print_result(name, *await globals()[f"step_{name}"](client, *arguments))
 
 
-def say(*words: object) -> None:
-    print(json.dumps(words), flush=True)
+def print_result(*values: object) -> None:
+    print(json.dumps(values), flush=True)
 
 
 async def step_send(client: Client, *fragments: str) -> Sequence[Any]:
@@ -83,10 +84,11 @@ async def step_receive(client: Client) -> Sequence[Any]:
 
 
 async def step_transfer(client: Client, plan: list[list[int]], size: int) -> Sequence[Any]:
-    """Send messages of random bytes, and receive so many bytes: both at once.
+    """Send messages of random bytes, and at the same time receive `size` bytes.
 
-    The plan is a list of messages, each a list of its fragments' sizes. Seen are the hashes of what
-    went out and of what came in, and the smallest and the largest message that came.
+    The plan is a list of messages; a message is a list of the sizes of its fragments. The results
+    are the digests of the sent and the received bytes, and the sizes of the smallest and the
+    largest received message.
     """
     sent, received = hashlib.sha256(), hashlib.sha256()
     sizes: list[int] = []
@@ -120,10 +122,11 @@ async def step_closed(client: Client) -> Sequence[Any]:
 
 async def receive_binary(client: Client) -> bytes:
     message = await client.receive()
-    assert message is not None, f"no message, but the end: {await client.end()}"
-    assert isinstance(message, bytes), f"a text: {message}"
+    assert message is not None, f"the end instead of a message: {await client.end()}"
+    assert isinstance(message, bytes), f"a text message: {message}"
     return message
 
 
 def main(client: Client) -> None:
-    asyncio.run(play(client, sys.argv[1], sys.argv[2:], json.load(sys.stdin)))
+    """Run a client with the arguments and the input of this program."""
+    asyncio.run(run(client, sys.argv[1], sys.argv[2:], json.load(sys.stdin)))

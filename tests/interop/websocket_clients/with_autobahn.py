@@ -14,7 +14,7 @@ from autobahn.websocket.types import ConnectionResponse
 
 
 class Connection(WebSocketClientProtocol):
-    """Hands what the library calls it with to those who wait for it."""
+    """Turns the callbacks of the library into futures and queues."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class Connection(WebSocketClientProtocol):
         self.tcp = ""
 
     def onConnect(self, response: ConnectionResponse) -> None:
-        self._taken = [response.headers.get("sec-websocket-extensions"), response.protocol]
+        self._accepted = [response.headers.get("sec-websocket-extensions"), response.protocol]
 
     def onOpen(self) -> None:
-        self.opened.set_result(self._taken)
+        self.opened.set_result(self._accepted)
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.messages.put_nowait(payload if isBinary else payload.decode())
@@ -43,12 +43,12 @@ class Connection(WebSocketClientProtocol):
         if not self.opened.done():
             self.opened.set_exception(ConnectionError(reason))
         if wasClean and code is None:
-            code = 1005  # as the other libraries name it: RFC 6455, 7.4.1
+            code = 1005  # as the other libraries report it: RFC 6455, 7.4.1
         self.closed.set_result((code, reason or "", wasClean))
         self.messages.put_nowait(None)
         self.pongs.put_nowait(None)
 
-    # From asyncio: what the library does not pass on.
+    # Callbacks of asyncio that the library does not pass on.
 
     def pause_writing(self) -> None:
         self.may_write.clear()
@@ -73,7 +73,7 @@ class AutobahnClient:
         factory.protocol = Connection
         factory.setProtocolOptions(
             perMessageCompressionOffers=[PerMessageDeflateOffer()],
-            # The limits on time are the test's.
+            # No time limits here: the test has its own.
             openHandshakeTimeout=0,
             closeHandshakeTimeout=0,
             serverConnectionDropTimeout=0,
@@ -95,7 +95,7 @@ class AutobahnClient:
             self._connection.endMessage()  # sends an empty last fragment
         if ping is not None:
             await self._pong(ping)
-        await asyncio.sleep(0)  # the library never waits: without this it would not receive
+        await asyncio.sleep(0)  # sending never awaits: without this nothing would be received
         await self._connection.may_write.wait()
 
     async def send_text(self, text: str) -> None:
@@ -107,7 +107,7 @@ class AutobahnClient:
 
     async def _pong(self, payload: bytes) -> None:
         pong = await self._connection.pongs.get()
-        assert pong == payload, f"not the Pong, but {pong!r}"
+        assert pong == payload, f"{pong!r} instead of the Pong"
 
     async def receive(self) -> bytes | str | None:
         return await self._connection.messages.get()

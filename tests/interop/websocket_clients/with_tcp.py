@@ -1,4 +1,4 @@
-"""A client of plain TCP, with which those of WebSocket are to meet. See steps.py."""
+"""A client over plain TCP, the partner of clients over WebSocket. See steps.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 import steps
 
-OK = 3  # bytes: the answer to a handshake, behind which data may follow in the same segment
+OK_BYTES = 3  # of the answer to a handshake; data may follow in the same segment
 
 
 class TcpClient:
-    _has_met = False
+    _has_partner = False
 
     async def connect(self, url: str, _: Sequence[str]) -> Sequence[str | None]:
         address = urlsplit(url)
@@ -30,11 +30,11 @@ class TcpClient:
         raise NotImplementedError
 
     async def receive(self) -> bytes | None:
-        """Not a message but a part: the answer to the handshake, and then what there is."""
-        if self._has_met:
+        """Return the answer to the handshake, and then any bytes: TCP has no messages."""
+        if self._has_partner:
             return await self._reader.read(1 << 16) or None
-        self._has_met = True
-        return await self._reader.readexactly(OK)
+        self._has_partner = True
+        return await self._reader.readexactly(OK_BYTES)
 
     async def close(self) -> None:
         self._writer.write_eof()
@@ -42,7 +42,7 @@ class TcpClient:
     async def end(self) -> steps.End:
         self._writer.close()
         await self._writer.wait_closed()
-        return steps.End(None, "", True, "fin")  # or else the read had failed
+        return steps.End(None, "", True, "fin")  # after a reset the read would have failed
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from websockets.exceptions import ConnectionClosed
 
 
 class Connection(ClientConnection):
-    """Notes what the library does not tell: how the TCP connection has ended."""
+    """Records how the TCP connection has ended, which the library does not report."""
 
     tcp = ""
 
@@ -27,7 +27,7 @@ class Connection(ClientConnection):
 
 class WebsocketsClient:
     async def connect(self, url: str, subprotocols: Sequence[str]) -> Sequence[str | None]:
-        # The limits on time are the test's.
+        # No time limits here: the test has its own.
         self._connection = await connect(
             url,
             subprotocols=subprotocols or None,
@@ -44,13 +44,13 @@ class WebsocketsClient:
         if len(fragments) == 1:
             await self._connection.send(fragments[0])
         else:
-            await self._connection.send(self._in_turn(fragments, ping))
+            await self._connection.send(self._one_by_one(fragments, ping))
 
-    async def _in_turn(self, fragments: list[bytes], ping: bytes | None) -> AsyncIterator[bytes]:
+    async def _one_by_one(self, fragments: list[bytes], ping: bytes | None) -> AsyncIterator[bytes]:
         pong = None
         for fragment in fragments:
             yield fragment
-            if ping is not None and pong is None:  # it has sent the first
+            if ping is not None and pong is None:  # the library has sent the first fragment
                 pong = await self._connection.ping(ping)
         if pong is not None:
             await pong

@@ -1,4 +1,4 @@
-// A client that uses the npm package `ws`. It knows the same steps as steps.py.
+// A client that uses the npm package `ws`. It implements the same steps as steps.py.
 "use strict";
 
 const crypto = require("node:crypto");
@@ -8,13 +8,13 @@ const WebSocket = require("ws");
 class Client {
   constructor(url, subprotocols) {
     this.tcp = "";
-    this.messages = [];  // that came and were not asked for; null behind the last one
-    this.asking = null;  // resolves the promise of a message
+    this.messages = [];  // received, and not yet taken; null at the end of the connection
+    this.resolve = null;  // of a promise that waits for a message
     this.socket = new WebSocket(url, subprotocols);
     this.opened = new Promise((resolve, reject) => {
       this.socket.on("upgrade", (response) => {
         this.extensions = response.headers["sec-websocket-extensions"];
-        // What the library does not tell: how the TCP connection has ended.
+        // The library does not report how the TCP connection has ended.
         response.socket.on("end", () => { this.tcp = this.tcp || "fin"; });
         response.socket.on("error", (error) => { this.tcp = error.message; });
       });
@@ -34,23 +34,23 @@ class Client {
 
   add(message) {
     this.messages.push(message);
-    if (this.asking) this.asking(this.messages.shift());
-    this.asking = null;
+    if (this.resolve) this.resolve(this.messages.shift());
+    this.resolve = null;
   }
 
   receive() {
     if (this.messages.length) return Promise.resolve(this.messages.shift());
-    return new Promise((resolve) => { this.asking = resolve; });
+    return new Promise((resolve) => { this.resolve = resolve; });
   }
 
   async receiveBinary() {
     const message = await this.receive();
-    if (message === null) throw new Error(`no message, but the end: ${await this.closed}`);
-    if (!Buffer.isBuffer(message)) throw new Error(`a text: ${message}`);
+    if (message === null) throw new Error(`the end instead of a message: ${await this.closed}`);
+    if (!Buffer.isBuffer(message)) throw new Error(`a text message: ${message}`);
     return message;
   }
 
-  // Resolves when it is with the kernel.
+  // Resolves when the kernel has the bytes.
   sendFragment(data, options) {
     return new Promise((resolve, reject) => {
       this.socket.send(data, options, (error) => (error ? reject(error) : resolve()));
@@ -63,14 +63,14 @@ class Client {
     }
   }
 
-  // Ping, and wait for a Pong with just that payload.
+  // Send a Ping, and wait for a Pong with the same payload.
   ping(payload) {
     return new Promise((resolve, reject) => {
       this.socket.once("pong", (data) => {
         if (data.toString() === payload) resolve();
-        else reject(new Error(`not the Pong, but ${data}`));
+        else reject(new Error(`${data} instead of the Pong`));
       });
-      this.closed.then((end) => reject(new Error(`not the Pong, but the end: ${end}`)));
+      this.closed.then((end) => reject(new Error(`the end instead of the Pong: ${end}`)));
       this.socket.ping(payload);
     });
   }
@@ -143,17 +143,17 @@ const STEPS = {
   },
 };
 
-function say(...words) {
-  console.log(JSON.stringify(words));
+function printResult(...values) {
+  console.log(JSON.stringify(values));
 }
 
 async function main() {
   const [url, ...subprotocols] = process.argv.slice(2);
   const steps = JSON.parse(fs.readFileSync(0));
   const client = new Client(url, subprotocols);
-  say("open", ...await client.opened);
+  printResult("open", ...await client.opened);
   for (const [name, ...given] of steps) {
-    say(name, ...await STEPS[name](client, ...given));
+    printResult(name, ...await STEPS[name](client, ...given));
   }
 }
 
