@@ -1,8 +1,8 @@
-"""What the packaging checks share: packages as they are built, and fresh systems to put them on.
+"""Fixtures of the packaging checks: the built package, and fresh systems to install it on.
 
-Nothing here is ever skipped: a tool that is missing fails the checks that need it. The systems
-(root folders made by mmdebstrap from the machine's own sources of packages) are begun when the
-session begins and kept in build/roots for the next one; `make clean` removes them.
+No check is skipped: a missing tool fails the checks that need it. The systems are root folders that
+mmdebstrap creates from the machine's package sources. Their creation starts with the session. They
+are kept in build/roots for the next session; `make clean` removes them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 
-# Debian's own programs, Python included, whatever else the machine has in its PATH.
+# Debian's programs, including Python. The PATH of the machine may have others.
 DEBIAN_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TIMEOUT = 60.0 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))
 
-sys.path.insert(0, str(ROOT / "tests" / "interop"))  # its hosts and real clients serve here too
+sys.path.insert(0, str(ROOT / "tests" / "interop"))  # for its hosts and real clients
 
 
 def run(
@@ -36,7 +36,7 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 5 * TIMEOUT,
 ) -> str:
-    """Run a program that must succeed; give what it said on stdout."""
+    """Run a program that must succeed, and return its stdout."""
     done = subprocess.run(
         argv,
         cwd=cwd,
@@ -57,7 +57,7 @@ def run(
 def attempt(
     argv: Sequence[str], env: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in just this environment, whatever comes of it. Its stdout holds its stderr."""
+    """Run a program with this environment only. It may fail. Its stdout contains its stderr."""
     return subprocess.run(
         argv,
         env=env,
@@ -73,14 +73,20 @@ def attempt(
 _numbers = itertools.count(1)
 
 
+def documents() -> str:
+    """Return the text of README.md and of all files in docs."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def remove_traces(machine: str) -> None:
-    """What nspawn leaves behind where /run is no tmpfs."""
+    """Remove the folder that systemd-nspawn leaves if /run is not a tmpfs."""
     with contextlib.suppress(OSError):
         Path("/run/systemd/nspawn/propagate", machine).rmdir()
 
 
 class FreshRoot:
-    """The root folder of a system as its installer leaves it: made by mmdebstrap, kept pristine."""
+    """The root folder of a freshly installed system. mmdebstrap creates it; no test changes it."""
 
     def __init__(self, suite: str, name: str, packages: Sequence[str]) -> None:
         self.suite = suite
@@ -92,10 +98,10 @@ class FreshRoot:
             *("--aptopt=Acquire::Languages none", "--aptopt=APT::Install-Recommends no"),
             *("--include", ",".join(packages), suite, str(self._folder), "-"),
         ]
-        self._making: subprocess.Popen[bytes] | None = None
+        self._mmdebstrap: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Begin to make it, if it is not there."""
+        """Start mmdebstrap, unless the folder is there."""
         if self._stamp.exists() and self._stamp.read_text() == str(self._command):
             return
         self._folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,30 +109,30 @@ class FreshRoot:
         subprocess.run(["rm", "-rf", self._folder], check=True)
         sources = SOURCES.read_text().replace("bookworm", self.suite)
         with self._log.open("wb") as log:
-            self._making = subprocess.Popen(
+            self._mmdebstrap = subprocess.Popen(
                 self._command,
                 env={**os.environ, "PATH": DEBIAN_PATH},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        assert self._making.stdin
-        self._making.stdin.write(sources.encode())
-        self._making.stdin.close()
+        assert self._mmdebstrap.stdin
+        self._mmdebstrap.stdin.write(sources.encode())
+        self._mmdebstrap.stdin.close()
 
     def folder(self) -> Path:
-        """The folder, once it is there."""
-        if self._making is not None:
-            code = self._making.wait(10 * TIMEOUT)
+        """Wait until mmdebstrap has ended, and return the folder."""
+        if self._mmdebstrap is not None:
+            code = self._mmdebstrap.wait(10 * TIMEOUT)
             assert code == 0, f"mmdebstrap {self.suite}: {code}\n{self._log.read_text()}"
-            self._making = None
+            self._mmdebstrap = None
             self._stamp.write_text(str(self._command))
         return self._folder
 
     def run(self, *argv: str, binds: Sequence[str] = ()) -> str:
-        """Run a command in a copy of it that is thrown away, with loopback but no systemd.
+        """Run a command in a temporary copy of the system, with loopback but without systemd.
 
-        `binds` are files and folders of ours, as OURS:THERE.
+        `binds` are files and folders to mount there, as HERE:THERE.
         """
         name = f"relay-{self._folder.name}-{os.getpid()}-{next(_numbers)}"
         try:
@@ -137,7 +143,7 @@ class FreshRoot:
                     *(f"--machine={name}", "--timezone=off", "--private-network"),
                     *(f"--bind={bind}" for bind in binds),
                     *(f"--setenv={variable}" for variable in ("LC_ALL=C.UTF-8", "HOME=/root")),
-                    *("env", "--unset=NOTIFY_SOCKET"),  # nspawn's own
+                    *("env", "--unset=NOTIFY_SOCKET"),  # set by systemd-nspawn
                     *argv,
                 ],
                 timeout=8 * TIMEOUT,
@@ -146,17 +152,17 @@ class FreshRoot:
             remove_traces(name)
 
     def abandon(self) -> None:
-        """Nobody wants it any more."""
-        if self._making is not None:
-            self._making.terminate()
-            self._making.wait()
+        """Stop mmdebstrap, if it runs."""
+        if self._mmdebstrap is not None:
+            self._mmdebstrap.terminate()
+            self._mmdebstrap.wait()
 
 
 BOOTABLE = ("systemd-sysv", "dbus", "python3")
 ROOTS = {
     "bookworm": FreshRoot("bookworm", "bookworm", BOOTABLE),
     "trixie": FreshRoot("trixie", "trixie", BOOTABLE),
-    # Where trixie's packages are built and judged, and the README's recipes tried.
+    # For building and checking trixie's package, and for the documented recipes.
     "trixie-build": FreshRoot(
         "trixie",
         "trixie-build",
@@ -169,7 +175,7 @@ ROOTS = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _begin_roots() -> Iterator[None]:
+def _create_roots() -> Iterator[None]:
     for root in ROOTS.values():
         root.begin()
     yield
@@ -179,13 +185,13 @@ def _begin_roots() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def roots() -> Mapping[str, FreshRoot]:
-    """Fresh systems by name: bookworm, trixie (both can be booted), trixie-build."""
+    """Return the fresh systems by name. bookworm and trixie can be booted, trixie-build cannot."""
     return ROOTS
 
 
 @pytest.fixture(scope="session")
 def deb() -> Path:
-    """The package, built from what is committed (`make deb`)."""
+    """Build the package from the last commit (`make deb`), and return its path."""
     run(["make", "-s", "deb"])
     (package,) = (BUILD / "deb").glob("transit-relay_*_all.deb")
     return package

@@ -1,4 +1,4 @@
-"""Clients of a relay that runs in a booted system, and what it has recorded of them."""
+"""Clients of a relay that runs in a booted system, and the records of that relay."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ SERVICE, STATE = "transit-relay.service", "/var/lib/private/transit-relay"
 PORTS = {"tcp": 4001, "ws": 4002}
 MEBIBYTE = 1 << 20
 
-# Where clients come from, and where they go to, in either family; and how all tokens and sides
-# begin. None of it may be found in a log.
-FAMILIES = {
+# No log may contain an address of a client, a token or a side.
+FAMILIES = {  # source and destination of the clients
     "IPv4": ("127.83.61.7", "127.0.0.1"),
     "IPv6": ("2001:db8:83:61::7", "2001:db8:83:61::1"),
 }
-TOKEN, SIDE = "never_logged_token_", "unseen_side_"
+TOKEN, SIDE = "never_logged_token_", "unseen_side_"  # prefixes
 SECRETS = [TOKEN, SIDE, *(source for source, _ in FAMILIES.values())]
 
 _numbers = itertools.count(1)
 
 
 def prepare(there: Reachable) -> None:
-    """Give it the addresses that it has not anyway."""
+    """Add the addresses that a new network does not have."""
     for address in FAMILIES["IPv6"]:
         there.add_address(address)
 
 
 def connect(there: Reachable, kind: str = "tcp", family: str = "IPv4") -> Client:
-    """A client that has connected (a WebSocket has asked for its upgrade)."""
+    """Connect a client. A WebSocket client has requested its upgrade."""
     source, host = FAMILIES[family]
     sock = there.connect(host, PORTS[kind], source)
     client = WebSocketClient(sock) if kind == "ws" else Client(sock)
@@ -43,15 +42,15 @@ def connect(there: Reachable, kind: str = "tcp", family: str = "IPv4") -> Client
     return client
 
 
-def introduce(*clients: Client) -> None:
-    """Two clients say what makes them a pair."""
+def send_handshakes(*clients: Client) -> None:
+    """Send handshakes that make the two clients a pair."""
     token = f"{TOKEN}{next(_numbers)}_"
     for number, client in enumerate(clients):
         client.send(handshake(token, f"{SIDE}{number}"))
 
 
 def pass_bytes(sender: Client, receiver: Client, data: bytes) -> None:
-    """All of it must arrive."""
+    """Send bytes. All of them must arrive."""
     sending = threading.Thread(target=sender.send, args=[data])
     sending.start()
     received = receiver.receive(len(data))
@@ -66,10 +65,10 @@ def transfer(
     family: str = "IPv4",
     size: int = 4 * MEBIBYTE,
 ) -> None:
-    """The whole life of a pair: so much there, a quarter of it back, and the end."""
+    """Connect a pair, send `size` bytes and a quarter of them back, and end the pair."""
     chance = random.Random(size)
     with connect(there, first, family) as one, connect(there, second, family) as other:
-        introduce(one, other)
+        send_handshakes(one, other)
         for client in one, other:
             assert client.receive(3) == b"ok\n"
         pass_bytes(one, other, chance.randbytes(size))
@@ -87,22 +86,22 @@ print(json.dumps([dict(row) for row in database.execute("SELECT * FROM usage ORD
 
 
 def rows(machine: Machine) -> list[dict[str, Any]]:
-    """What the usage database has, once the relay has written all it knows."""
+    """Return the rows of the usage database. The restart makes the relay write all records."""
     machine.run("systemctl", "restart", SERVICE)
     found: list[dict[str, Any]] = json.loads(machine.python(ROWS, f"{STATE}/usage.sqlite"))
     return found
 
 
-class Knocking:
-    """Pairs that come one after the other, as fast as they can, in the `with` block.
+class PairAfterPair:
+    """A thread that connects one pair after the other, without pause, in the `with` block.
 
-    Nobody may find the door closed. Who is in the hands of a relay that stops is sent away by
-    it: that is for the test to judge, by `sent_away`.
+    A refused connection is an error. A relay that stops may end the pair that it serves: the test
+    checks their number, `ended_early`.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.served = 0
-        self.sent_away = 0
+        self.ended_early = 0
         self._machine = machine
         self._error: BaseException | None = None
         self._stop = False
@@ -115,7 +114,7 @@ class Knocking:
                 served = self._one_pair()
                 with self._progress:
                     self.served += served
-                    self.sent_away += not served
+                    self.ended_early += not served
                     self._progress.notify()
         except BaseException as error:
             with self._progress:
@@ -123,28 +122,28 @@ class Knocking:
                 self._progress.notify()
 
     def _one_pair(self) -> bool:
-        """Whether it was served; False: its relay stopped. Anything else is an error."""
+        """Return True if the pair was served, False if its relay stopped. All else is an error."""
         with connect(self._machine) as one, connect(self._machine) as other:
             try:
-                introduce(one, other)
+                send_handshakes(one, other)
                 for client in one, other:
-                    if not self._hears(client, b"ok\n"):
+                    if not self._receives(client, b"ok\n"):
                         return False
                 one.send(b"hello")
-                return self._hears(other, b"hello")
+                return self._receives(other, b"hello")
             except ConnectionError:
                 return False
 
     @staticmethod
-    def _hears(client: Client, expected: bytes) -> bool:
-        """Whether it gets that, or (False) the end before."""
+    def _receives(client: Client, expected: bytes) -> bool:
+        """Return True if the client receives these bytes, False if the end comes before."""
         while expected and (part := client.read(len(expected))):
             assert expected.startswith(part), part
             expected = expected[len(part) :]
         return not expected
 
     def wait_for_served(self, more: int = 20) -> None:
-        """Wait until so many more pairs have been served."""
+        """Wait until `more` further pairs have been served."""
         with self._progress:
             goal = self.served + more
             done = self._progress.wait_for(lambda: self.served >= goal or self._error, TIMEOUT)
@@ -152,7 +151,7 @@ class Knocking:
                 raise self._error
             assert done, f"{self.served} pairs served, then none in {TIMEOUT} s"
 
-    def __enter__(self) -> Knocking:
+    def __enter__(self) -> PairAfterPair:
         self._thread.start()
         self.wait_for_served()
         return self

@@ -1,4 +1,4 @@
-"""The package under other versions, for upgrades and downgrades, or with something changed."""
+"""Build the package with another version, for upgrades and downgrades, or with other changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ AS_NOBODY = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
 
 
 def replace_once(file: Path, pattern: str, text: str) -> None:
-    """Change what stands in a file; the first time, if it stands there several times."""
+    """Replace the first match of a pattern in a file. There must be one."""
     changed, times = re.subn(pattern, text, file.read_text(), count=1, flags=re.MULTILINE)
     assert times == 1, f"{file}: {pattern}"
     file.write_text(changed)
 
 
 def build_changed(source: Path, change: Callable[[Path], None]) -> Path:
-    """Build what is committed with a change to its files, in a clone at `source`; give the .deb."""
+    """Clone the last commit to `source`, change its files, build the package, return its path."""
     run(["git", "clone", "-q", "--shared", ROOT, source])
     change(source)
     run(["git", *AS_NOBODY, "commit", "-qam", "changed"], cwd=source)
@@ -29,7 +29,7 @@ def build_changed(source: Path, change: Callable[[Path], None]) -> Path:
 
 
 def build_version(version: str, folder: Path) -> Path:
-    """Build what is committed under another version (`0.0.9-1`); give the .deb, below `folder`."""
+    """Build the last commit with another version (`0.0.9-1`) below `folder`; return the .deb."""
     upstream = version.rpartition("-")[0]
 
     def change(source: Path) -> None:

@@ -1,7 +1,7 @@
-"""The package on systems that boot: what its users, its administrator and its packagers meet.
+"""The package on booted systems, as its users, administrators and packagers use it.
 
-Each test has a freshly booted Debian of its own, which takes a fraction of a second, and judges
-in the end, whatever else it is about, that no log there tells who its clients were.
+Each test boots a fresh Debian, which takes a fraction of a second. After each test the fixture
+checks that no log of the system identifies a client.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 
 import pytest
 from children import TIMEOUT
+from conftest import documents
 from guests import (
     FAMILIES,
     SECRETS,
     SERVICE,
     STATE,
-    Knocking,
+    PairAfterPair,
     connect,
-    introduce,
     pass_bytes,
     prepare,
     rows,
+    send_handshakes,
     transfer,
 )
 from nspawn import Machine
@@ -36,7 +37,6 @@ from packages import build_version
 
 from transit_relay import __version__
 
-ROOT = Path(__file__).parent.parent.parent
 SOCKET, WEB_SOCKET = "transit-relay.socket", "transit-relay-ws.socket"
 CONFIG = "/etc/transit-relay.conf"
 OWN_LISTENERS = "/usr/share/doc/transit-relay/examples/own-listeners.conf"
@@ -47,34 +47,34 @@ KIBIBYTE = 1 << 10
 def machine(
     request: pytest.FixtureRequest, roots: Mapping[str, Any], tmp_path: Path
 ) -> Iterator[Machine]:
-    """A system that has booted; a test that fails shows its journal."""
+    """Boot a system. If the test fails, pytest shows the journal."""
     with Machine(roots[request.param].folder(), tmp_path) as machine:
         prepare(machine)
         try:
             yield machine
         finally:
             print(machine.journal())
-        assert "Transit starting on" in machine.journal()  # so that it is the right place to look
-        for where, text in logs(machine):
+        assert "Transit starting on" in machine.journal()  # the journal has the relay's messages
+        for place, text in logs(machine):
             for secret in SECRETS:
-                assert secret.encode() not in text, f"{where} holds {secret}"
+                assert secret.encode() not in text, f"{place} contains {secret}"
 
 
 @pytest.fixture
 def installed(machine: Machine, deb: Path) -> Machine:
-    """A system on which the package was installed."""
+    """Boot a system and install the package."""
     machine.install(deb)
     return machine
 
 
 @pytest.fixture(scope="module")
 def older_deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as a version before."""
+    """Build the package with an older version number."""
     return build_version("0.0.9-1", tmp_path_factory.mktemp("older"))
 
 
 def logs(machine: Machine) -> Iterator[tuple[str, bytes]]:
-    """Whatever the system has written about its clients, with all that a journal's entry holds."""
+    """Return all logs of the system. The journal has all fields of its entries."""
     yield "the journal", machine.run("journalctl", "--output=export", "--all").encode()
     yield "the status", machine.try_("systemctl", "status", "--full", SERVICE).stdout.encode()
     for folder in "/var/log", STATE:
@@ -84,31 +84,30 @@ def logs(machine: Machine) -> Iterator[tuple[str, bytes]]:
 
 
 def main_pid(machine: Machine) -> int:
-    """The relay's process, by its number in there."""
+    """Return the process id of the relay, as the system sees it."""
     return int(machine.show(SERVICE, "MainPID"))
 
 
 def restarts(machine: Machine) -> int:
-    """How often systemd had to start it again by itself."""
+    """Return how often systemd has restarted the relay by itself."""
     return int(machine.show(SERVICE, "NRestarts"))
 
 
-def documented(about: str) -> list[str]:
-    """The commands of the README's example that has this in it, a line each."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"(?:^ {4}.*\n)+", readme, re.M)
-    (example,) = (block for block in blocks if about in block and "systemctl" in block)
+def documented(part: str) -> list[str]:
+    """Return the commands of the example in the documents that contains `part`, one a line."""
+    blocks = re.findall(r"(?:^ {4}.*\n)+", documents(), re.M)
+    (example,) = (block for block in blocks if part in block and "systemctl" in block)
     joined = re.sub(r"\\\n *", "", example)
     return [line.strip() for line in joined.splitlines()]
 
 
 def follow(machine: Machine, commands: list[str]) -> None:
-    """Do as one is told."""
+    """Run the commands."""
     for command in commands:
         machine.run("sh", "-c", command)
 
 
-# What it is once it is installed.
+# After the installation.
 
 
 def test_it_runs_when_it_is_installed(installed: Machine) -> None:
@@ -120,8 +119,8 @@ def test_it_runs_when_it_is_installed(installed: Machine) -> None:
     assert installed.run("systemctl", "is-system-running").strip() == "running"
 
 
-def test_it_comes_with_a_connection(installed: Machine) -> None:
-    """Whoever has stopped the service alone: the socket starts it."""
+def test_a_connection_starts_it(installed: Machine) -> None:
+    """After only the service was stopped, the socket starts it."""
     installed.run("systemctl", "stop", SERVICE)
     assert installed.state(SERVICE) == ("inactive", "enabled")
     transfer(installed)
@@ -147,7 +146,7 @@ def test_websocket_as_documented(installed: Machine) -> None:
 
 
 def test_usage_is_recorded_and_blurred(installed: Machine) -> None:
-    sizes = {1_234: 1_000, 12_345_678: 15_000_000}  # sent there; what is recorded, with a quarter
+    sizes = {1_234: 1_000, 12_345_678: 15_000_000}  # sent; recorded, with the quarter sent back
     for size in sizes:
         transfer(installed, size=size)
     recorded = rows(installed)
@@ -160,31 +159,31 @@ def test_usage_is_recorded_and_blurred(installed: Machine) -> None:
     assert os.readlink(installed.path("/var/lib/transit-relay")) == "private/transit-relay"
 
 
-# What may happen to it.
+# Faults and restarts.
 
 
 HANGING = """\
 import signal, sys, time
 sys.path.insert(0, "/usr/share/transit-relay")
 import transit_relay
-signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))  # in the thread of the loop
+signal.signal(signal.SIGWINCH, lambda *_: time.sleep(3600))  # in the thread of the loop
 sys.exit(transit_relay.main())
 """
 
 
 def test_a_loop_that_hangs(installed: Machine) -> None:
-    """systemd notices, and starts it again, though all its other threads are well."""
+    """systemd's watchdog restarts the relay, although its other threads run."""
     installed.path("/run/hanging.py").write_text(HANGING)
     command = f"ExecStart=\nExecStart=/usr/bin/python3 /run/hanging.py --config {CONFIG}"
     installed.add_drop_in(SERVICE, "hang", f"[Service]\nWatchdogSec=5\n{command}\n")
     installed.run("systemctl", "restart", SERVICE)
     before, cursor = main_pid(installed), installed.cursor()
     transfer(installed)
-    installed.run("systemctl", "kill", "--kill-whom=main", "--signal=USR1", SERVICE)
-    with connect(installed) as one, connect(installed) as other:  # they queue, and
-        introduce(one, other)
+    installed.run("systemctl", "kill", "--kill-whom=main", "--signal=WINCH", SERVICE)
+    with connect(installed) as one, connect(installed) as other:  # the kernel queues them
+        send_handshakes(one, other)
         for client in one, other:
-            assert client.receive(3) == b"ok\n"  # are served by its successor
+            assert client.receive(3) == b"ok\n"  # from the new process
         pass_bytes(one, other, b"served again")
     assert "Watchdog timeout (limit 5s)!" in installed.journal(cursor)
     assert restarts(installed) == 1
@@ -192,13 +191,13 @@ def test_a_loop_that_hangs(installed: Machine) -> None:
 
 
 def test_idle_is_not_hanging(installed: Machine) -> None:
-    """The loop wakes up to say that it lives, though nobody comes."""
+    """The loop notifies the watchdog although no client comes."""
     installed.add_drop_in(SERVICE, "hang", "[Service]\nWatchdogSec=3\n")
     installed.run("systemctl", "restart", SERVICE)
     signs = [installed.show(SERVICE, "WatchdogTimestampMonotonic")]
     deadline = time.monotonic() + TIMEOUT
-    while len(signs) < 4:  # longer than that, at two signs in three seconds
-        assert time.monotonic() < deadline, "no signs of life"
+    while len(signs) < 4:  # takes longer than WatchdogSec, with two notifications in 3 s
+        assert time.monotonic() < deadline, "no notification"
         sign = installed.show(SERVICE, "WatchdogTimestampMonotonic")
         if sign != signs[-1]:
             signs.append(sign)
@@ -214,19 +213,19 @@ def test_it_is_killed(installed: Machine) -> None:
 
 
 def test_restarts_while_clients_come(installed: Machine) -> None:
-    """Newcomers queue: the listening socket stays the same, and all are served."""
+    """New connections queue: the listening socket stays open, and all clients are served."""
     before, times = installed.listener(4001), 5
-    with Knocking(installed) as clients:
+    with PairAfterPair(installed) as clients:
         for _ in range(times):
             installed.run("systemctl", "restart", SERVICE)
             clients.wait_for_served()
     assert installed.listener(4001) == before
-    assert clients.sent_away <= times  # the pair that met the relay which stopped
+    assert clients.ended_early <= times  # the pair of the relay that stopped
     assert restarts(installed) == 0
 
 
 def test_a_mistake_in_its_configuration(installed: Machine) -> None:
-    """It is told with its place, and not tried again and again; mended, all is well."""
+    """The message names the line, and systemd does not retry. After the correction it starts."""
     config, cursor = installed.path(CONFIG), installed.cursor()
     good = config.read_text()
     config.write_text(f"{good}no-such-option 1\n")
@@ -243,7 +242,7 @@ def test_a_mistake_in_its_configuration(installed: Machine) -> None:
 
 
 def test_a_mistake_while_clients_come(installed: Machine) -> None:
-    """They would have it started again and again: that ends. Mended, it needs a reset-failed."""
+    """Connections start it until the start limit. After the correction, reset-failed is needed."""
     follow(installed, documented(f"enable --now {WEB_SOCKET}"))
     config, cursor = installed.path(CONFIG), installed.cursor()
     good = config.read_text()
@@ -264,7 +263,7 @@ def test_a_mistake_while_clients_come(installed: Machine) -> None:
     transfer(installed, "tcp", "ws")
 
 
-# What it may do.
+# The sandbox.
 
 PROBE = """\
 import json, os, socket
@@ -292,9 +291,9 @@ print("probe:", json.dumps({
 
 
 def probe(machine: Machine, *relaxed: str) -> dict[str, Any]:
-    """What a program can do that runs as the relay does, in the same sandbox.
+    """Run a program in the sandbox of the relay, and return what it can do.
 
-    `relaxed` are lines for the unit that take something back.
+    `relaxed` are lines for the unit that remove restrictions.
     """
     machine.path("/run/probe.py").write_text(PROBE)
     lines = ["[Service]", "ExecStartPost=/usr/bin/python3 /run/probe.py", *relaxed, ""]
@@ -325,22 +324,22 @@ def test_its_sandbox(installed: Machine) -> None:
     assert networks[0] != networks[1]
 
 
-def test_it_dials_nobody(installed: Machine) -> None:
-    """Even with sockets, and in the network of its host, nothing gets out; what lets it is seen."""
+def test_no_outgoing_traffic(installed: Machine) -> None:
+    """IPAddressDeny= alone blocks it. Without that line the probe can send, so the probe works."""
     relaxed = ("RestrictAddressFamilies=AF_INET", "PrivateNetwork=no")
     assert probe(installed, *relaxed)["send"] == "PermissionError"
     assert probe(installed, *relaxed, "IPAddressDeny=")["send"] == "done"
 
 
 def exposure(machine: Machine) -> float:
-    """Its exposure, from 0 to 10, as systemd itself tells it in its last line."""
-    said = machine.run("systemd-analyze", "security", "--no-pager", SERVICE)
-    found = re.search(r"Overall exposure level for \S+ (\d+\.\d) ", said)
-    assert found, said
+    """Return the exposure level, from 0 to 10, in the last line of systemd's report."""
+    report = machine.run("systemd-analyze", "security", "--no-pager", SERVICE)
+    found = re.search(r"Overall exposure level for \S+ (\d+\.\d) ", report)
+    assert found, report
     return float(found[1])
 
 
-def test_its_units_as_systemd_judges_them(installed: Machine) -> None:
+def test_systemd_analyze(installed: Machine) -> None:
     folder = installed.run("systemctl", "show", "--value", "--property=FragmentPath", SERVICE)
     units = [str(Path(folder.strip()).parent / unit) for unit in (SERVICE, SOCKET, WEB_SOCKET)]
     assert installed.run("systemd-analyze", "verify", "--man=no", *units) == ""
@@ -350,7 +349,7 @@ def test_its_units_as_systemd_judges_them(installed: Machine) -> None:
 
 
 def test_own_listeners_as_documented(installed: Machine) -> None:
-    """The program opens what its configuration says, in a sandbox that lets it."""
+    """The program opens its own listeners, as configured, in a sandbox that permits it."""
     follow(installed, documented(f"enable --now {WEB_SOCKET}"))
     with installed.path(CONFIG).open("a") as config:
         config.write("port tcp:4001\nwebsocket tcp:4002\n")
@@ -366,16 +365,16 @@ def test_own_listeners_as_documented(installed: Machine) -> None:
     installed.run("systemd-analyze", "security", "--threshold=11", "--no-pager", SERVICE)
 
 
-# Upgrades, and the end.
+# Upgrades and removal.
 
 
 def version(machine: Machine) -> str:
-    """Which one is installed, as it says itself."""
+    """Return the version that the installed program prints."""
     return machine.run("transit-relay", "--version").split()[1]
 
 
 def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> None:
-    """Nobody is refused, and the database keeps what it has."""
+    """No client is refused, and the database keeps its rows."""
     machine.install(older_deb)
     assert version(machine) == "0.0.9"
     transfer(machine, size=2_000_000)
@@ -383,12 +382,12 @@ def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> 
     assert len(kept) == 1
     for package, expected in ((deb, __version__), (older_deb, "0.0.9"), (deb, __version__)):
         cursor = machine.cursor()
-        with Knocking(machine) as clients:
+        with PairAfterPair(machine) as clients:
             machine.install(package)
             clients.wait_for_served()
         assert version(machine) == expected
         assert "stopped" in machine.journal(cursor)
-        assert clients.sent_away <= 1  # the pair that met the relay which stopped
+        assert clients.ended_early <= 1  # the pair of the relay that stopped
         assert machine.listener(4001) == before
         found = rows(machine)
         assert found[: len(kept)] == kept
@@ -397,19 +396,19 @@ def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> 
     assert restarts(machine) == 0
 
 
-# What may differ, and why.
+# Files that may change, and the reason.
 MAY_DIFFER = {
-    r"var/lib/dpkg/(lock|lock-frontend|status|status-old|triggers/Lock)": "dpkg works with them",
-    r"var/log/dpkg\.log": "dpkg's diary",
+    r"var/lib/dpkg/(lock|lock-frontend|status|status-old|triggers/Lock)": "state of dpkg",
+    r"var/log/dpkg\.log": "log of dpkg",
     r"(var|run)/log/journal/.*": "the journal",
-    r"run/systemd/generator/.*|run/systemd/systemd-units-load": "made anew by a daemon-reload",
-    r"run/systemd/dynamic-uid": "systemd's own folder, once there was a DynamicUser=",
+    r"run/systemd/generator/.*|run/systemd/systemd-units-load": "written by a daemon-reload",
+    r"run/systemd/dynamic-uid": "created by systemd for the first DynamicUser=",
 }
 NOT_OURS = re.compile("|".join(MAY_DIFFER))
 
 
 def files(machine: Machine) -> dict[str, str]:
-    """Everything in the system: its kind, its owner, and of a file its size and when it changed."""
+    """Return all files of the system with type and owner, and with size and time if no folder."""
     disk = machine.path("/")
     folder = ["-type", "d", "-printf", "%p\\t%y %m %U %G\\n"]
     other = ["-printf", "%p\\t%y %m %U %G %s %l %T@\\n"]
@@ -420,7 +419,7 @@ def files(machine: Machine) -> dict[str, str]:
         check=True,
     )
     listed = (line.split("\t") for line in found.stdout.replace(f"{disk}/", "").splitlines())
-    return {name: known for name, known in listed if not NOT_OURS.fullmatch(name)}
+    return {name: properties for name, properties in listed if not NOT_OURS.fullmatch(name)}
 
 
 def test_remove_and_purge(machine: Machine, deb: Path) -> None:
@@ -447,8 +446,8 @@ def test_remove_and_purge(machine: Machine, deb: Path) -> None:
         assert machine.show(unit, "LoadState") == "not-found"
 
 
-def test_installed_again_it_has_its_records(installed: Machine, deb: Path) -> None:
-    """Removed, but not purged, it may come back."""
+def test_records_survive_a_removal(installed: Machine, deb: Path) -> None:
+    """A package that was removed but not purged finds its records after a new installation."""
     transfer(installed, size=2_000_000)
     (row,) = rows(installed)
     installed.run("dpkg", "--remove", "transit-relay")

@@ -1,7 +1,7 @@
-"""The real clients through the relay as its package runs it, where they cannot meet directly.
+"""The real clients use the relay of the installed package. They cannot connect directly.
 
-The hosts and the transfers are those of tests/interop; the relay is installed on a system that
-has booted in the network of their server.
+The hosts and the transfers are those of tests/interop. The package is installed on a system that
+was booted in the network of the server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def programs() -> Mapping[str, Program]:
 def server(
     deb: Path, roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
-    """Where the package is installed: the server, which both clients reach."""
+    """Boot the server, which both clients can reach, and install the package."""
     scratch = tmp_path_factory.mktemp("server")
     with netns.three_hosts():
         network = f"--network-namespace-path=/run/netns/{netns.namespace('server')}"
@@ -46,4 +46,4 @@ def test_four_directions(server: Machine, programs: Mapping[str, Program], tmp_p
             transfer.start(running, programs[sender], programs[receiver])
             transfer.finish()
     happy = [row["total_bytes"] for row in rows(server) if row["result"] == "happy"]
-    assert happy == [16_000_000] * 4  # as the package's configuration has it told
+    assert happy == [16_000_000] * 4  # blurred, as in the package's configuration

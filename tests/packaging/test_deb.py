@@ -1,6 +1,6 @@
-"""The Debian package as packagers judge it: lintian, piuparts, autopkgtest, and bytes compared.
+"""The Debian package: its files, lintian, piuparts, autopkgtest, and a reproducible build.
 
-What takes long begins when the package is built, two at a time, and is judged test by test.
+The long jobs start when the package has been built, two at a time. Each test waits for its job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
-from conftest import HERE, ROOT, FreshRoot, run
+from conftest import HERE, ROOT, FreshRoot, documents, run
 from figures import exposure, read_load
 from packages import build_changed, replace_once
 
@@ -29,11 +29,11 @@ Job = Callable[[str], str]
 def job(
     deb: Path, roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Job]:
-    """Wait for one of the long ones, by its name; give what it said."""
+    """Return a function that waits for a long job, by its name, and returns its output."""
     folder = tmp_path_factory.mktemp("jobs")
     with ThreadPoolExecutor(2) as pool:
         jobs: dict[str, Future[str]] = {
-            "trixie": pool.submit(build_and_judge, roots["trixie-build"], deb.parent),
+            "trixie": pool.submit(build_and_check, roots["trixie-build"], deb.parent),
             "piuparts": pool.submit(piuparts, roots["bookworm"], deb),
             "autopkgtest": pool.submit(autopkgtest, roots["bookworm"], deb, folder / "autopkgtest"),
             "sysvinit": pool.submit(without_systemd, roots["bookworm"], deb),
@@ -42,33 +42,33 @@ def job(
         yield lambda name: jobs[name].result()
 
 
-# What is in it.
+# Its files and fields.
 
 
 def test_it_is_small(deb: Path) -> None:
     assert deb.stat().st_size < 100_000
 
 
-def test_the_readme_tells_its_size(deb: Path) -> None:
-    """As tests/packaging/figures.py has put it there, not too long ago."""
-    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- packages -->")[2]
+def test_documented_size(deb: Path) -> None:
+    """The table that tests/packaging/figures.py writes is up to date."""
+    table = documents().partition("<!-- packages -->")[2]
     versions, _, sizes = table.strip().splitlines()[:3]
     assert f" {field(deb, 'Version')} " in versions
-    told = re.match(r"\| the package +\| (\d+) kB ", sizes)
-    assert told and int(told[1]) == pytest.approx(deb.stat().st_size / 1000, rel=0.1)
+    found = re.match(r"\| the package +\| (\d+) kB ", sizes)
+    assert found and int(found[1]) == pytest.approx(deb.stat().st_size / 1000, rel=0.1)
 
 
 def field(deb: Path, name: str) -> str:
     return run(["dpkg-deb", "--field", deb, name]).strip()
 
 
-def test_it_needs_python_alone(deb: Path) -> None:
+def test_dependencies(deb: Path) -> None:
     assert field(deb, "Depends") == "python3:any"
     assert field(deb, "Architecture") == "all"
     assert field(deb, "Recommends") == field(deb, "Suggests") == ""
 
 
-def test_it_brings_nothing_along(deb: Path, roots: Mapping[str, FreshRoot]) -> None:
+def test_it_installs_one_package(deb: Path, roots: Mapping[str, FreshRoot]) -> None:
     roots["bookworm"].folder()
     load = read_load(deb)
     assert (load.packages, load.size) == (1, deb.stat().st_size)
@@ -96,7 +96,7 @@ FILES = """
 """
 
 
-def test_what_is_in_it(deb: Path) -> None:
+def test_files(deb: Path) -> None:
     listed = run(["dpkg-deb", "--contents", deb])
     found = re.findall(r"^(-\S+) root/root +\d+ \S+ \S+ \.(/.*)$", listed, re.M)
     expected = re.findall(r"^(-\S+) (\S+)( x)?$", FILES, re.M)
@@ -106,7 +106,7 @@ def test_what_is_in_it(deb: Path) -> None:
     ]
 
 
-def test_what_the_administrator_may_change(deb: Path) -> None:
+def test_conffiles(deb: Path) -> None:
     assert run(["dpkg-deb", "--info", deb, "conffiles"]).split() == [
         "/etc/init.d/transit-relay",
         "/etc/logrotate.d/transit-relay",
@@ -116,7 +116,7 @@ def test_what_the_administrator_may_change(deb: Path) -> None:
 
 
 def test_no_upgrade_restarts_a_socket(deb: Path) -> None:
-    """Newcomers queue in it while the service restarts. WebSocket's is for the admin to start."""
+    """New connections queue in it while the service restarts. Admins start the WebSocket one."""
     script = run(["dpkg-deb", "--info", deb, "postinst"])
     assert re.findall("deb-systemd-invoke (.+?) >", script) == [
         "start 'transit-relay.socket'",
@@ -133,7 +133,7 @@ def test_its_exposure_is_least(deb: Path, tmp_path: Path) -> None:
     assert exposure(unit) <= 0.2 < exposure(unit, drop_in) <= 1.1
 
 
-def test_a_version_that_is_not_the_changelogs_is_refused(tmp_path: Path) -> None:
+def test_a_version_that_differs_from_the_changelog_is_refused(tmp_path: Path) -> None:
     def rename(source: Path) -> None:
         replace_once(source / "transit_relay.py", "^__version__ = .*", '__version__ = "7.8"')
 
@@ -141,7 +141,7 @@ def test_a_version_that_is_not_the_changelogs_is_refused(tmp_path: Path) -> None
         build_changed(tmp_path / "source", rename)
 
 
-# What others think of it.
+# The tools of packagers.
 
 
 def test_lintian_prints_nothing(deb: Path) -> None:
@@ -149,18 +149,18 @@ def test_lintian_prints_nothing(deb: Path) -> None:
     assert run([*LINTIAN, changes]) == ""
 
 
-def test_lintian_would_print_something(deb: Path, tmp_path: Path) -> None:
-    """What holds a spoiled package to be good has not looked."""
-    folder, spoiled = tmp_path / "spoiled", tmp_path / "spoiled.deb"
+def test_lintian_finds_a_fault(deb: Path, tmp_path: Path) -> None:
+    """Without the man page lintian fails: so it does check the package."""
+    folder, faulty = tmp_path / "faulty", tmp_path / "faulty.deb"
     run(["dpkg-deb", "--raw-extract", deb, folder])
     (folder / "usr/share/man/man8/transit-relay.8.gz").unlink()
-    run(["dpkg-deb", "--build", "--root-owner-group", folder, spoiled])
-    judged = subprocess.run([*LINTIAN, spoiled], capture_output=True, text=True, check=False)
-    assert judged.returncode == 2
-    assert "no-manual-page" in judged.stdout
+    run(["dpkg-deb", "--build", "--root-owner-group", folder, faulty])
+    done = subprocess.run([*LINTIAN, faulty], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no-manual-page" in done.stdout
 
 
-BUILD_AND_JUDGE = f"""\
+BUILD_AND_CHECK = f"""\
 mkdir /build
 cd /build
 dpkg-source --extract /built/*.dsc source >/dev/null
@@ -171,18 +171,18 @@ dpkg-deb --contents *.deb | grep -c ./usr/lib/systemd/system/transit-relay
 """
 
 
-def build_and_judge(trixie: FreshRoot, built: Path) -> str:
-    """Build the source package on trixie, and have trixie's lintian judge what comes of it."""
-    return trixie.run("sh", "-ec", BUILD_AND_JUDGE, binds=[f"{built}:/built"])
+def build_and_check(trixie: FreshRoot, built: Path) -> str:
+    """Build the source package on trixie, and run trixie's lintian on the result."""
+    return trixie.run("sh", "-ec", BUILD_AND_CHECK, binds=[f"{built}:/built"])
 
 
 def test_lintian_of_trixie_prints_nothing(job: Job) -> None:
-    """The units are at another place there, which is all that is said: three files."""
+    """It prints nothing. The other line is the number of units, which are in /usr there."""
     assert job("trixie") == "3\n"
 
 
 def build_elsewhere(folder: Path) -> str:
-    """Build it at another place and time, and by somebody else; give where."""
+    """Build it in another folder, at another time, with another umask; return its folder."""
     run(["git", "clone", "-q", "--shared", ROOT, folder])
     run(
         ["sh", "-c", "umask 077; exec faketime -f +500d make -s deb"],
@@ -193,7 +193,7 @@ def build_elsewhere(folder: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """All that is uploaded but the .buildinfo and the .changes, which tell where it was built."""
+    """Return the digests of all uploaded files but .buildinfo and .changes, which must differ."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.iterdir()
@@ -202,34 +202,34 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def build_date(folder: Path) -> float:
-    """When it was built, as the .buildinfo tells."""
+    """Return the time of the build in the .buildinfo."""
     (info,) = folder.glob("*.buildinfo")
     (date,) = re.findall("^Build-Date: (.*)", info.read_text(), re.M)
     return parsedate_to_datetime(date).timestamp()
 
 
 def test_it_is_the_same_byte_for_byte(job: Job, deb: Path) -> None:
-    ours, theirs = deb.parent, Path(job("rebuilt"))
-    assert len(digests(ours)) == 4
-    assert digests(theirs) == digests(ours)
-    assert build_date(theirs) - build_date(ours) > 400 * 86_400  # the other time was believed
+    first, second = deb.parent, Path(job("rebuilt"))
+    assert len(digests(first)) == 4
+    assert digests(second) == digests(first)
+    assert build_date(second) - build_date(first) > 400 * 86_400  # faketime had an effect
 
 
 def piuparts(bookworm: FreshRoot, deb: Path) -> str:
-    """Have it installed, removed and purged, and every file looked at."""
+    """Let piuparts install, remove and purge it, and compare all files."""
     command = ["piuparts", "--no-eatmydata", "--keep-sources-list", "--distribution=bookworm"]
     return run([*command, f"--existing-chroot={bookworm.folder()}", deb])
 
 
 def test_piuparts(job: Job) -> None:
-    said = job("piuparts")
-    assert "PASS: All tests." in said
-    assert "WARN" not in said
+    output = job("piuparts")
+    assert "PASS: All tests." in output
+    assert "WARN" not in output
 
 
-# Apart from this machine: a root that may be written to, with devices and loopback. Its processes
-# are not, as they need somebody who reaps them.
-APART = ["unshare", "--mount", "--net"]
+# A writable root folder with devices and its own loopback interface. No process namespace: its
+# process 1 would have to reap the other processes.
+ISOLATED = ["unshare", "--mount", "--net"]
 AUTOPKGTEST = """\
 cp -a "$1" "$2"
 mount --rbind /dev "$2/dev"
@@ -241,12 +241,12 @@ exec autopkgtest --copy="$3:/tmp/relay.deb" --setup-commands="dpkg -i /tmp/relay
 
 
 def autopkgtest(bookworm: FreshRoot, deb: Path, copy: Path) -> str:
-    """Have its own tests run where it is installed."""
+    """Run the package's own tests where it is installed."""
     (source,) = (folder for folder in deb.parent.iterdir() if folder.is_dir())
     arguments = [bookworm.folder(), copy, deb, f"{source}/"]
-    said = run([*APART, "sh", "-ec", AUTOPKGTEST, "sh", *arguments])
+    output = run([*ISOLATED, "sh", "-ec", AUTOPKGTEST, "sh", *arguments])
     run(["rm", "-rf", copy])
-    return said
+    return output
 
 
 def test_autopkgtest(job: Job) -> None:
@@ -254,14 +254,14 @@ def test_autopkgtest(job: Job) -> None:
 
 
 def without_systemd(bookworm: FreshRoot, deb: Path) -> str:
-    """Let it live where sysvinit has booted."""
+    """Install, use and remove it on a system that sysvinit has booted."""
     smoke = ROOT / "packaging/debian/tests/smoke"
-    binds = [f"{deb}:/relay.deb", f"{smoke}:/smoke", f"{HERE}/without_systemd.sh:/life"]
-    return bookworm.run("sh", "/life", binds=binds)
+    binds = [f"{deb}:/relay.deb", f"{smoke}:/smoke", f"{HERE}/without_systemd.sh:/script"]
+    return bookworm.run("sh", "/script", binds=binds)
 
 
 def test_its_init_script(job: Job) -> None:
-    said = job("sysvinit")
+    output = job("sysvinit")
     for line in [
         "runs as daemon",
         "is not started twice",
@@ -272,4 +272,4 @@ def test_its_init_script(job: Job) -> None:
         "0 are left after the removal",
         "nothing is left",
     ]:
-        assert f"\n{line}\n" in said, said
+        assert f"\n{line}\n" in output, output

@@ -1,8 +1,8 @@
-"""The container: built by its Dockerfile, and run as its compose.yaml says, but on no network.
+"""The container image, built from its Dockerfile and run as compose.yaml says, but without network.
 
-In place of the public image that it begins with stands a local one of the same name, which is
-bookworm and its Python, with none of Python's modules compiled, as there. All that the engine
-keeps is in a folder of ours.
+A local image replaces the public base image, with the same name: bookworm and its Python. As in the
+public image, the modules of Python are not compiled. The engine keeps all its files in a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from children import Child
-from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, attempt, run
+from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, attempt, documents, run
 from guests import SECRETS, prepare, transfer
 from nspawn import Reachable
 
@@ -36,7 +36,7 @@ CONFIG = "/etc/transit-relay.conf"
 STATE = "/var/lib/transit-relay"
 UNWANTED = ("__pycache__", "./var/lib/apt", "./var/cache", "./usr/share/locale")
 
-# Limits must be told, as the engine's own may be more than this machine has to give.
+# Limits must be set: the engine's defaults may exceed the limits of this machine.
 CONFIGURATION = {
     "CONTAINERS_CONF": """\
 [containers]
@@ -58,7 +58,7 @@ MOST_FILES = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 class Engine:
-    """Podman and buildah, with all that they keep in a folder of theirs."""
+    """Podman and buildah, with all their files in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._env = {**os.environ, "PATH": DEBIAN_PATH}
@@ -68,34 +68,34 @@ class Engine:
             self._env[variable] = str(file)
 
     def run(self, *argv: str | Path) -> str:
-        """Run a command of theirs, which must succeed."""
+        """Run a command of the engine that must succeed."""
         return run(argv, env=self._env)
 
     def begin(self, *argv: str) -> Child:
-        """Run a command of theirs in the `with` block, as long as it takes."""
+        """Start a command of the engine. The `with` block ends it."""
         return Child(argv, env=self._env)
 
     def try_(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of theirs, whatever comes of it. Its stdout holds its stderr too."""
+        """Run a command of the engine. It may fail. Its stdout contains its stderr."""
         return attempt(argv, self._env, TIMEOUT)
 
-    def inspect(self, what: str, name: str) -> dict[str, Any]:
-        """All that is known of an image, a container or a volume."""
-        (found,) = json.loads(self.run("podman", what, "inspect", name))
+    def inspect(self, kind: str, name: str) -> dict[str, Any]:
+        """Return all properties of an image, a container or a volume."""
+        (found,) = json.loads(self.run("podman", kind, "inspect", name))
         assert isinstance(found, dict)
         return found
 
 
 def compose() -> dict[str, Any]:
-    """What compose.yaml says."""
+    """Return the content of compose.yaml."""
     to_json = "import json, sys, yaml; json.dump(yaml.safe_load(open(sys.argv[1])), sys.stdout)"
-    told = json.loads(run(["/usr/bin/python3", "-c", to_json, COMPOSE]))
-    assert isinstance(told, dict)
-    return told
+    content = json.loads(run(["/usr/bin/python3", "-c", to_json, COMPOSE]))
+    assert isinstance(content, dict)
+    return content
 
 
 def service() -> dict[str, Any]:
-    """What it says of its one service."""
+    """Return the one service of compose.yaml."""
     (service,) = compose()["services"].values()
     assert isinstance(service, dict)
     return service
@@ -105,7 +105,7 @@ def service() -> dict[str, Any]:
 def engine(
     roots: Mapping[str, FreshRoot], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    """An engine that has an image with the name of the public one."""
+    """Create an engine that has a base image with the name of the public one."""
     folder = tmp_path_factory.mktemp("engine")
     engine = Engine(folder)
     base = re.findall(r"^FROM (\S+)$", DOCKERFILE.read_text(), re.M)
@@ -124,7 +124,7 @@ def engine(
 
 @pytest.fixture(scope="module")
 def image(engine: Engine) -> str:
-    """The image, built where compose.yaml says."""
+    """Build the image as compose.yaml says, and return its name."""
     build = service()["build"]
     context = (DOCKER / build["context"]).resolve()
     assert (context, context / build["dockerfile"]) == (ROOT, DOCKERFILE)
@@ -135,7 +135,7 @@ def image(engine: Engine) -> str:
 
 
 def options_of(service: Mapping[str, Any]) -> Iterator[str]:
-    """The options of `podman run` for what compose.yaml says; it may say nothing else."""
+    """Return the options of `podman run` for the keys in compose.yaml. Other keys are an error."""
     for key, value in service.items():
         if key in ("image", "build"):
             continue
@@ -151,17 +151,17 @@ def options_of(service: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"--volume={volume}" for volume in value)
         elif key == "ulimits":
             yield from (f"--ulimit={name}={min(n, MOST_FILES)}" for name, n in value.items())
-            yield "--ulimit=nproc=1024"  # or all that the engine thinks it may have
+            yield "--ulimit=nproc=1024"  # the engine's default may be too high
         elif key == "stop_grace_period":
             yield f"--stop-timeout={value.rstrip('s')}"
         elif key == "ports":
             yield "--network=none"
         else:
-            raise AssertionError(f"nobody tries what compose.yaml says of {key}")
+            raise AssertionError(f"no test for the key {key} of compose.yaml")
 
 
 class Container(Reachable):
-    """A container that runs in the `with` block, as compose.yaml says if nobody says otherwise."""
+    """A container that runs in the `with` block, by default with the options of compose.yaml."""
 
     def __init__(
         self, engine: Engine, *arguments: str, options: Sequence[str] = (), entrypoint: str = ""
@@ -180,20 +180,20 @@ class Container(Reachable):
         self._engine.run("podman", "rm", "--force", "--time=0", self.name)
 
     def log(self) -> str:
-        """What it has said."""
+        """Return its output."""
         return self._engine.try_("podman", "logs", self.name).stdout
 
     def await_start(self) -> None:
-        """Wait until it listens."""
+        """Wait until the relay listens."""
         with self._engine.begin("podman", "logs", "--follow", self.name) as following:
             following.lines.until("^Transit starting on ")
 
     def inside(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in there."""
+        """Run a command in the container."""
         return self._engine.try_("podman", "exec", self.name, *argv)
 
     def stop(self) -> int:
-        """Have the engine stop it; its exit code."""
+        """Let the engine stop it, and return its exit code."""
         self._engine.run("podman", "stop", self.name)
         code: int = self._engine.inspect("container", self.name)["State"]["ExitCode"]
         return code
@@ -201,33 +201,33 @@ class Container(Reachable):
 
 @contextlib.contextmanager
 def relay(engine: Engine, *arguments: str, options: Sequence[str] = ()) -> Iterator[Container]:
-    """A relay that listens, and has stopped well in the end; no log tells who its clients were."""
+    """Run a relay in a container. It must stop in order, and its log must not identify a client."""
     with Container(engine, *arguments, options=options) as container:
         container.await_start()
         prepare(container)
         yield container
         assert container.stop() == 0
-        said = container.log()
-        assert said.endswith("\nSIGTERM: stopping\nstopped\n"), said
-        assert not any(secret in said for secret in SECRETS), said
+        output = container.log()
+        assert output.endswith("\nSIGTERM: stopping\nstopped\n"), output
+        assert not any(secret in output for secret in SECRETS), output
 
 
 def health_check(engine: Engine, image: str) -> list[str]:
-    """The image's command for it."""
+    """Return the health check command of the image."""
     kind, *command = engine.inspect("image", image)["Healthcheck"]["Test"]
     assert kind == "CMD"
     return command
 
 
 def recorded(engine: Engine) -> list[tuple[object, ...]]:
-    """The rows of the usage database, in the volume that compose.yaml names."""
+    """Return the rows of the usage database, in the volume of compose.yaml."""
     ((volume, _),) = compose()["volumes"].items()
     folder = engine.inspect("volume", volume)["Mountpoint"]
     with contextlib.closing(sqlite3.connect(f"{folder}/usage.sqlite")) as db:
         return db.execute("SELECT started % 3600, result FROM usage").fetchall()
 
 
-def test_what_the_image_says(engine: Engine, image: str) -> None:
+def test_image_configuration(engine: Engine, image: str) -> None:
     config = engine.inspect("image", image)["Config"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", config["User"])
     assert list(config["ExposedPorts"]) == ["4001/tcp"]
@@ -239,14 +239,14 @@ def test_what_the_image_says(engine: Engine, image: str) -> None:
 
 
 def test_all_is_compiled(engine: Engine, image: str) -> None:
-    """Neither the relay nor its health check compiles anything when it is started."""
+    """Neither the relay nor its health check compiles a module at its start."""
     _, *relay = engine.inspect("image", image)["Config"]["Entrypoint"]
     _, *health = health_check(engine, image)
     for arguments in [*relay, "--version"], health:
         command = ["podman", "run", "--rm", "--read-only", "--network=none", "--entrypoint=python3"]
-        said = engine.try_(*command, "--no-healthcheck", image, "-v", *arguments).stdout
-        loaded = re.findall(r"^# code object from '?(.*?)'?$", said, re.M)
-        assert len(loaded) > 20, said
+        output = engine.try_(*command, "--no-healthcheck", image, "-v", *arguments).stdout
+        loaded = re.findall(r"^# code object from '?(.*?)'?$", output, re.M)
+        assert len(loaded) > 20, output
         assert [name for name in loaded if not name.endswith(".pyc")] == []
 
 
@@ -265,8 +265,8 @@ def test_it_relays_with_no_privilege(engine: Engine, image: str) -> None:
     assert recorded(engine) == [(0, "happy"), (0, "happy")]
 
 
-def test_options_stand_behind_the_image(engine: Engine, image: str) -> None:
-    """They win over the file's, and the volume has the records of all containers before."""
+def test_options_after_the_image(engine: Engine, image: str) -> None:
+    """They override the configuration file. The volume keeps the records of earlier containers."""
     before = recorded(engine)
     more = ["--port=tcp:4001", "--websocket=tcp:4002", "--blur-usage=1800"]
     with relay(engine, image, *more) as container:
@@ -276,9 +276,9 @@ def test_options_stand_behind_the_image(engine: Engine, image: str) -> None:
     assert [mood for _, mood in recorded(engine)[len(before) :]] == ["happy", "happy"]
 
 
-def test_the_commands_of_readme(engine: Engine, image: str) -> None:
-    """They build the same image, and what compose.yaml adds is not needed."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_documented_commands(engine: Engine, image: str) -> None:
+    """They build the same image. The container also runs without the options of compose.yaml."""
+    lines = documents().splitlines()
     build, run_it = (shlex.split(line) for line in lines if line.startswith("    docker "))
     file = str(DOCKERFILE.relative_to(ROOT))
     assert build == ["docker", "build", "--tag", image, "--file", file, "."]
@@ -289,7 +289,7 @@ def test_the_commands_of_readme(engine: Engine, image: str) -> None:
 
 
 def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> None:
-    """compose.yaml shows how: in the line that it has commented out."""
+    """Mount it as shown in the line that is commented out in compose.yaml."""
     (tmp_path / "transit-relay.conf").write_text("port tcp:4001\nusage-db :memory:\n")
     shown = re.findall(r"^ +# - \.\.(/transit-relay\.conf:\S+)$", COMPOSE.read_text(), re.M)
     mounted = f"--volume={tmp_path}{''.join(shown)}"

@@ -1,7 +1,7 @@
-"""The RPM, built here from what is committed: what is in it, what it asks for, and what it does.
+"""The RPM, built from the last commit: its files, its dependencies and its scriptlets.
 
-There is no Fedora here. So that what is written for its macros is read at least once, a second one
-is built with macros of their names.
+Debian does not have the macros of Fedora. A second package is built with macros of the same names,
+so that the lines of the spec for Fedora are used, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ UNITS, FIREWALLD = "/usr/lib/systemd/system", "/usr/lib/firewalld/services"
 DOC = "/usr/share/doc/transit-relay"
 ALL = "transit-relay.socket transit-relay-ws.socket transit-relay.service"
 
-# What is installed beside what `make install` installs.
-BESIDE = {
+# Files that are installed in addition to those of `make install`.
+ADDITIONAL = {
     "packaging/transit-relay.conf": "/etc/transit-relay.conf",
     "packaging/firewalld/transit-relay.xml": f"{FIREWALLD}/transit-relay.xml",
     "packaging/systemd/transit-relay.service": f"{UNITS}/transit-relay.service",
@@ -48,7 +48,7 @@ MACROS = {
 
 @pytest.fixture(scope="module")
 def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source, made as the spec says."""
+    """Create the source archive with the command in the spec."""
     folder = tmp_path_factory.mktemp("source")
     name = f"transit-relay-{VERSION}"
     archive = f"git archive --prefix={name}/ --output={name}.tar.gz HEAD"
@@ -59,7 +59,7 @@ def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_rpm(tarball: Path, folder: Path, macros: Mapping[str, str]) -> Path:
-    """Build it, with these macros too. Debian has no RPMs that it could depend on."""
+    """Build the package with these macros. Debian has no RPMs, so ignore dependencies."""
     defined = [f"--define={name} {text}" for name, text in {"_topdir": folder, **macros}.items()]
     run(["rpmbuild", "-tb", "--nodeps", *defined, tarball])
     (package,) = folder.glob("RPMS/noarch/*.rpm")
@@ -68,36 +68,38 @@ def build_rpm(tarball: Path, folder: Path, macros: Mapping[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def rpm(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as it comes out here."""
+    """Build the package with the macros of Debian."""
     return build_rpm(tarball, tmp_path_factory.mktemp("rpm"), {})
 
 
 @pytest.fixture(scope="module")
-def fedoras(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as other macros have it."""
-    return build_rpm(tarball, tmp_path_factory.mktemp("fedoras"), MACROS)
+def fedora_rpm(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the package with macros that have the names of Fedora's."""
+    return build_rpm(tarball, tmp_path_factory.mktemp("fedora"), MACROS)
 
 
-def ask(package: Path, template: str) -> list[str]:
-    """What its header says, line by line."""
+def query(package: Path, template: str) -> list[str]:
+    """Return lines from the header of a package."""
     return run(["rpm", "-qp", "--queryformat", template, package]).splitlines()
 
 
 def requires(package: Path) -> set[str]:
-    """What it asks for, but not what every RPM asks of rpm."""
-    found = ask(package, "[%{REQUIRENEVRS}\n]")
+    """Return the dependencies, without those on features of rpm."""
+    found = query(package, "[%{REQUIRENEVRS}\n]")
     return {name for name in found if not name.startswith(("rpmlib(", "config("))}
 
 
 def scriptlets(package: Path) -> list[str]:
-    """What runs when it is installed, before it is removed, and after that."""
-    return ["\n".join(ask(package, f"%{{{tag}}}")).strip() for tag in ("POSTIN", "PREUN", "POSTUN")]
+    """Return the scripts that run after installation, before removal and after removal."""
+    return [
+        "\n".join(query(package, f"%{{{tag}}}")).strip() for tag in ("POSTIN", "PREUN", "POSTUN")
+    ]
 
 
-def test_it_is_the_version_that_the_program_is(rpm: Path) -> None:
-    (told,) = ask(rpm, "%{NAME} %{VERSION} %{ARCH} %{LICENSE}\n")
-    assert told == f"transit-relay {VERSION} noarch MIT"
-    (latest, *_) = ask(rpm, "[%{CHANGELOGNAME}\n]")
+def test_version(rpm: Path) -> None:
+    (found,) = query(rpm, "%{NAME} %{VERSION} %{ARCH} %{LICENSE}\n")
+    assert found == f"transit-relay {VERSION} noarch MIT"
+    (latest, *_) = query(rpm, "[%{CHANGELOGNAME}\n]")
     assert latest.endswith(f" - {VERSION}-1")
 
 
@@ -105,17 +107,17 @@ def test_it_is_small(rpm: Path) -> None:
     assert rpm.stat().st_size < 100_000
 
 
-def test_what_is_in_it(rpm: Path, tarball: Path, tmp_path: Path) -> None:
-    """All that `make install` installs, what is listed above, and their folders; all of root's."""
+def test_files(rpm: Path, tarball: Path, tmp_path: Path) -> None:
+    """The files of `make install`, the ADDITIONAL ones, and their folders, all owned by root."""
     run(["tar", "-xf", tarball, "--strip-components=1"], cwd=tmp_path)
     stage = tmp_path / "stage"
     run(["make", "-s", "install", f"DESTDIR={stage}", "prefix=/usr"], cwd=tmp_path)
-    for source, target in BESIDE.items():
+    for source, target in ADDITIONAL.items():
         run(["install", "-D", "-m", "644", source, f"{stage}{target}"], cwd=tmp_path)
     expected = {f"/{file.relative_to(stage)}": file for file in stage.rglob("*") if file.is_file()}
 
     template = "[%{FILEMODES:perms} %{FILEUSERNAME}:%{FILEGROUPNAME} %{FILENAMES}\n]"
-    found = {name: rest for *rest, name in map(str.split, ask(rpm, template))}
+    found = {name: rest for *rest, name in map(str.split, query(rpm, template))}
     files = {name: rest for name, rest in found.items() if not rest[0].startswith("d")}
     assert files == {
         name: ["-rwxr-xr-x" if file.stat().st_mode & 0o100 else "-rw-r--r--", "root:root"]
@@ -126,24 +128,24 @@ def test_what_is_in_it(rpm: Path, tarball: Path, tmp_path: Path) -> None:
         assert any(file.startswith(f"{name}/") for file in files)
 
 
-def test_its_configuration_is_the_administrators(rpm: Path) -> None:
-    flags = dict(map(str.split, ask(rpm, "[%{FILENAMES} .%{FILEFLAGS:fflags}\n]")))
+def test_configuration_file(rpm: Path) -> None:
+    flags = dict(map(str.split, query(rpm, "[%{FILENAMES} .%{FILEFLAGS:fflags}\n]")))
     assert [name for name, flag in flags.items() if "c" in flag] == ["/etc/transit-relay.conf"]
     assert flags["/etc/transit-relay.conf"] == ".cn"  # noreplace
 
 
-def test_it_needs_python_alone(rpm: Path) -> None:
+def test_dependencies(rpm: Path) -> None:
     assert requires(rpm) == {"python3 >= 3.9", "/usr/bin/python3", "/bin/sh"}
 
 
-def test_what_fedoras_macros_make_of_it(fedoras: Path) -> None:
-    assert "the-systemd-of-fedora" in requires(fedoras)
-    assert scriptlets(fedoras) == [
+def test_fedora_macros(fedora_rpm: Path) -> None:
+    assert "the-systemd-of-fedora" in requires(fedora_rpm)
+    assert scriptlets(fedora_rpm) == [
         "fedora post transit-relay.service transit-relay.socket",
         f"fedora preun {ALL}",
         "fedora postun transit-relay.service",
     ]
-    names = ask(fedoras, "[%{FILENAMES}\n]")
+    names = query(fedora_rpm, "[%{FILENAMES}\n]")
     assert "/usr/bin/transit-relay" in names
     assert "/units/transit-relay.service" in names
     compiled = [name for name in names if name.endswith(".pyc")]
@@ -151,13 +153,14 @@ def test_what_fedoras_macros_make_of_it(fedoras: Path) -> None:
     assert all(name.startswith("/usr/share/transit-relay/__pycache__/") for name in compiled)
 
 
-# A life in a copy of a system that is not running; its systemctl tells what it is told.
-LIFE = """\
+# Install, upgrade and remove the package in a copy of a system that is not booted. Its systemctl
+# prints its arguments.
+LIFE_CYCLE = """\
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root"
 root=$2/root
-say() { printf '#!/bin/sh\\necho systemctl "$@"\\n' >"$root$1"; chmod 755 "$root$1"; }
+echoing() { printf '#!/bin/sh\\necho systemctl "$@"\\n' >"$root$1"; chmod 755 "$root$1"; }
 rm "$root/bin/systemctl"
-say /bin/systemctl
+echoing /bin/systemctl
 cd /
 rpm --root="$root" --install --nodeps "$3"
 echo "$(PYTHONDONTWRITEBYTECODE=1 chroot "$root" transit-relay --version) is installed"
@@ -170,12 +173,12 @@ find "$root" -xdev -path "*transit*relay*" -printf '/%P is left\\n'
 """
 
 
-def test_its_life(rpm: Path, roots: Mapping[str, FreshRoot], tmp_path: Path) -> None:
+def test_life_cycle(rpm: Path, roots: Mapping[str, FreshRoot], tmp_path: Path) -> None:
     for name in "upper", "work", "root":
         (tmp_path / name).mkdir()
     bookworm = roots["bookworm"].folder()
-    said = run(["unshare", "--mount", "sh", "-ec", LIFE, "sh", bookworm, tmp_path, rpm])
-    assert said.splitlines() == [
+    output = run(["unshare", "--mount", "sh", "-ec", LIFE_CYCLE, "sh", bookworm, tmp_path, rpm])
+    assert output.splitlines() == [
         "systemctl --no-reload preset transit-relay.service transit-relay.socket",
         f"transit-relay {VERSION} is installed",
         "all is as it was packed",

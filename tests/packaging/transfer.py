@@ -1,4 +1,4 @@
-"""A pair at the relay on port 4001 of where this is run, once there is one: a program by itself."""
+"""Transfer bytes through the relay on port 4001 of this system. A program, not a module."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 
 
 def connect(side: str) -> socket.socket:
-    """A client that has said whom it looks for. Waits for the relay: who starts it tells nobody."""
+    """Connect and send a handshake. The relay may not have started yet: retry until it listens."""
     deadline = time.monotonic() + 60
     while True:
         try:
             sock = socket.create_connection(("127.0.0.1", 4001), 60)
         except ConnectionRefusedError:
-            assert time.monotonic() < deadline, "nobody listens"
+            assert time.monotonic() < deadline, "no relay listens"
             time.sleep(0.05)
         else:
             sock.sendall(f"please relay {TOKEN} for side {side}\n".encode())
@@ -22,7 +22,7 @@ def connect(side: str) -> socket.socket:
 
 
 def read(sock: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer if the other one ends."""
+    """Read `size` bytes, or fewer if the end comes before."""
     data = b""
     while len(data) < size and (more := sock.recv(size - len(data))):
         data += more

@@ -1,8 +1,8 @@
-# The life of the package in a system that sysvinit has booted, run by test_deb.py as root of it: what it
-# says is compared there. /relay.deb is the package, /smoke its autopkgtest.
+# Install, use, remove and purge the package on a system that sysvinit has booted. test_deb.py runs this
+# script as root and compares the output. /relay.deb is the package, /smoke its autopkgtest.
 set -e
 
-# All but what dpkg remembers of everything it has done.
+# All files, except dpkg's own state and logs.
 list_files() {
 	find / -xdev -not -path "/var/lib/dpkg/*" -not -path "/var/log/*pkg.log" | grep -vE '^/(before|after)$' | sort
 }
@@ -13,13 +13,13 @@ count_relays() {
 
 list_files >/before
 
-# systemd has run it earlier, and kept its state where only root may go.
+# An earlier boot with systemd has left the state in a folder that only root may enter.
 private=/var/lib/private/transit-relay
 mkdir -p -m 700 /var/lib/private
 install -d -m 700 -o 64670 $private
 ln -s private/transit-relay /var/lib/transit-relay
 
-# This runlevel is a lie, by which invoke-rc.d knows sysvinit.
+# invoke-rc.d recognises sysvinit by the runlevel, so print one.
 mv /sbin/runlevel /sbin/runlevel.true
 printf '#!/bin/sh\necho N 2\n' >/sbin/runlevel
 chmod 755 /sbin/runlevel
@@ -42,7 +42,7 @@ sed -i '$d' /etc/transit-relay.conf
 /etc/init.d/transit-relay start
 echo "$(count_relays) runs before the removal"
 
-mkdir $private # which systemd makes, if it boots in between
+mkdir $private # as systemd creates it, if it boots in between
 dpkg --remove transit-relay
 echo "$(count_relays) are left after the removal"
 ls /etc/transit-relay.conf /var/lib/transit-relay/usage.sqlite
