@@ -13,10 +13,9 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from children import TIMEOUT, Child, Record, Relay
@@ -28,78 +27,64 @@ LISTENERS = ["--port=tcp:0:interface=127.0.0.1", "--websocket=tcp:0:interface=12
 NO_ROOM = ["ENOBUFS", "ENOMEM"]  # PROTOCOL.md, "The end of a pair": "no room now"
 DESCRIPTORS, WAITING = 80, 120
 
-Connect = Callable[[str], Client]
-Inject = Callable[..., Child]
 
+class OurRelay(Relay):
+    """Our relay with a TCP and a WebSocket listener, and its clients."""
 
-@contextlib.contextmanager
-def running_relay(command: list[str], *options: str) -> Iterator[Relay]:
-    """Run a relay on a TCP and a WebSocket port; it must stop with exit code 0."""
-    with Relay([*command, *LISTENERS, *options], r"starting on tcp:(\d+):\S+ tcp:(\d+):") as relay:
-        yield relay
-        assert relay.terminate() == 0, str(relay.lines)
+    def __init__(self, command: list[str], *options: str) -> None:
+        self._resources = ExitStack()
+        super().__init__([*command, *LISTENERS, *options], r"starting on tcp:(\d+):\S+ tcp:(\d+):")
 
+    def connect(self, kind: str = "tcp") -> Client:
+        """Connect a client, "tcp" or "ws". It is closed together with the relay."""
+        client = WebSocketClient(self.ports[1]) if kind == "ws" else Client(self.ports[0])
+        self._resources.callback(client.abandon)
+        if isinstance(client, WebSocketClient):
+            client.upgrade()
+        return client
 
-@pytest.fixture
-def connect(request: pytest.FixtureRequest) -> Iterator[Callable[[Relay], Connect]]:
-    """Return a function that connects clients to a relay; all are closed after the test."""
-    with ExitStack() as clients:
+    def waiting(self, token: str) -> Client:
+        """Connect a client, and send a handshake."""
+        client = self.connect()
+        client.send(handshake(token, "a"))
+        return client
 
-        def connect_to(relay: Relay) -> Connect:
-            def connect_client(kind: str = "tcp") -> Client:
-                client = WebSocketClient(relay.ports[1]) if kind == "ws" else Client(relay.ports[0])
-                clients.callback(client.abandon)
-                if isinstance(client, WebSocketClient):
-                    client.upgrade()
-                return client
+    def pair(self, token: str, second: str = "tcp") -> tuple[Client, Client]:
+        """Connect a pair: the first client over TCP, the second over `second`."""
+        one, other = self.waiting(token), self.connect(second)
+        other.send(handshake(token, "b"))
+        one.expect(OK)
+        other.expect(OK)
+        return one, other
 
-            return connect_client
+    def inject(self, strace: Path, call: str, error: str, number: int = 1) -> Child:
+        """Let one call of a system call fail: the next one, or the one with this number.
 
-        yield connect_to
+        The strace that is returned prints all calls of this system call, one a line.
+        """
+        what = f"{call}:error={error}:when={number}"
+        options = ["-f", "-y", f"--trace={call}", f"--inject={what}", "-p", str(self.pid)]
+        tracer = self._resources.enter_context(Child([str(strace), *options]))
+        tracer.lines.until(r"strace: Process \d+ attached")
+        return tracer
 
+    def stop(self) -> None:
+        """Stop the relay. Its exit code must be 0."""
+        assert self.terminate() == 0, str(self.lines)
 
-@pytest.fixture
-def inject(missing: Callable[[str], NoReturn], strace: Path) -> Iterator[Inject]:
-    """Return a function that makes one system call of a relay fail.
-
-    The strace that it returns prints these system calls of the relay, one a line.
-    """
-    with ExitStack() as tracers:
-
-        def attach(relay: Relay, call: str, error: str, when: str) -> Child:
-            options = ["-f", "-y", f"--trace={call}", f"--inject={call}:error={error}:when={when}"]
-            tracer = Child([str(strace), *options, "-p", str(relay.pid)])
-            tracers.enter_context(tracer)
-            tracer.lines.until(r"strace: Process \d+ attached")
-            return tracer
-
-        yield attach
-
-
-def meet(connect: Connect, token: str, second: str = "tcp") -> tuple[Client, Client]:
-    """Connect a pair: the first over TCP, the second over `second`."""
-    one, other = connect("tcp"), connect(second)
-    one.send(handshake(token, "a"))
-    other.send(handshake(token, "b"))
-    one.expect(OK)
-    other.expect(OK)
-    return one, other
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._resources.close()
 
 
 @contextlib.contextmanager
 def sending(client: Client, data: bytes) -> Iterator[None]:
-    """Send `data` and the end in a thread, beside the `with` block."""
+    """Send `data` and the end in a thread, during the `with` block."""
     thread = threading.Thread(target=client.send_last, args=[data], daemon=True)
     thread.start()
     yield
     thread.join(TIMEOUT)
-    assert not thread.is_alive(), "the relay does not read on"
-
-
-def transfer(connect: Connect, token: str) -> None:
-    """Connect a new pair, and check that bytes pass in both directions."""
-    one, other = meet(connect, token)
-    exchange(one, other)
+    assert not thread.is_alive(), "the relay does not read the rest"
 
 
 def exchange(one: Client, other: Client) -> None:
@@ -111,7 +96,7 @@ def exchange(one: Client, other: Client) -> None:
 
 
 def injected(tracer: Child) -> str:
-    """Return the call that failed, once the relay has ended. There must be one such call."""
+    """Wait for the end of strace, and return the call that failed. There must be one such call."""
     tracer.wait()
     tracer.lines.rest()
     found = [line for line in tracer.lines.seen if "(INJECTED)" in line]
@@ -119,65 +104,54 @@ def injected(tracer: Child) -> str:
     return found[0]
 
 
+def check_transfer(relay: OurRelay, one: Client, other: Client, data: bytes) -> None:
+    """Send `data` through a pair. All bytes must arrive, and be recorded."""
+    with sending(one, data):
+        other.expect(data)
+    other.expect_end()
+    one.expect_end()
+    assert relay.record() == Record("happy", len(data), True)
+
+
 @pytest.mark.parametrize("error", NO_ROOM)
 @pytest.mark.parametrize("receiver", ["tcp", "ws"])
-def test_send_without_room(
-    receiver: str,
-    error: str,
-    our_relay: list[str],
-    connect: Callable[[Relay], Connect],
-    inject: Inject,
-) -> None:
+def test_send_without_room(receiver: str, error: str, our_relay: list[str], strace: Path) -> None:
     """One send to the receiver fails. The bytes are queued, and all arrive."""
-    data = os.urandom(SIZE)
-    with running_relay(our_relay, "--no-splice") as relay:
-        one, other = meet(connect(relay), "pair", receiver)
-        call = "sendto" if receiver == "tcp" else "sendmsg"
-        tracer = inject(relay, call, error, "1")
-        with sending(one, data):
-            other.expect(data)
-        other.expect_end()
-        one.expect_end()
-        assert relay.record() == Record("happy", SIZE, True)
+    call = "sendto" if receiver == "tcp" else "sendmsg"
+    with OurRelay(our_relay, "--no-splice") as relay:
+        one, other = relay.pair("pair", receiver)
+        tracer = relay.inject(strace, call, error)
+        check_transfer(relay, one, other, os.urandom(SIZE))
+        relay.stop()
     assert f"{call}(" in injected(tracer)
 
 
 @pytest.mark.parametrize("error", NO_ROOM)
-def test_splice_without_room(
-    error: str, our_relay: list[str], connect: Callable[[Relay], Connect], inject: Inject
-) -> None:
+def test_splice_without_room(error: str, our_relay: list[str], strace: Path) -> None:
     """One splice to the receiver fails. The bytes stay in the pipe, and all arrive."""
     if not hasattr(os, "splice"):
         pytest.skip("this Python has no os.splice")
-    data = os.urandom(SIZE)
-    with running_relay(our_relay) as relay:
-        one, other = meet(connect(relay), "pair")
+    with OurRelay(our_relay) as relay:
+        one, other = relay.pair("pair")
         # The first splice fills the pipe, because the sender's socket is readable.
-        tracer = inject(relay, "splice", error, "2")
-        with sending(one, data):
-            other.expect(data)
-        other.expect_end()
-        one.expect_end()
-        assert relay.record() == Record("happy", SIZE, True)
+        tracer = relay.inject(strace, "splice", error, number=2)
+        check_transfer(relay, one, other, os.urandom(SIZE))
+        relay.stop()
     assert re.search(r"splice\(\d+<pipe:\S+ NULL, \d+<(socket|TCP)", injected(tracer))
 
 
 @pytest.mark.parametrize("operation", ["EPOLL_CTL_MOD", "EPOLL_CTL_ADD"])
-def test_registration_of_a_pair_fails(
-    operation: str, our_relay: list[str], connect: Callable[[Relay], Connect], inject: Inject
-) -> None:
+def test_registration_of_a_pair_fails(operation: str, our_relay: list[str], strace: Path) -> None:
     """One pair ends. The other pair, a waiting client and newcomers are served."""
     data = os.urandom(SIZE)
-    with running_relay(our_relay) as relay:
-        client = connect(relay)
-        bystanders = meet(client, "bystanders")
-        waiting = client("tcp")
-        waiting.send(handshake("waiting", "a"))
+    with OurRelay(our_relay) as relay:
+        bystanders = relay.pair("bystanders")
+        waiting = relay.waiting("waiting")
         # A receiver that does not read makes the relay change both registrations of its pair.
         # Their order is an implementation detail: fail the first change, then the second, ...
         for number in range(1, 9):
-            one, other = meet(client, f"pair {number}")
-            tracer = inject(relay, "epoll_ctl", "ENOSPC", str(number))
+            one, other = relay.pair(f"pair {number}")
+            tracer = relay.inject(strace, "epoll_ctl", "ENOSPC", number)
             with sending(one, data):
                 tracer.lines.until(r"EPOLL_CTL_DEL|\(INJECTED\)")
                 other.read_to_end()
@@ -192,42 +166,38 @@ def test_registration_of_a_pair_fails(
         assert len(received) < SIZE and data.startswith(received), summary(received)
 
         exchange(*bystanders)
-        partner = client("tcp")
+        partner = relay.connect()
         partner.send(handshake("waiting", "b"))
         waiting.expect(OK)
         partner.expect(OK)
         exchange(waiting, partner)
-        transfer(client, "newcomers")
+        exchange(*relay.pair("newcomers"))
+        relay.stop()
 
 
-def test_registration_of_a_newcomer_fails(
-    our_relay: list[str], connect: Callable[[Relay], Connect], inject: Inject
-) -> None:
+def test_registration_of_a_newcomer_fails(our_relay: list[str], strace: Path) -> None:
     """The newcomer's connection is closed. The pair and later newcomers are served."""
-    with running_relay(our_relay) as relay:
-        client = connect(relay)
-        bystanders = meet(client, "bystanders")
-        tracer = inject(relay, "epoll_ctl", "ENOSPC", "1")
-        client("tcp").read_to_end()
+    with OurRelay(our_relay) as relay:
+        bystanders = relay.pair("bystanders")
+        tracer = relay.inject(strace, "epoll_ctl", "ENOSPC")
+        relay.connect().read_to_end()
         exchange(*bystanders)
-        transfer(client, "newcomers")
+        exchange(*relay.pair("newcomers"))
+        relay.stop()
     assert "EPOLL_CTL_ADD" in injected(tracer)
 
 
-def test_records_while_descriptors_are_used_up(
-    our_relay: list[str], connect: Callable[[Relay], Connect], tmp_path: Path
-) -> None:
+def test_records_while_descriptors_are_used_up(our_relay: list[str], tmp_path: Path) -> None:
     """SQLite needs a descriptor for its journal. The relay keeps one for it.
 
     The waiting clients never leave, and are more than the relay has descriptors: it stays full.
     """
     database = tmp_path / "usage.sqlite"
     limited = ["sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh", *our_relay]
-    with running_relay(limited, f"--usage-db={database}") as relay:
-        client = connect(relay)
-        one, other = meet(client, "pair")
+    with OurRelay(limited, f"--usage-db={database}") as relay:
+        one, other = relay.pair("pair")
         for number in range(WAITING):
-            client("tcp").send(handshake(f"waiting {number}", "a"))
+            relay.waiting(f"waiting {number}")
         relay.lines.until("warning: .*(newcomers|open files|descriptors)")
         exchange(one, other)
         one.shutdown()
@@ -236,6 +206,7 @@ def test_records_while_descriptors_are_used_up(
             wait_for_row(db, "SELECT 1 FROM usage WHERE result = 'happy' AND total_bytes = 13")
             # Only a row from after the pair's end has a waiting client and no pair.
             wait_for_row(db, "SELECT 1 FROM current WHERE connected = 0 AND waiting > 0")
+        relay.stop()
 
 
 def wait_for_row(db: sqlite3.Connection, query: str) -> None:
