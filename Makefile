@@ -21,7 +21,8 @@ export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# Set $$python to a Python with pytest. Make the venv again if its Python is gone or if it is incomplete.
+# Set $$python to a Python with pytest. A venv that is incomplete, or whose Python is gone, is made
+# again.
 define find_pytest
 python='$(PYTHON)'; \
 if ! "$$python" -c 'import pytest' 2>/dev/null; then \
@@ -95,8 +96,8 @@ uninstall: ## remove what install put there
 	rm -f '$(entry)' '$(man8)/transit-relay.8'
 	rm -rf '$(share)'
 
-# Both modules in one file that Python runs: a zip archive after a #! line (PEP 441). All entries have
-# the same fixed time, so the same sources make the same file, byte for byte.
+# Both modules in one file that Python runs: a zip archive after a #! line (PEP 441). All entries
+# have the same fixed time, so the same sources make the same file, byte for byte.
 define onefile_text
 import sys, zipfile
 main = b"import sys\n\nimport transit_relay\n\nsys.exit(transit_relay.main())\n"
@@ -118,13 +119,14 @@ onefile: ## build/transit-relay.pyz, one file to copy: the relay with WebSocket
 	@chmod 755 build/transit-relay.pyz
 	@ls -l build/transit-relay.pyz
 
-# The source archive. An old *.egg-info would add the files that it lists. In a git repository the file
-# list is compared with the committed files.
+# The source archive. An old *.egg-info would add the files that it lists. In a git repository the
+# names of its files are compared with those of the committed files.
 sdist_venv = build/venv-sdist
 
 sdist: $(sdist_venv)/made ## build dist/transit_relay-VERSION.tar.gz, with every committed file
 	@rm -rf dist *.egg-info
-	@$(sdist_venv)/bin/python -m build --sdist . >build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
+	@$(sdist_venv)/bin/python -m build --sdist . >build/sdist.log 2>&1 \
+		|| { cat build/sdist.log; exit 1; }
 	@[ ! -e .git ] || { \
 		export LC_ALL=C; \
 		git -c core.quotePath=no ls-files | sort >build/committed; \
@@ -144,8 +146,8 @@ check-sdist: sdist ## unpack the source archive in an empty folder and run the t
 	tar -xzf dist/*.tar.gz --strip-components=1 --directory="$$folder" && \
 	env -u PYTHONPATH $(MAKE) --no-print-directory --directory="$$folder" test
 
-# dpkg-buildpackage needs ./debian, so the package is built in an exported copy of the commit. The umask
-# and this make's flags must not affect the package. Its Python is Debian's.
+# dpkg-buildpackage needs ./debian, so the package is built in an exported copy of the commit. The
+# umask and the flags of this make must not affect it. Its Python is Debian's.
 deb = build/deb
 
 deb: ## build the Debian package and its source from the last commit, in build/deb

@@ -1,5 +1,5 @@
-# Install, use, remove and purge the package on a system that sysvinit has booted. test_deb.py runs this
-# script as root and compares the output. /relay.deb is the package, /smoke its autopkgtest.
+# Install, use, remove and purge the package on a system that sysvinit has booted. test_deb.py runs
+# this script as root and compares the output. /relay.deb is the package, /smoke its autopkgtest.
 set -e
 
 # All files, except dpkg's own state and logs.
