@@ -3953,13 +3953,15 @@ def serve(options: argparse.Namespace) -> int:
         unused = passed.unused(endpoints)
         for listener in listeners:
             undo.callback(listener.close)
-        if options.user:
-            switch_user(options.user, log_file)
         sinks: list[Sink] = []
         if options.usage_db:
             sinks.append(UsageDatabase(options.usage_db))
         if log_fd is not None:
             sinks.append(JsonLines(log_fd))
+        if options.user:
+            switch_user(options.user, log_file)
+        for sink in sinks:
+            sink.prepare()
         limit = raise_open_files_limit()
         recorder = Recorder(sinks, options.blur_usage)
         recorder.start()
