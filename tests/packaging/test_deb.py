@@ -88,7 +88,15 @@ FILES = """
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.Debian.gz
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.gz
 -rw-r--r-- /usr/share/doc/transit-relay/copyright
+-rw-r--r-- /usr/share/doc/transit-relay/docs/differences.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/operating.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/docs/performance.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/docs/protocol.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/examples/caddy/Caddyfile
+-rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay.cfg
+-rw-r--r-- /usr/share/doc/transit-relay/examples/nginx/transit-relay.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/own-listeners.conf
+-rw-r--r-- /usr/share/doc/transit-relay/examples/stunnel/transit-relay.conf
 -rw-r--r-- /usr/share/man/man8/transit-relay.8.gz
 -rw-r--r-- /usr/share/python3/runtime.d/transit-relay.rtupdate x
 -rw-r--r-- /usr/share/transit-relay/transit_relay.py
