@@ -31,6 +31,7 @@ Server and handed to it.
     Looking in           texts about a running relay
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
     Listeners            open the sockets of endpoints, or adopt those that are open
+    Messages             stderr or the log file, without blocking
     Daemon               pidfile, log file, user, background, systemd
     Command line         options, and the configuration file
     Start and stop       the order of a start
@@ -88,10 +89,13 @@ if TYPE_CHECKING:
 
 try:
     import ws_frames
-except ModuleNotFoundError as error:  # copied without it: TCP clients only
+except ModuleNotFoundError as error:  # only this file was copied: TCP clients only
     if error.name != "ws_frames":
         raise
     ws_frames = None  # type: ignore[assignment]
+except (OSError, SyntaxError, ValueError) as error:  # unreadable, or cut off by a failed copy
+    reason = getattr(error, "strerror", None) or getattr(error, "msg", None) or error
+    sys.exit(f"transit-relay: ws_frames.py cannot be imported: {reason}")
 
 __version__ = "0.1"
 
@@ -531,7 +535,7 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # which are defined after it.)
 # ---------------------------------------------------------------------------------------------
 
-Bytes = Union[bytes, memoryview]
+Bytes = Union[bytes, bytearray, memoryview]
 
 
 class Role(enum.Enum):
@@ -2874,12 +2878,6 @@ class PassedSockets(NamedTuple):
             raise StartupError(f"LISTEN_FDS={count}: {why}") from None
         return cls(int(count), tuple(names.split(":")) if names else ())
 
-    @classmethod
-    def take(cls) -> PassedSockets:
-        """Read LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, and remove them from the environment."""
-        names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-        return cls.parse(*(os.environ.pop(name, "") for name in names))
-
     def endpoints(self) -> list[Endpoint]:
         """Return all sockets as endpoints. The role follows from the name `websocket`."""
         return [
@@ -3298,27 +3296,205 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
 
 
 # ---------------------------------------------------------------------------------------------
+# Messages
+#
+# Where our own messages go: stderr, stdout or the log file. Messages must not delay clients, so
+# a message is dropped if a pipe, a terminal or a socket has no room for it.
+# ---------------------------------------------------------------------------------------------
+
+OMISSION = b"\n[...]\n"  # stands for the middle of a long message
+
+
+class MessageHandler(logging.Handler):
+    """Pass each message to a function that writes it. A message that fails is dropped."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        """`write` must not block. It may raise OSError."""
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the text of `record` with a newline."""
+        text = self.format(record).encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):
+            self._write(limit_message(text) + b"\n")
+
+
+def limit_message(text: bytes) -> bytes:
+    """Return `text`, without its middle if a pipe would not take it as one piece.
+
+    The end stays, because the last line of a traceback is the exception.
+    """
+    if len(text) < select.PIPE_BUF:
+        return text
+    half = (select.PIPE_BUF - len(OMISSION) - 1) // 2
+    return (text[:half] + OMISSION + text[-half:]).decode("utf-8", "ignore").encode()
+
+
+def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
+    """Return a function that writes to `fd` and does not block. It may raise OSError.
+
+    `fd` itself stays blocking: other processes may share its open file description, and with
+    it O_NONBLOCK. A pipe or terminal is opened again instead, as an open file of our own.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=os.dup(fd))
+        return lambda text: sock.send(text, socket.MSG_DONTWAIT)
+    if stat.S_ISFIFO(mode) or os.isatty(fd):
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        with contextlib.suppress(OSError):
+            return partial(os.write, os.open(f"/proc/self/fd/{fd}", flags))
+    # A file, a device, or a pipe that belongs to another user. Between the question and the
+    # write another process may fill that pipe: then the write blocks.
+    return lambda text: takes_bytes(fd, 0) and os.write(fd, text)
+
+
+class LogFile(MessageHandler):
+    """Append messages to a file. It is reopened when the path leads elsewhere."""
+
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        """Open or create the file. Raises OSError.
+
+        `fd`: the file, if this process has opened it before an exec.
+        """
+        super().__init__(self._append)
+        self._path = path
+        self.is_new = False  # whether we created the file that is open
+        self.fd = self._open() if fd is None else fd
+
+    def reopen(self) -> None:
+        """Open the path again. If that fails, go on with the old file."""
+        try:
+            self._replace()
+        except OSError as error:
+            log.warning("the log file cannot be reopened: %s", error_text(error))
+        else:
+            log.info("log file reopened")
+
+    def _append(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                self._replace()
+        os.write(self.fd, text)
+
+    def _was_moved(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self.fd))
+        except FileNotFoundError:
+            return True
+
+    def _replace(self) -> None:
+        assert self.lock is not None
+        with self.lock:  # a sink's thread may be writing
+            old, self.fd = self.fd, self._open()
+            os.close(old)
+
+    def _open(self) -> int:
+        """Open the path, and note whether that created the file: a link may lead anywhere."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(self._path, flags | os.O_EXCL, 0o666)
+            self.is_new = True
+        except FileExistsError:
+            fd = os.open(self._path, flags, 0o666)
+            self.is_new = False
+        return fd
+
+
+class LevelFormatter(logging.Formatter):
+    """Begin warnings and errors with their level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of `record`."""
+        is_plain = record.levelno <= logging.INFO
+        record.severity = "" if is_plain else record.levelname.lower() + ": "
+        return super().format(record)
+
+
+def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
+    """Send messages to the file at `path`. Without a path, use stderr (or stdout).
+
+    Return the file. Raises StartupError.
+    """
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        file = None if path is None else LogFile(path)
+    except OSError as error:
+        raise StartupError(f"logfile {path}: {error_text(error)}") from None
+    handler = file or MessageHandler(nonblocking_writer(1 if to_stdout else 2))
+    layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
+    handler.setFormatter(LevelFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+    log.addHandler(handler)
+    return file
+
+
+# ---------------------------------------------------------------------------------------------
 # Daemon
 #
-# What makes a program one that init scripts, cron, logrotate and systemd can live with. All but
-# what systemd is told happens once, at the start or the end, and says why if the system refuses.
+# What init scripts, cron and systemd expect of a program: a pidfile, notifications, the
+# background, another user. Notifications go on for as long as the program runs. All else
+# happens once, at the start or at the end. A start that the system refuses is a StartupError.
 # ---------------------------------------------------------------------------------------------
+
+MIN_WATCHDOG_SECONDS = 0.05  # between two notifications, even if the watchdog is stricter
+
+
+class Environment(NamedTuple):
+    """The variables of the service manager, as they were at the start.
+
+    sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) describe them. A program that this
+    process executes later needs them again.
+    """
+
+    listen_pid: str = ""
+    listen_fds: str = ""
+    listen_fdnames: str = ""
+    notify_socket: str = ""
+    watchdog_usec: str = ""
+    watchdog_pid: str = ""
+
+    @classmethod
+    def take(cls) -> Environment:
+        """Read the variables, and remove them: child processes must not inherit them."""
+        return cls(*(os.environ.pop(field.upper(), "") for field in cls._fields))
+
+    def passed_sockets(self) -> PassedSockets:
+        """Return the sockets passed to this process. To be called before a fork."""
+        return PassedSockets.parse(self.listen_pid, self.listen_fds, self.listen_fdnames)
+
+    def watchdog_seconds(self) -> float:
+        """Return the time limit of this process's watchdog, 0 if it has none.
+
+        To be called before a fork.
+        """
+        is_for_us = self.watchdog_pid in ("", str(os.getpid()))
+        if is_for_us and re.fullmatch("[0-9]{1,15}", self.watchdog_usec):
+            return int(self.watchdog_usec) / 1e6
+        return 0
 
 
 class PidFile:
-    """A file with our process id, locked for as long as we live.
+    """A file with our process id, locked as long as the process runs.
 
-    The lock, not the number, tells whether a relay is running: after a crash or a reboot the
-    number may long be somebody else's.
+    The lock tells whether a relay is running. The number does not: after a crash or a reboot
+    another process may have it.
     """
 
-    def __init__(self, path: str) -> None:
-        """Make it ours. Raises StartupError if another relay has it, or it is something else."""
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        """Lock the file and write the process id to it. Raises StartupError.
+
+        `fd`: the file, if this process has locked and written it before an exec.
+        """
         self._path = path
+        if fd is not None:
+            self.fd = fd
+            return
         try:
-            self._fd = self._lock()
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+            self.fd = self._lock()
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
         except OSError as error:
             raise StartupError(f"pidfile {path}: {error_text(error)}") from None
 
@@ -3328,15 +3504,15 @@ class PidFile:
         while True:
             fd = os.open(self._path, flags, 0o644)
             try:
-                if self._is_locked_by_us(fd):
+                if self._try_lock(fd):
                     return fd
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
 
-    def _is_locked_by_us(self, fd: int) -> bool:
-        """Lock what was opened. False: it is no longer the file of that name."""
+    def _try_lock(self, fd: int) -> bool:
+        """Lock `fd`. Return False if the path no longer leads to this file."""
         content = os.read(fd, 64).strip()
         if not stat.S_ISREG(os.fstat(fd).st_mode) or not re.fullmatch(rb"[0-9]{0,20}", content):
             raise StartupError(f"pidfile {self._path}: holds something else")
@@ -3351,174 +3527,101 @@ class PidFile:
             return False
 
     def close(self) -> None:
-        """Remove it, or empty it where the folder is not ours to write. Either reads as stale."""
+        """Remove the file. If the folder does not allow that, empty the file."""
         try:
-            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+            if os.path.samestat(os.fstat(self.fd), os.stat(self._path)):
                 os.unlink(self._path)
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
-        os.close(self._fd)
-
-
-class MessageHandler(logging.Handler):
-    """Messages to a descriptor. What it does not take at once is dropped: no message blocks."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__()
-        self.fd = fd
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, if there is room for it."""
-        text = self.format(record).encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError):
-            if takes_bytes(self.fd, 0):
-                os.write(self.fd, text[: select.PIPE_BUF - 1] + b"\n")
-
-
-class LogFile(MessageHandler):
-    """Messages to the end of a file, which is opened anew when somebody (logrotate) moved it."""
-
-    def __init__(self, path: str) -> None:
-        """Open or make the file. Raises OSError."""
-        self._path = path
-        self.is_ours = False  # whether we made it: else it is not ours to give to `--user`
-        super().__init__(self._open())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; to the old file, if there is no way to a new one."""
-        with contextlib.suppress(OSError):
-            if self._was_moved():
-                old, self.fd = self.fd, self._open()
-                os.close(old)
-        super().emit(record)
-
-    def _was_moved(self) -> bool:
-        try:
-            return not os.path.samestat(os.stat(self._path), os.fstat(self.fd))
-        except FileNotFoundError:
-            return True
-
-    def _open(self) -> int:
-        """Open the file, and note whether there was none: a link may lead anywhere."""
-        # Non-blocking, as it may be a pipe, or switch_user one.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        try:
-            fd = os.open(self._path, flags | os.O_EXCL, 0o666)
-            self.is_ours = True
-        except FileExistsError:
-            fd = os.open(self._path, flags, 0o666)
-            self.is_ours = False
-        return fd
-
-
-class LineFormatter(logging.Formatter):
-    """One line a message; warnings and errors begin with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Give the text of `record`, with its level in front if that is above INFO."""
-        calm = record.levelno <= logging.INFO
-        record.severity = "" if calm else record.levelname.lower() + ": "
-        return super().format(record)
-
-
-def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
-    """Send messages to the file at `path`, or without one to stderr (or stdout).
-
-    Gives the file, for whoever has to know whose it is. Raises StartupError.
-    """
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        file = None if path is None else LogFile(path)
-    except OSError as error:
-        raise StartupError(f"logfile {path}: {error_text(error)}") from None
-    handler = file or MessageHandler(1 if to_stdout else 2)
-    layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
-    handler.setFormatter(LineFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
-    log.addHandler(handler)
-    return file
+                os.ftruncate(self.fd, 0)
+        os.close(self.fd)
 
 
 class ServiceManager:
-    """systemd, if it is there and wants to be told: sd_notify(3), sd_watchdog_enabled(3)."""
+    """Notify systemd, if it started this process: sd_notify(3)."""
 
-    def __init__(self, address: str = "", watchdog_seconds: float = 0) -> None:
-        """`address`: where it listens; empty: there is none.
+    def __init__(self, address: str, watchdog_seconds: float = 0) -> None:
+        """`address`: NOTIFY_SOCKET; empty or of an unknown kind: nothing is sent.
 
-        `watchdog_seconds`: of silence, after which it takes us for dead; 0: never.
+        `watchdog_seconds`: the watchdog's time limit; 0: there is no watchdog.
         """
-        # With an @ in front it has no place in the file system: unix(7).
-        self._address = "\0" + address[1:] if address.startswith("@") else address
+        if not address.startswith(("/", "@")):  # vsock:... is for virtual machines
+            address = ""
+        self._address = re.sub("^@", "\0", address)  # an abstract socket, unix(7)
         self._watchdog_seconds = watchdog_seconds
-        self._socket: socket.socket | None = None  # kept, lest descriptors lack for it one day
-        self._owed = ""  # what must be said and was not taken yet
-        self._phase = ""  # in front of the status
-        self._complaints = Throttle()
+        self._socket: socket.socket | None = None  # kept open: descriptors may run out
+        self._unsent = ""  # variables that must arrive and were refused
+        self._phase = ""  # begins the status
+        self._warnings = Throttle()
 
-    @classmethod
-    def take(cls) -> ServiceManager:
-        """Read what it says in the environment, and take that out."""
-        address, usec, pid = (
-            os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-        )
-        if not address.startswith(("/", "@")):  # the others are for virtual machines
-            return cls()
-        is_watched = pid in ("", str(os.getpid())) and re.fullmatch("[0-9]{1,15}", usec)
-        return cls(address, int(usec) / 1e6 if is_watched else 0)
+    def add_chores(self, server: Server) -> None:
+        """Let the loop send the status, and the watchdog's keep-alive."""
 
-    def attend(self, server: Server) -> None:
-        """Have the loop itself tell that it is alive, and how things stand."""
-
-        def tell_status() -> None:
-            self.tell(f"STATUS={self._phase}{status_line(server.snapshot())}")
+        def send_status() -> None:
+            self.notify(f"STATUS={self._phase}{status_line(server.snapshot())}")
 
         if self._address:
-            server.every(STATUS_SECONDS, tell_status)
-        if self._watchdog_seconds:
-            server.every(self._watchdog_seconds / 2, lambda: self.tell("WATCHDOG=1"))
+            server.every(STATUS_SECONDS, send_status)
+        if self._address and self._watchdog_seconds:
+            pause = max(self._watchdog_seconds / 2, MIN_WATCHDOG_SECONDS)
+            server.every(pause, lambda: self.notify("WATCHDOG=1"))
 
     def ready(self) -> None:
-        """Tell that clients are served."""
-        self.tell("READY=1", must_arrive=True)
+        """Report that clients are served."""
+        self.notify("READY=1", must_arrive=True)
 
     def stopping(self) -> None:
-        """Tell that a stop has begun."""
+        """Report that a stop has begun."""
         self._phase = "stopping; "
-        self.tell("STOPPING=1\nSTATUS=stopping", must_arrive=True)
+        self.notify("STOPPING=1\nSTATUS=stopping", must_arrive=True)
 
-    def tell(self, message: str, must_arrive: bool = False) -> None:
-        """Send variables, a line each, if it takes them at once.
+    def notify(self, message: str, must_arrive: bool = False) -> None:
+        """Send variables, one a line, unless the socket's queue is full.
 
-        `must_arrive`: if it does not, they are sent again before what is told next.
+        `must_arrive`: if the queue is full, send them again with the next message.
         """
         if not self._address:
             return
-        message = self._owed + message
+        message = self._unsent + message
         try:
             if self._socket is None:
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._socket.setblocking(False)
             self._socket.sendto(message.encode(), self._address)
-            self._owed = ""
+            self._unsent = ""
         except OSError as error:
             if must_arrive:
-                self._owed = message + "\n"
-            if self._complaints.is_due(time.monotonic()):
-                log.warning("the service manager cannot be told: %s", error_text(error))
+                self._unsent = message + "\n"
+            if self._warnings.is_due(time.monotonic()):
+                log.warning("the service manager cannot be notified: %s", error_text(error))
 
     def close(self) -> None:
-        """Tell it nothing more."""
+        """Close the socket."""
         if self._socket is not None:
             self._socket.close()
 
 
-def daemonize() -> Callable[[], None]:
-    """Go to the background. Returns only there, with what to call when all is in place.
+def open_descriptors() -> list[int]:
+    """Return the numbers of the open descriptors. One of them may be closed by now."""
+    with contextlib.suppress(OSError):
+        return [int(name) for name in os.listdir("/dev/fd")]
+    return [fd for fd in range(1024) if is_open(fd)]  # no /proc is mounted
 
-    The process that was started waits for that call and exits with 0, or with 1 if there will
-    be none: then the daemon has said why on stderr, which it leaves only at that call.
-    Raises StartupError.
+
+def is_open(fd: int) -> bool:
+    """Return whether a descriptor is open."""
+    with contextlib.suppress(OSError):
+        os.fstat(fd)
+        return True
+    return False
+
+
+def daemonize(kept: Iterable[int]) -> Callable[[], None]:
+    """Go to the background. Return there, with a function to call when all is set up.
+
+    The process that was started waits for that call, and exits with 0. If the daemon ends
+    before that call, it exits with 1: stderr is open until then, for the reason.
+    All descriptors are closed, except `kept` and the standard ones. Raises StartupError.
     """
     try:
         null = os.open(os.devnull, os.O_RDWR)
@@ -3527,11 +3630,13 @@ def daemonize() -> Callable[[], None]:
             os.close(ready_write)
             os._exit(0 if os.read(ready_read, 1) else 1)
         os.setsid()
-        if os.fork():  # not the session's leader: no terminal can ever switch_user ours
+        if os.fork():  # a process that does not lead its session cannot get a terminal
             os._exit(0)
-        os.close(ready_read)
     except OSError as error:
         raise StartupError(f"--daemonize: {error_text(error)}") from None
+    for fd in {*open_descriptors()}.difference(kept, range(STANDARD_FDS), (null, ready_write)):
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     def detach() -> None:
         for fd in range(STANDARD_FDS):
@@ -3544,8 +3649,8 @@ def daemonize() -> Callable[[], None]:
     return detach
 
 
-def occupy_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed, put /dev/null: else a socket would get the messages for it."""
+def fill_standard_descriptors() -> None:
+    """Open /dev/null where 0, 1 or 2 is closed: a socket there would receive messages."""
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
         if fd >= STANDARD_FDS:
@@ -3553,63 +3658,97 @@ def occupy_standard_descriptors() -> None:
             return
 
 
-def duplicate_log_descriptor(fd: int) -> int:
-    """Give a descriptor of our own for `--log-fd`. Raises StartupError.
+def find_descriptors(endpoints: Iterable[Endpoint], passed: PassedSockets) -> list[int]:
+    """Return the open descriptors that endpoints name. Raises StartupError.
 
-    Asked before anything is opened: else `fd` might be a file of ours by then.
+    To be called before we open anything, which could get one of the numbers.
+    """
+    found = []
+    for endpoint in endpoints:
+        fd = passed.find(endpoint)
+        if fd is not None:
+            if not is_open(fd):
+                raise StartupError(f"{endpoint.text}: {os.strerror(errno.EBADF)}")
+            found.append(fd)
+    return found
+
+
+def duplicate_log_descriptor(fd: int) -> int:
+    """Return a duplicate of the descriptor of `--log-fd`. Raises StartupError.
+
+    To be called before we open anything, which could get the number `fd`.
     """
     try:
         writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
+        duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     except OSError as error:
         raise StartupError(f"--log-fd={fd}: {error_text(error)}") from None
     if not writable:
         raise StartupError(f"--log-fd={fd}: not open for writing")
-    return ours
+    return duplicate
 
 
-def raise_open_files_limit() -> str:
-    """Allow ourselves as many descriptors as the system does, one for each client.
-
-    Gives what there is to say about it: nothing if nothing changes.
-    """
+def raise_open_files_limit() -> tuple[int, str]:
+    """Raise the limit of open descriptors. Return the limit, and a remark (or nothing)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft == resource.RLIM_INFINITY or soft >= most:
-        return ""
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_OPEN_FILES, ""
+    if soft >= wanted:
+        return soft, ""
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError) as error:
-        return f"RLIMIT_NOFILE stays at {soft} open files: {error}"
-    return f"RLIMIT_NOFILE raised from {soft} to {most} open files"
+        return soft, f"RLIMIT_NOFILE stays at {soft} open files: {error}"
+    return wanted, f"RLIMIT_NOFILE raised from {soft} to {wanted} open files"
 
 
-def find_user(text: str) -> tuple[str, int, int]:
-    """Look up NAME[:GROUP]: name, uid, gid. Raises StartupError."""
+def find_user(text: str) -> tuple[str | None, int, int]:
+    """Look up NAME[:GROUP], names or numbers. Return name, uid and gid. Raises StartupError."""
     name, _, group = text.partition(":")
-    try:
-        user = pwd.getpwnam(name)
-    except KeyError:
-        raise StartupError(f"--user {text}: there is no user {name!r}") from None
-    try:
-        gid = grp.getgrnam(group).gr_gid if group else user.pw_gid
-    except KeyError:
-        raise StartupError(f"--user {text}: there is no group {group!r}") from None
-    return name, user.pw_uid, gid
+    uid, gid = parse_id(name), parse_id(group)
+    user: pwd.struct_passwd | None = None
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwnam(name) if uid is None else pwd.getpwuid(uid)
+    if user is not None:
+        uid = user.pw_uid
+    if uid is None or (user is None and not group):
+        remedy = "" if uid is None else f", so add its group: {uid}:GROUP"
+        raise StartupError(f"--user {text}: there is no user {name!r}{remedy}")
+    if user is not None and not group:
+        gid = user.pw_gid
+    if gid is None:
+        try:
+            gid = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise StartupError(f"--user {text}: there is no group {group!r}") from None
+    return user and user.pw_name, uid, gid
 
 
-def switch_user(text: str, log_file: LogFile | None) -> None:
+def parse_id(text: str) -> int | None:
+    """Return the number of a user or a group, None if `text` is not such a number."""
+    return int(text) if re.fullmatch("[0-9]{1,10}", text) and int(text) < 2**32 - 1 else None
+
+
+def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
-    A log file that we made goes along: it has to be opened again when it was rotated.
+    The user gets what this process has created: unix sockets, and the log file, which must be
+    reopened after a rotation. The user may be unable to read Python's library: what is needed
+    later is imported by now.
     """
     name, uid, gid = find_user(text)
     if (os.geteuid(), os.getegid()) == (uid, gid):
         return
     try:
-        if log_file is not None and log_file.is_ours:
+        for listener in listeners:
+            listener.give_to(uid, gid)
+        if log_file is not None and log_file.is_new:
             os.fchown(log_file.fd, uid, gid)
-        os.initgroups(name, gid)
+        if name is None:
+            os.setgroups([gid])
+        else:
+            os.initgroups(name, gid)
         os.setgid(gid)
         os.setuid(uid)
     except OSError as error:
@@ -3619,27 +3758,31 @@ def switch_user(text: str, log_file: LogFile | None) -> None:
 # ---------------------------------------------------------------------------------------------
 # Command line
 #
-# The options as an operator looks for them, and the file in which they may stand as well. What is
-# wrong with either is said in one line, which names the option, and the line of the file.
+# The options, and the file that may contain them. An error is one line: it names the option,
+# and the line of the file.
 # ---------------------------------------------------------------------------------------------
 
 EPILOG = """\
 endpoints:
-  tcp:4001                          IPv4 and IPv6, all interfaces
-  tcp:4001:interface=127.0.0.1      one address; IPv6: interface=\\:\\:1
+  tcp:4001  tcp6:4001  4001         all interfaces, IPv4 and IPv6
+  tcp:4001:interface=127.0.0.1      one address, or all addresses of a name;
+                                    an IPv6 address: interface=\\:\\:1
   tcp:0                             a free port, which the start message names
-  tcp:4001:backlog=N                newcomers that may queue (default, and least: 1024)
+  tcp:4001:backlog=N                the queue of new connections (default and least: 1024)
   unix:/run/x.sock[:mode=660]       a unix socket (default mode: 666)
   systemd:index=0  systemd:name=X   a socket passed by systemd
   fd:N                              a listening socket that is open already
 
 configuration file:
-  an option a line, without its dashes: `blur-usage 3600` or `blur-usage = 3600`;
-  a # at the start of a line or behind white space begins a comment
+  one option per line, without dashes: `blur-usage 3600` or `blur-usage = 3600`;
+  a # at the start of a line or after white space begins a comment;
+  the command line takes an option of the file back with --no-daemonize, --splice,
+  or an empty value: --usage-db=
 
 signals:
-  SIGTERM, SIGINT                   stop: queued bytes get 2 s, unwritten records 10 s;
-                                    a second one ends at once
+  SIGTERM, SIGINT, SIGQUIT          stop: queued bytes get 2 s, unwritten records 10 s;
+                                    a second signal ends the relay at once
+  SIGUSR1                           reopen the log file
   SIGHUP                            ignored
 
 exit codes:
@@ -3647,45 +3790,45 @@ exit codes:
   2 wrong command line or configuration
 """
 
-
 # RFC 6455, 3: no user, no fragment.
 WEBSOCKET_URL = re.compile(
     r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
 )
+MAX_KEEPALIVE_SECONDS = 32767  # Linux: MAX_TCP_KEEPIDLE
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """An argparse parser whose errors are one line."""
 
-    place = ""  # where what is wrong stands, if that is not the command line
+    place = ""  # the file and line that are parsed; empty: the command line
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        complain(f"{self.place}{message} (--help tells more)", sys.stderr)
+        message = re.sub("^argument -[a-z]/", "argument ", message)  # files have no short options
+        print_error(f"{self.place}{message} (--help lists all options)", sys.stderr)
         raise SystemExit(2)
 
 
-def complain(message: str, stream: TextIO | None) -> None:
-    """Say in one line why we do not start, if anybody is there to hear it."""
+def print_error(message: str, stream: TextIO | None) -> None:
+    """Print in one line why the relay does not start. `stream` is None if it is closed."""
     if stream is None:
         return
     text = " ".join(message[:MAX_COMPLAINT_CHARACTERS].split())
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    line = f"{PROGRAM}: {plain}"
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     with contextlib.suppress(OSError):
-        encoded = line.encode(stream.encoding, "backslashreplace")
+        encoded = f"{PROGRAM}: {printable}".encode(stream.encoding, "backslashreplace")
         print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
 def whole_number(text: str) -> int:
-    """An option's value that counts something. Raises UsageError."""
+    """Parse the value of an option that counts. Raises UsageError."""
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
         raise UsageError(f"{text!r} is not a whole number from 0 to 2147483647")
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """An option's value that is a time. Raises UsageError."""
+def duration(text: str) -> float:
+    """Parse the value of an option that is a time. Raises UsageError."""
     try:
         value = float(text) if text.isascii() and "_" not in text else -1.0
     except ValueError:
@@ -3695,22 +3838,35 @@ def seconds(text: str) -> float:
     return value
 
 
+def keepalive_time(text: str) -> int:
+    """Parse the value of `--keepalive`. Raises UsageError."""
+    value = whole_number(text)
+    if value > MAX_KEEPALIVE_SECONDS:
+        raise UsageError(f"{text!r} is more than {MAX_KEEPALIVE_SECONDS} seconds")
+    return value
+
+
 def websocket_url(text: str) -> str:
-    """An option's value that is a WebSocket address: RFC 6455, 3. Raises UsageError."""
+    """Check the address of a WebSocket: RFC 6455, 3. Raises UsageError."""
     if not WEBSOCKET_URL.fullmatch(text):
         raise UsageError(f"{text!r} is not of the form ws://HOST[:PORT]/PATH or wss://...")
     return text
 
 
 def nonempty(text: str) -> str:
-    """An option's value that names something. Raises UsageError."""
+    """Check the value of an option that names something. Raises UsageError."""
     if not text:
         raise UsageError("the name is empty")
     return text
 
 
+def optional(parse: Callable[[str], object] = str) -> Callable[[str], object]:
+    """Return a parser that leaves an empty value as it is: see `take_back`."""
+    return lambda text: text and parse(text)
+
+
 def make_parser() -> Parser:
-    """All options, in the groups in which one looks for them; each with default and unit."""
+    """Return the parser of all options."""
     parser = Parser(
         prog=PROGRAM,
         usage="%(prog)s [--port ENDPOINT] [--websocket ENDPOINT] [OPTIONS]",
@@ -3722,42 +3878,45 @@ def make_parser() -> Parser:
     )
     listening = parser.add_argument_group("where it listens")
     listening.add_argument(
+        "-p",
         "--port",
         metavar="ENDPOINT",
-        type=parse_endpoint,
+        type=optional(parse_endpoint),
         action="append",
         default=[],
-        help="take clients here, over TCP and WebSocket; may be given several times"
+        help="accept clients here, over TCP and WebSocket; can be given several times"
         " (default: what systemd passes if no endpoint is named at all, else tcp:4001)",
     )
     listening.add_argument(
+        "-w",
         "--websocket",
         metavar="ENDPOINT",
-        type=parse_websocket_endpoint,
+        type=optional(parse_websocket_endpoint),
         action="append",
         default=[],
-        help="take clients here too, and answer junk by HTTP instead of `bad handshake`: for the"
-        " side of a proxy; may be given several times (default: none: --port takes both)",
+        help="the same, but answer junk by HTTP instead of `bad handshake`, for connections from"
+        " a proxy; can be given several times (default: none: --port takes both)",
     )
     listening.add_argument(
+        "-u",
         "--websocket-url",
         metavar="URL",
-        type=websocket_url,
-        help="the address of WebSocket clients that the start message names, if a proxy or a"
-        " router stands before us (default: ws://localhost:PORT/ for each --websocket)",
+        type=optional(websocket_url),
+        help="the address for WebSocket clients in the start message, if a proxy or a router"
+        " stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
     )
     records = parser.add_argument_group("what it records")
     records.add_argument(
         "--usage-db",
         metavar="FILE",
-        type=nonempty,
-        help="write a row for each transfer to this SQLite database, made if it is missing;"
-        " :memory: keeps it in memory (default: none)",
+        type=optional(),
+        help="write a row for each transfer to this SQLite database, which is created if it is"
+        " missing; :memory: keeps it in memory (default: none)",
     )
     records.add_argument(
         "--log-fd",
         metavar="N",
-        type=whole_number,
+        type=optional(whole_number),
         help="write a JSON line for each transfer to this open file descriptor (default: none)",
     )
     records.add_argument(
@@ -3765,17 +3924,25 @@ def make_parser() -> Parser:
         metavar="SECONDS",
         type=whole_number,
         default=0,
-        help="record start times rounded down to a multiple of this many seconds, and sizes"
-        " rounded down too (default: 0 s: not blurred)",
+        help="round recorded start times down to a multiple of this many seconds, and sizes down"
+        " too (default: 0 s: not blurred)",
     )
     limits = parser.add_argument_group("what it limits")
     limits.add_argument(
         "--handshake-timeout",
         metavar="SECONDS",
-        type=seconds,
+        type=duration,
         default=Limits().handshake_seconds,
         help="close a connection that has not sent its handshake after this many seconds;"
         " 0 switches it off (default: %(default)g s)",
+    )
+    limits.add_argument(
+        "--keepalive",
+        metavar="SECONDS",
+        type=keepalive_time,
+        default=Limits().keepalive_seconds,
+        help="probe a TCP connection that has been silent for this many seconds; 0 leaves it to"
+        " the system (default: %(default)g s)",
     )
     running = parser.add_argument_group("how it runs")
     running.add_argument(
@@ -3784,65 +3951,82 @@ def make_parser() -> Parser:
         type=nonempty,
         action="append",
         default=[],
-        help="read more options from this file, where those given here win; may be given several"
-        " times (default: none)",
+        help="read more options from this file; the command line takes precedence; can be given"
+        " several times (default: none)",
     )
     running.add_argument(
         "--daemonize",
         action="store_true",
-        help="go to the background as soon as all is in place (default: stay in the foreground)",
+        help="go to the background as soon as all is set up; --no-daemonize cancels it"
+        " (default: stay in the foreground)",
+    )
+    running.add_argument(
+        "--no-daemonize", dest="daemonize", action="store_false", help=argparse.SUPPRESS
     )
     running.add_argument(
         "--pidfile",
         metavar="FILE",
-        type=nonempty,
-        help="keep the process id here; no second relay starts with the same one (default:"
-        " transit_relay.pid with --daemonize, else none)",
+        type=optional(),
+        help="write the process id to this file; a second relay with the same file does not start"
+        " (default: transit_relay.pid with --daemonize, else none)",
     )
     running.add_argument(
         "--logfile",
         metavar="FILE",
-        type=nonempty,
-        help="write messages here; opened anew when it was moved (default: transit_relay.log"
-        " with --daemonize, else stderr, or stdout if --log-fd is 2)",
+        type=optional(),
+        help="write messages to this file; it is reopened when it was moved, and on SIGUSR1"
+        " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
     )
     running.add_argument(
         "--user",
         metavar="NAME[:GROUP]",
         type=nonempty,
-        help="open everything as root, then run as this user (default: do not change)",
+        help="open everything as root, then run as this user; numbers work too"
+        " (default: do not change)",
     )
     running.add_argument(
         "--no-splice",
         action="store_true",
-        help="copy all bytes (default: bulk between TCP clients is spliced, moved by the kernel"
-        " alone, where the system and Python can: Linux, 3.10)",
+        help="copy all bytes; --splice cancels it (default: bulk between TCP clients is spliced,"
+        " moved by the kernel alone, where the system and Python can: Linux, 3.10)",
     )
+    running.add_argument("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
     about = parser.add_argument_group("about")
     version = f"{PROGRAM} {__version__}"
-    about.add_argument(
-        "--version", action="version", version=version, help="say which version this is"
-    )
-    about.add_argument("-h", "--help", action="help", help="show this text")
+    about.add_argument("--version", action="version", version=version, help="print the version")
+    about.add_argument("-h", "--help", action="help", help="print this text")
     return parser
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, and the file it names. Exits with code 2, and one line, if wrong."""
+    """Parse the command line, and the files that it names. Exits with code 2 if one is wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.config:
-        configured = argparse.Namespace()
-        for path in options.config:
-            read_config(path, parser, configured)
-        for name in ("port", "websocket"):  # lists, to which argparse would add
-            if getattr(options, name):
-                vars(configured).pop(name, None)
-        options = parser.parse_args(arguments, configured)
+    configured = argparse.Namespace()
+    for path in options.config:
+        read_config(path, parser, configured)
+    in_files = set(vars(configured))
+    for name in ("port", "websocket"):  # argparse would append to the lists
+        if getattr(options, name):
+            vars(configured).pop(name, None)
+    options = parser.parse_args(arguments, configured)
+    take_back(options, in_files, parser)
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
     return options
+
+
+def take_back(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
+    """Replace each empty value by the default. Exits if no file names the option.
+
+    Otherwise an empty value is an error: it may come from an unset variable in a script.
+    """
+    for name, value in vars(options).items():
+        if value in ("", [""]) and name in in_files:
+            setattr(options, name, parser.get_default(name))
+        elif value == "" or (isinstance(value, list) and "" in value):
+            parser.error(f"argument --{name.replace('_', '-')}: '' is empty")
 
 
 CONFIG_LINE = re.compile(r"(?:--)?([^\s=-][^\s=]*)(?:(?:\s*=\s*|\s+)([^\0]*))?")
@@ -3873,7 +4057,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
 
 
 def _read_option(line: str, parser: Parser) -> tuple[str, object]:
-    """Read one line of a configuration: its name in a Namespace, and its value."""
+    """Parse one line of a configuration. Return the option's name in a Namespace, and its value."""
     match = CONFIG_LINE.fullmatch(line)
     if not match:
         parser.error(f"{line!r} is not of the form `option value`")
@@ -3881,12 +4065,15 @@ def _read_option(line: str, parser: Parser) -> tuple[str, object]:
     if option in ("config", "help", "version"):
         parser.error(f"{option} is for the command line only")
     argument = f"--{option}" if value is None else f"--{option}={value}"
-    name = option.replace("-", "_")
-    return name, vars(parser.parse_args([argument]))[name]
+    unset = dict.fromkeys(vars(parser.parse_args([])))  # None: not in this line
+    found = parser.parse_args([argument], argparse.Namespace(**unset))
+    take_back(found, set(), parser)
+    ((name, parsed),) = ((name, value) for name, value in vars(found).items() if value is not None)
+    return name, parsed
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Where to listen: as we are told, else where systemd does it for us, else at port 4001."""
+    """Return the endpoints of the options, else the passed sockets, else port 4001."""
     ports = options.port
     if not ports and not options.websocket:
         ports = passed.endpoints()
@@ -3896,115 +4083,167 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # ---------------------------------------------------------------------------------------------
 # Start and stop
 #
-# What needs root or may be refused comes first, what belongs to the user we switch_user after it,
-# threads last, because nothing forks behind them. A start that fails undoes what it did, in
-# reverse.
+# The order matters. Steps that need root come first, then the switch of the user, then the files
+# that belong to that user. Threads start last: a fork would lose them. A start that fails undoes
+# its steps in reverse order.
+#
+# A step belongs either to the process (`serve`: background, pidfile, log file) or to the relay
+# (`open_relay`: listeners, sinks). A program that only tries whether a relay could start takes
+# the second kind alone, with an `undo` of its own.
 # ---------------------------------------------------------------------------------------------
 
 
-def announce(options: argparse.Namespace, listeners: Sequence[Listener], limit: str) -> None:
-    """Say how we run: all of it now, so that a start that fails says nothing but why."""
+class Relay(NamedTuple):
+    """What is open before anything is served."""
+
+    listeners: list[Listener]
+    server: Server
+    recorder: Recorder
+    remarks: list[str]  # for the start message
+
+
+def open_relay(
+    options: argparse.Namespace,
+    endpoints: Sequence[Endpoint],
+    passed: PassedSockets,
+    log_file: LogFile | None,
+    log_fd: int | None,
+    undo: contextlib.ExitStack,
+) -> Relay:
+    """Open listeners and sinks, become the user of `--user`, and build the Server.
+
+    `undo` gets the steps that undo this. Raises StartupError.
+    """
+    if ws_frames is None and (
+        options.websocket_url or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
+    ):
+        raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
+    limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
+    listeners = open_listeners(endpoints, passed)
+    for listener in listeners:
+        undo.callback(listener.close)
+    sinks: list[Sink] = []
+    if options.usage_db:
+        sinks.append(UsageDatabase(options.usage_db))  # imports sqlite3: see switch_user
+    if log_fd is not None:
+        sinks.append(JsonLines(log_fd))
+    if options.user:
+        switch_user(options.user, listeners, log_file)
+    for sink in sinks:
+        sink.prepare()  # the files belong to the user
+    recorder = Recorder(sinks, options.blur_usage)
+    max_connections, max_pipes = descriptor_budget(limit, len(open_descriptors()))
+    server = Server(
+        listeners,
+        recorder,
+        Limits(options.handshake_timeout, options.keepalive),
+        max_pipes=0 if options.no_splice else max_pipes,
+        max_connections=max_connections,
+    )
+    return Relay(listeners, server, recorder, [remark] if remark else [])
+
+
+def announce(options: argparse.Namespace, relay: Relay) -> None:
+    """Log how the relay runs. A start that fails logs none of this."""
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:
         log.info("not blurring access times")
-    if limit:
-        log.info(limit)
+    for remark in relay.remarks:
+        log.info(remark)
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
         log.info("TCP clients only: Python finds no ws_frames.py (beside transit_relay.py)")
-    urls = [
-        f"ws://localhost:{one.port}/"
-        for one in listeners
-        if one.role is Role.WEBSOCKET and one.port
-    ]
+    urls: list[str] = []
+    labels: list[str] = []
+    for listener in relay.listeners:
+        is_websocket = listener.role is Role.WEBSOCKET
+        labels.append(listener.label + (" (websocket)" if is_websocket else ""))
+        if is_websocket and listener.port:
+            urls.append(f"ws://localhost:{listener.port}/")
     if options.websocket_url:
         urls = [options.websocket_url]
-    if urls:
-        log.info("WebSocket clients connect to %s", ", ".join(urls))
-    names = (
-        one.label + (" (websocket)" if one.role is Role.WEBSOCKET else "") for one in listeners
-    )
-    log.info("Transit starting on %s", ", ".join(names))
+    if urls:  # the addresses of one endpoint share a port
+        log.info("WebSocket clients connect to %s", ", ".join(dict.fromkeys(urls)))
+    log.info("Transit starting on %s", ", ".join(labels))
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Start, serve, stop: everything between the command line and the exit code.
-
-    Raises StartupError.
-    """
+    """Start, serve and stop. Return the exit code. Raises StartupError."""
     with contextlib.ExitStack() as undo:
-        log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
-        passed = PassedSockets.take()
-        manager = ServiceManager.take()
+        environment = Environment.take()
+        passed = environment.passed_sockets()
+        endpoints = choose_endpoints(options, passed)
+        kept = find_descriptors([*endpoints, *passed.endpoints()], passed)
+        log_fd = None
+        if options.log_fd is not None:
+            log_fd = duplicate_log_descriptor(options.log_fd)
+            kept.append(log_fd)
+        manager = ServiceManager(environment.notify_socket, environment.watchdog_seconds())
         undo.callback(manager.close)
-        occupy_standard_descriptors()
-        detach = daemonize() if options.daemonize else lambda: None
+        fill_standard_descriptors()
+        detach = daemonize(kept) if options.daemonize else None
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
-        endpoints = choose_endpoints(options, passed)
-        if ws_frames is None and (
-            options.websocket_url or any(one.role is Role.WEBSOCKET for one in endpoints)
-        ):
-            raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
-        listeners = open_listeners(endpoints, passed)
+        relay = open_relay(options, endpoints, passed, log_file, log_fd, undo)
         unused = passed.unused(endpoints)
-        for listener in listeners:
-            undo.callback(listener.close)
-        sinks: list[Sink] = []
-        if options.usage_db:
-            sinks.append(UsageDatabase(options.usage_db))
-        if log_fd is not None:
-            sinks.append(JsonLines(log_fd))
-        if options.user:
-            switch_user(options.user, log_file)
-        for sink in sinks:
-            sink.prepare()
-        limit = raise_open_files_limit()
-        recorder = Recorder(sinks, options.blur_usage)
-        recorder.start()
-        limits = Limits(options.handshake_timeout)
-        most_pipes = 0 if options.no_splice else affordable_pipes()
-        server = Server(listeners, recorder, limits, max_pipes=most_pipes)
-        server.start()
-        manager.attend(server)
+        server = relay.server
+        manager.add_chores(server)
+        if log_file is not None:
+            server.signals.handle(signal.SIGUSR1, log_file.reopen)
 
         def ready() -> None:
+            if passed.remark:
+                log.warning(passed.remark)
             if unused:
                 log.warning("sockets passed to us, but named by no endpoint: %d", unused)
-            announce(options, listeners, limit)
+            announce(options, relay)
             manager.ready()
-            detach()
+            if detach is not None:
+                detach()
 
-        crashed = False
-        for step in (partial(server.run, ready, manager.stopping), server.close):
-            try:
-                step()
-            except Exception:
-                log.exception("a mistake of ours; please report it")
-                crashed = True
-        if crashed:  # what is known by now is written all the same
-            recorder.stop()
-            recorder.join(STOP_RECORD_SECONDS)
-        lost = recorder.lost()
-        if lost:
-            log.error("stopped; usage records lost: %d", lost)
-        else:
-            log.info("stopped")
-        return 1 if lost or crashed else 0
+        server.start()
+        relay.recorder.start()
+        return run(relay, ready, manager.stopping)
+
+
+def run(relay: Relay, ready: Callable[[], None], stopping: Callable[[], None]) -> int:
+    """Serve until the end of a stop. Return the exit code.
+
+    After a fault of the loop, the records that exist are written all the same.
+    """
+    failed = False
+    for step in (partial(relay.server.run, ready, stopping), relay.server.close):
+        try:
+            step()
+        except Exception:
+            log.exception("unexpected fault; please report it")
+            failed = True
+    if failed:
+        relay.recorder.stop()
+        relay.recorder.join(STOP_RECORD_SECONDS)
+    lost = relay.recorder.lost()
+    if lost:
+        log.error("stopped; usage records lost: %d", lost)
+    else:
+        log.info("stopped")
+    return 1 if lost or failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program: give its exit code."""
-    options = parse_arguments(arguments)
+    """Run the program. Return the exit code."""
+    stream = sys.stderr
     try:
+        options = parse_arguments(arguments)
+        if options.log_fd == 2:
+            stream = sys.stdout
         return serve(options)
-    except (StartupError, OSError) as error:  # OSError: not even the loop could be set up
-        complain(str(error), sys.stdout if options.log_fd == 2 else sys.stderr)
+    except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
+        print_error(str(error), stream)
         return 1
-    except KeyboardInterrupt:  # before the server had its own way with signals
+    except KeyboardInterrupt:  # before the server handles signals
         return 1
 
 

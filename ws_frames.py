@@ -36,7 +36,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Union
 
-Bytes = Union[bytes, memoryview]
+Bytes = Union[bytes, bytearray, memoryview]
 Place = Mapping[str, Union[bytes, int]]
 
 # Opcodes: 5.2.
@@ -533,7 +533,7 @@ class FrameParser(Reader):
         return Event(self._opcode, payload)
 
 
-def unmask(data: Bytes, key: bytes) -> bytes:
+def unmask(data: Bytes, key: bytes) -> bytes | bytearray:
     """Mask or unmask `data` with a key of four bytes: 5.3.
 
     The standard library has no XOR of bytes. Short data is converted to an integer and back.
@@ -547,10 +547,10 @@ def unmask(data: Bytes, key: bytes) -> bytes:
     for position in range(KEY_BYTES):
         table = XOR_TABLES[key[position]]
         result[position::KEY_BYTES] = result[position::KEY_BYTES].translate(table)
-    return bytes(result)
+    return result
 
 
-def check_close(payload: bytes) -> None:
+def check_close(payload: bytes | bytearray) -> None:
     """Check the payload of a Close: 5.5.1. Raises ProtocolError."""
     if not payload:
         return

@@ -1,4 +1,4 @@
-"""What test_cli.py and test_daemon.py share: relays started in unusual ways, and their clients."""
+"""Ways to start a relay as a process, and its clients: for the tests of the program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
 
-# systemd, in short: passes the descriptors "N,M,..." as 3 and on, and becomes the command.
+# Does what systemd does: passes the descriptors "N,M,..." as 3, 4, ... and executes the command.
 ACTIVATE = """\
 import fcntl, os, sys
 fds, *command = sys.argv[1:]
@@ -26,13 +26,13 @@ os.execv(command[0], command)
 
 
 def activated(*sockets: socket.socket) -> list[str]:
-    """A program: the relay, to which systemd has passed these."""
+    """Return a command: the relay, with these sockets passed as by systemd."""
     fds = ",".join(str(sock.fileno()) for sock in sockets)
     return [sys.executable, "-ISc", ACTIVATE, fds, sys.executable, str(RELAY)]
 
 
 def patched(**constants: object) -> list[str]:
-    """A program: the relay with other constants, for tests that must not pass by waiting."""
+    """Return a command: the relay with other constants, so that a test need not wait."""
     changes = "".join(f"t.{name} = {value!r}; " for name, value in constants.items())
     return [
         sys.executable,
@@ -43,7 +43,7 @@ def patched(**constants: object) -> list[str]:
 
 
 def with_descriptor(fd: int, as_number: int) -> list[str]:
-    """A program: the relay, with one of our descriptors (to be passed) as this number."""
+    """Return a command: the relay, with a passed descriptor under another number."""
     onto_it = (
         "import os, sys; program = sys.argv[3:]; "
         "os.dup2(int(sys.argv[1]), int(sys.argv[2])); os.execv(program[0], program)"
@@ -52,15 +52,15 @@ def with_descriptor(fd: int, as_number: int) -> list[str]:
 
 
 def redirected(redirections: str) -> list[str]:
-    """A program: the relay, as a shell starts it with these redirections."""
+    """Return a command: the relay, started by a shell with these redirections."""
     return ["sh", "-c", f'exec "$0" "$@" {redirections}', sys.executable, str(RELAY)]
 
 
 class ReachedRelay(RelayProcess):
-    """A relay that is met where it was told to listen, not where it says so.
+    """A relay whose clients connect to `address`, not to the port in its start message.
 
-    It says so elsewhere, or the test wants it elsewhere; `address` is a path for a unix socket.
-    Its clients come from 127.0.0.2, which is not part of any endpoint.
+    `address` may be the path of a unix socket. TCP clients connect from 127.0.0.2, which is in
+    no endpoint.
     """
 
     address: tuple[str, int] | str
@@ -75,9 +75,9 @@ class ReachedRelay(RelayProcess):
 
 
 class QuietRelay(ReachedRelay):
-    """A relay behind `fd:N`, a socket that listens before it starts.
+    """A relay behind `fd:N`, a socket that listens before the relay starts.
 
-    So clients need not wait for its word: once they are served, it has started.
+    Clients need not wait for the start message: the socket queues them.
     """
 
     def __init__(self, *arguments: str, pass_fds: Sequence[int] = (), **others: Any) -> None:
@@ -89,7 +89,7 @@ class QuietRelay(ReachedRelay):
 
 
 def transfer(relay: RelayProcess, data: bytes = b"some data", token: str = "pair") -> None:
-    """The whole life of a pair that carries `data` one way."""
+    """Connect a pair, send `data` one way, and end the pair."""
     one, other = relay.pair(token)
     with one, other:
         one.sendall(data)
@@ -98,10 +98,10 @@ def transfer(relay: RelayProcess, data: bytes = b"some data", token: str = "pair
 
 
 def refused(relay: RelayProcess, line: bytes, answer: bytes) -> None:
-    """A client that says `line`, is told `answer`, and goes.
+    """Connect a client that sends `line`, reads `answer` and leaves.
 
-    When this returns, the relay has read what others sent before the call, or does so before
-    it accepts whoever comes after it.
+    Afterwards the relay has read what others sent before the call, or will have read it before
+    it accepts another client.
     """
     with relay.connect() as client:
         client.sendall(line)
@@ -109,20 +109,20 @@ def refused(relay: RelayProcess, line: bytes, answer: bytes) -> None:
 
 
 def only_line(relay: RelayProcess) -> str:
-    """What a relay that did not start has said: one line."""
+    """Return the one line on stderr of a relay that did not start."""
     assert relay.stderr.endswith(b"\n") and relay.stderr.count(b"\n") == 1, relay.stderr.decode()
     return relay.stderr.decode().strip()
 
 
 @contextlib.contextmanager
 def locked(database: Path) -> Iterator[None]:
-    """Another program holds the database's lock."""
+    """Hold the lock of the database, as another program would."""
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
         yield
 
 
 def query(database: Path, sql: str) -> list[tuple[object, ...]]:
-    """Ask the database."""
+    """Return the rows of a query."""
     with contextlib.closing(sqlite3.connect(database)) as db:
         return db.execute(sql).fetchall()

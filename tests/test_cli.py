@@ -1,4 +1,4 @@
-"""The program as a process: every option, what it says, how it exits."""
+"""Run the program as a process: options, messages, exit codes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ from processes import (
     with_descriptor,
 )
 
-from transit_relay import __version__, parse_arguments
+from transit_relay import Role, __version__, announce, parse_arguments
 
 Start = Callable[..., RelayProcess]
 
@@ -52,7 +53,7 @@ LOCAL = ("--port", "tcp:0:interface=127.0.0.1")
 
 
 def failed_start(*arguments: str, **kwargs: Any) -> str:
-    """The one line in which a relay says why it does not start."""
+    """Start a relay that must fail. Return its one line on stderr."""
     with RelayProcess(*arguments, **kwargs) as relay:
         assert relay.wait() == 1
     return only_line(relay)
@@ -71,6 +72,7 @@ def test_defaults() -> None:
         "log_fd": None,
         "blur_usage": 0,
         "handshake_timeout": 60,
+        "keepalive": 200,
         "config": [],
         "daemonize": False,
         "pidfile": None,
@@ -83,6 +85,12 @@ def test_defaults() -> None:
 def test_defaults_of_a_daemon() -> None:
     options = parse_arguments(["--daemonize"])
     assert (options.pidfile, options.logfile) == ("transit_relay.pid", "transit_relay.log")
+
+
+def test_short_options_are_those_of_the_twisted_relay() -> None:
+    short = parse_arguments(["-p", "tcp:4001", "-w", "tcp:4002", "-u", "ws://localhost/"])
+    long = ["--port=tcp:4001", "--websocket=tcp:4002", "--websocket-url=ws://localhost/"]
+    assert short == parse_arguments(long)
 
 
 WITH_OWN_PORTS = ["unshare", "--map-root-user", "--net"]
@@ -106,7 +114,7 @@ WRONG = [
     ["--port="],
     ["--port=nonsense"],
     ["--port=tcp:99999"],
-    ["--port=tcp:\nx"],  # it is repeated in the message
+    ["--port=tcp:\nx"],  # the message repeats the value
     ["--port=tcp:4001:interface=::"],
     ["--websocket="],
     ["--websocket=tcp:99999"],
@@ -119,7 +127,7 @@ WRONG = [
     ["--websocket-url=ws://relay.example.org/a b"],
     ["--websocket-url=ws://relay.example.org:port/"],
     ["--websocket-url=ws://relay.example.org/\n"],
-    ["--blur=60"],  # no abbreviations: they change their meaning with the next option
+    ["--blur=60"],  # no abbreviations: a new option could make them ambiguous
     ["--blur-usage=-1"],
     ["--blur-usage=1.5"],
     ["--blur-usage=hour"],
@@ -132,6 +140,11 @@ WRONG = [
     ["--handshake-timeout=inf"],
     ["--handshake-timeout=1_0"],
     ["--handshake-timeout=\u0661"],
+    ["--keepalive=-1"],
+    ["--keepalive=1.5"],
+    ["--keepalive=32768"],
+    ["--keepalive="],
+    ["--port=tcp:4001", "--port="],
     ["--log-fd=-1"],
     ["--log-fd=stdout"],
     ["--log-fd=2147483648"],
@@ -141,7 +154,7 @@ WRONG = [
     ["--config="],
     ["--config=/nonexistent/relay.conf"],
     ["--config=/"],
-    ["--user="],  # as a start script with an unset variable says: not to be taken for "as root"
+    ["--user="],  # a script with an unset variable: this must not mean root
     ["--daemonize=yes"],
 ]
 
@@ -152,12 +165,12 @@ def test_wrong_command_line_is_code_2_and_one_line(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(arguments)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert caught.value.code == 2
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("transit-relay: ")
-    assert arguments[0].partition("=")[0] in said.err
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("transit-relay: ")
+    assert arguments[0].partition("=")[0] in output.err
 
 
 @pytest.mark.parametrize("arguments", [["--frobnicate"], ["--port", "tcp:99999"]], ids=" ".join)
@@ -176,7 +189,7 @@ def test_version() -> None:
 
 @pytest.fixture(scope="module")
 def help_text() -> str:
-    """What `--help` says."""
+    """Return the output of `--help`."""
     done = subprocess.run(
         [sys.executable, str(RELAY), "--help"],
         capture_output=True,
@@ -189,9 +202,9 @@ def help_text() -> str:
 
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
-    told = {" ".join(option.split()) for option in options}
-    assert len(told) == 15
-    for option in told:
+    texts = {" ".join(option.split()) for option in options}
+    assert len(texts) == 16
+    for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
         if "SECONDS" in option:
@@ -216,8 +229,24 @@ def test_help_is_grouped(help_text: str) -> None:
 # Where it listens.
 
 
+def test_more_endpoints_than_the_soft_limit_allows(relay: Start, tmp_path: Path) -> None:
+    program = redirected("")
+    program[2] = "ulimit -S -n 64; " + program[2]
+    endpoints = [f"unix:{n}.sock" for n in range(100)]
+    options = [option for endpoint in endpoints for option in ("--port", endpoint)]
+    running = relay(*LOCAL, *options, cwd=tmp_path, program=program)
+    assert ", ".join(endpoints).encode() in running.stderr
+
+
+def test_sockets_for_another_process_are_reported(relay: Start) -> None:
+    """A wrapper has started the relay, and not replaced itself by exec."""
+    running = relay(env={"LISTEN_PID": "1", "LISTEN_FDS": "1"})
+    assert running.stop() == 0
+    assert re.search("(?m)^warning: LISTEN_", running.stderr.decode())
+
+
 def test_several_ports_are_one_relay(tmp_path: Path) -> None:
-    """Whoever comes in by one door meets those who came in by another."""
+    """Clients of different listeners can be paired."""
     with ReachedRelay(*LOCAL, "--port", "unix:x.sock", cwd=tmp_path) as relay:
         relay.wait_for(r"^Transit starting on tcp:\d+:interface=127\.0\.0\.1, unix:x\.sock$")
         relay.address = ("127.0.0.1", relay.port)
@@ -265,12 +294,12 @@ def test_systemd_endpoint_relays(by: str, position: int) -> None:
         relay.started()
         relay.address = passed[position].getsockname()
         transfer(relay)
-        assert relay.stop() == 0  # with a warning, for the other one
+        assert relay.stop() == 0  # it has logged a warning: one socket is unused
 
 
 def test_systemd_endpoint_without_systemd() -> None:
-    said = failed_start("--port", "systemd:index=0")
-    assert said.startswith("transit-relay: systemd:index=0: 0 sockets ")
+    output = failed_start("--port", "systemd:index=0")
+    assert output.startswith("transit-relay: systemd:index=0: 0 sockets ")
 
 
 @pytest.mark.parametrize("second", ["fd:3", "systemd:index=0"])
@@ -289,34 +318,34 @@ def test_one_socket_given_twice_is_refused(second: str) -> None:
 
 
 def test_a_standard_descriptor_given_twice_is_refused() -> None:
-    """We listen on a copy of it, but it is the same socket. Which spelling would it expect?"""
+    """The relay listens on a duplicate, but both endpoints are the same socket."""
     with socket.create_server(("127.0.0.1", 0)) as passed:
         fd = passed.fileno()
-        said = failed_start(
+        output = failed_start(
             *("--port", "fd:0", "--websocket", "fd:0"),
             pass_fds=[fd],
             program=with_descriptor(fd, 0),
         )
-    assert said == "transit-relay: fd:0: this socket is given twice"
+    assert output == "transit-relay: fd:0: this socket is given twice"
 
 
-def test_a_missing_descriptor_is_not_mistaken_for_a_socket_of_ours() -> None:
-    """Our own listener would get the lowest free number, if it were opened first."""
-    said = failed_start(*LOCAL, "--port", "fd:3")
-    assert said == "transit-relay: fd:3: Bad file descriptor"
+def test_a_descriptor_that_is_not_open_is_refused() -> None:
+    """The relay must not open a descriptor of its own with this number first."""
+    output = failed_start(*LOCAL, "--port", "fd:3")
+    assert output == "transit-relay: fd:3: Bad file descriptor"
 
 
-# WebSocket. (What is said on the wire: test_websocket.py.)
+# WebSocket. (The protocol: test_websocket.py.)
 
 
 @pytest.mark.parametrize("url", ["ws://relay.example.org:4002/", "wss://relay.example.org"])
-def test_websocket_url_is_what_clients_are_told(relay: Start, url: str) -> None:
-    """Also without a listener of its own: the ports take WebSocket clients too."""
+def test_websocket_url_is_in_the_start_message(relay: Start, url: str) -> None:
+    """No --websocket is needed: a --port accepts WebSocket clients too."""
     running = relay("--websocket-url", url)
     assert f"\nWebSocket clients connect to {url}\nTransit starting".encode() in running.stderr
 
 
-def test_several_websocket_endpoints_are_all_told(relay: Start) -> None:
+def test_the_start_message_has_all_websocket_endpoints(relay: Start) -> None:
     running = relay(*WEB, *WEB)
     ports = re.findall(rb"tcp:(\d+)[^ ]* \(websocket\)", running.stderr)
     urls = b", ".join(b"ws://localhost:%s/" % port for port in ports)
@@ -324,7 +353,21 @@ def test_several_websocket_endpoints_are_all_told(relay: Start) -> None:
     assert b"\nWebSocket clients connect to " + urls + b"\nTransit starting" in running.stderr
 
 
-def test_without_websocket_nobody_is_told_of_it(relay: Start) -> None:
+def test_the_addresses_of_a_websocket_endpoint_have_one_url(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An endpoint with a name can have a listener for IPv4 and another one for IPv6."""
+    caplog.set_level("INFO", "transit-relay")
+    labels = ("tcp:4002:interface=127.0.0.1", "tcp:4002:interface=\\:\\:1")
+    listeners = [SimpleNamespace(label=text, role=Role.WEBSOCKET, port=4002) for text in labels]
+    announce(parse_arguments([]), SimpleNamespace(listeners=listeners, remarks=[]))
+    assert caplog.messages[-2:] == [
+        "WebSocket clients connect to ws://localhost:4002/",
+        f"Transit starting on {labels[0]} (websocket), {labels[1]} (websocket)",
+    ]
+
+
+def test_without_websocket_the_start_message_has_no_url(relay: Start) -> None:
     assert b"WebSocket" not in relay().stderr
 
 
@@ -348,7 +391,7 @@ def test_one_port_serves_both(relay: Start, first: str, second: str) -> None:
 
 @pytest.mark.parametrize("url", [None, "wss://relay.example.org/"])
 def test_websocket_unix_endpoint(tmp_path: Path, url: str | None) -> None:
-    """Nothing tells its address but the option."""
+    """The start message has a URL only if the option names one."""
     options = [] if url is None else ["--websocket-url", url]
     with ReachedRelay(*LOCAL, "--websocket", "unix:x.sock", *options, cwd=tmp_path) as relay:
         relay.wait_for(r", unix:x\.sock \(websocket\)$")
@@ -369,15 +412,15 @@ def test_websocket_endpoint_that_is_open_already(endpoint: str) -> None:
             ReachedRelay(*options, env=names, pass_fds=fds, program=activated(*passed))
         )
         relay.address = passed[1].getsockname()
-        told, started = relay.started().stderr.decode().splitlines()[-2:]
-        assert told == f"WebSocket clients connect to ws://localhost:{relay.address[1]}/"
+        urls, started = relay.started().stderr.decode().splitlines()[-2:]
+        assert urls == f"WebSocket clients connect to ws://localhost:{relay.address[1]}/"
         assert started == f"Transit starting on systemd:index=0, {endpoint} (websocket)"
         assert_upgrades(relay)
         relay.stop_cleanly()
 
 
 def assert_upgrades(relay: RelayProcess) -> None:
-    """A WebSocket client meets another one."""
+    """Pair two WebSocket clients."""
     one, other = (WebSocketClient(relay.connect(), seed=seed) for seed in range(2))
     with one, other:
         one.send(handshake("web", "one"))
@@ -386,52 +429,72 @@ def assert_upgrades(relay: RelayProcess) -> None:
 
 
 @pytest.fixture
-def lonely_copy(tmp_path: Path) -> list[str]:
-    """A program: the relay, copied without ws_frames.py."""
+def copy_without_ws_frames(tmp_path: Path) -> list[str]:
+    """Return a command that runs a copy of the relay without ws_frames.py."""
     (tmp_path / "copied").mkdir()
     return [sys.executable, str(shutil.copy(RELAY, tmp_path / "copied"))]
 
 
 @pytest.mark.parametrize("option", [WEB, ("--websocket-url", "ws://localhost/")])
 def test_websocket_without_ws_frames_is_refused(
-    lonely_copy: list[str], option: tuple[str, str]
+    copy_without_ws_frames: list[str], option: tuple[str, str]
 ) -> None:
-    said = failed_start(*LOCAL, *option, program=lonely_copy)
+    output = failed_start(*LOCAL, *option, program=copy_without_ws_frames)
     expected = "WebSocket: Python finds no ws_frames.py (beside transit_relay.py)"
-    assert said == f"transit-relay: {expected}"
+    assert output == f"transit-relay: {expected}"
 
 
-def test_a_socket_called_websocket_without_ws_frames_is_refused(lonely_copy: list[str]) -> None:
+def test_a_socket_called_websocket_without_ws_frames_is_refused(
+    copy_without_ws_frames: list[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as passed:
         why = failed_start(
             env={"LISTEN_FDNAMES": "websocket"},
             pass_fds=[passed.fileno()],
-            program=[*activated(passed)[:-1], lonely_copy[-1]],
+            program=[*activated(passed)[:-1], copy_without_ws_frames[-1]],
         )
     assert "no ws_frames.py" in why
 
 
-def test_a_broken_ws_frames_is_not_taken_for_none(lonely_copy: list[str]) -> None:
-    Path(lonely_copy[1]).with_name("ws_frames.py").write_text("import no_such_module\n")
-    with RelayProcess(*LOCAL, program=lonely_copy) as running:
+def test_a_ws_frames_that_cannot_import_a_module_is_an_error(
+    copy_without_ws_frames: list[str],
+) -> None:
+    Path(copy_without_ws_frames[1]).with_name("ws_frames.py").write_text("import no_such_module\n")
+    with RelayProcess(*LOCAL, program=copy_without_ws_frames) as running:
         assert running.wait() == 1
     assert b"No module named 'no_such_module'" in running.stderr
 
 
-def test_without_ws_frames_all_is_plain(relay: Start, lonely_copy: list[str]) -> None:
-    running = relay(program=lonely_copy)
+@pytest.mark.parametrize("kind", ["unreadable", "cut off", "overwritten"])
+def test_a_ws_frames_that_cannot_be_imported_is_one_line(
+    copy_without_ws_frames: list[str], kind: str
+) -> None:
+    """Without it the relay would run, and refuse each WebSocket client."""
+    file = Path(copy_without_ws_frames[1]).with_name("ws_frames.py")
+    if kind == "unreadable":
+        file.symlink_to("/proc/self/mem")  # a regular file; to read it is an error, for root too
+    else:
+        file.write_bytes(b"def frame(" if kind == "cut off" else bytes(4096))
+    why = failed_start(*LOCAL, program=copy_without_ws_frames)
+    assert why.startswith("transit-relay: ws_frames.py cannot be imported: ")
+
+
+def test_without_ws_frames_all_clients_are_tcp_clients(
+    relay: Start, copy_without_ws_frames: list[str]
+) -> None:
+    running = relay(program=copy_without_ws_frames)
     assert b"TCP clients only" in running.stderr
     refused(running, b"GET / HTTP/1.1\r\n", b"bad handshake\n")
     transfer(running)
 
 
 def test_busy_port_is_code_1_and_one_line(tmp_path: Path) -> None:
-    """What was opened before it is undone."""
+    """The endpoint that was opened first is closed, and its file removed."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         endpoint = f"tcp:{other.getsockname()[1]}:interface=127.0.0.1"
         opened = f"unix:{tmp_path}/x.sock"
-        said = failed_start("--port", opened, "--port", endpoint)
-    assert said == f"transit-relay: {endpoint}: Address already in use"
+        output = failed_start("--port", opened, "--port", endpoint)
+    assert output == f"transit-relay: {endpoint}: Address already in use"
     assert os.listdir(tmp_path) == []
 
 
@@ -454,7 +517,7 @@ def test_usage_db(relay: Start, tmp_path: Path) -> None:
     assert counts == [(0, 0, 0)]
 
 
-def test_usage_db_goes_on_in_an_existing_one(relay: Start, tmp_path: Path) -> None:
+def test_usage_db_that_exists_is_continued(relay: Start, tmp_path: Path) -> None:
     database = tmp_path / "usage.sqlite"
     for _ in range(2):
         running = relay("--usage-db", str(database))
@@ -467,15 +530,15 @@ def test_usage_db_that_is_something_else_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "precious.txt"
     file.write_text("not a database, but long enough to be taken for one\n" * 10)
     before = file.read_bytes()
-    said = failed_start(*LOCAL, "--usage-db", str(file))
-    assert said == f"transit-relay: --usage-db {file}: file is not a database"
+    output = failed_start(*LOCAL, "--usage-db", str(file))
+    assert output == f"transit-relay: --usage-db {file}: file is not a database"
     assert file.read_bytes() == before
 
 
-def test_usage_db_that_nobody_may_make_is_refused(tmp_path: Path) -> None:
+def test_usage_db_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "missing" / "usage.sqlite"
-    said = failed_start(*LOCAL, "--usage-db", str(file))
-    assert said == f"transit-relay: --usage-db {file}: unable to open database file"
+    output = failed_start(*LOCAL, "--usage-db", str(file))
+    assert output == f"transit-relay: --usage-db {file}: unable to open database file"
 
 
 KEYS = ["started", "total_time", "waiting_time", "total_bytes", "mood"]
@@ -521,12 +584,12 @@ def test_log_fd_2_with_logfile_has_them_there_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fd", [999, 2**31 - 1])
 def test_log_fd_that_is_not_open_is_refused(fd: int) -> None:
-    said = failed_start(*LOCAL, "--log-fd", str(fd))
-    assert said == f"transit-relay: --log-fd={fd}: Bad file descriptor"
+    output = failed_start(*LOCAL, "--log-fd", str(fd))
+    assert output == f"transit-relay: --log-fd={fd}: Bad file descriptor"
 
 
 def test_log_fd_that_is_closed_standard_output_is_refused() -> None:
-    """It must not switch_user the first file that the relay opens."""
+    """The relay must not open a file with that number first."""
     with RelayProcess(*LOCAL, "--log-fd", "1", program=redirected("1>&-")) as relay:
         assert relay.wait() == 1
     assert only_line(relay) == "transit-relay: --log-fd=1: Bad file descriptor"
@@ -534,12 +597,12 @@ def test_log_fd_that_is_closed_standard_output_is_refused() -> None:
 
 def test_log_fd_that_is_read_only_is_refused() -> None:
     with open(os.devnull) as file:
-        said = failed_start(*LOCAL, "--log-fd", str(file.fileno()), pass_fds=[file.fileno()])
-        assert said == f"transit-relay: --log-fd={file.fileno()}: not open for writing"
+        output = failed_start(*LOCAL, "--log-fd", str(file.fileno()), pass_fds=[file.fileno()])
+        assert output == f"transit-relay: --log-fd={file.fileno()}: not open for writing"
 
 
-def test_log_reader_that_goes_is_said_once(relay: Start, tmp_path: Path) -> None:
-    """The relay and the database go on."""
+def test_a_log_reader_that_leaves_is_logged_once(relay: Start, tmp_path: Path) -> None:
+    """The relay continues, and so does the database."""
     database = tmp_path / "usage.sqlite"
     reader, writer = os.pipe()
     running = relay("--log-fd", str(writer), "--usage-db", str(database), pass_fds=[writer])
@@ -576,7 +639,7 @@ def test_blur_usage(relay: Start, tmp_path: Path, width: int) -> None:
 
 
 def test_locked_database_does_not_delay_transfers(relay: Start, tmp_path: Path) -> None:
-    """The sink waits for the lock for an hour; the transfers are over before it is given up."""
+    """The sink would wait an hour for the lock. The transfers end before that."""
     database = tmp_path / "usage.sqlite"
     running = relay("--usage-db", str(database), program=patched(STALL_SECONDS=3600))
     with locked(database):
@@ -586,7 +649,7 @@ def test_locked_database_does_not_delay_transfers(relay: Start, tmp_path: Path) 
     assert query(database, "SELECT count(*) FROM usage") == [(20,)]
 
 
-def test_locked_database_is_said_and_caught_up(relay: Start, tmp_path: Path) -> None:
+def test_locked_database_is_logged_and_written_later(relay: Start, tmp_path: Path) -> None:
     database = tmp_path / "usage.sqlite"
     running = relay("--usage-db", str(database))
     with locked(database):
@@ -599,7 +662,7 @@ def test_locked_database_is_said_and_caught_up(relay: Start, tmp_path: Path) -> 
 
 
 def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
-    """As above: an hour."""
+    """The sink would wait an hour for the reader."""
     reader, writer = os.pipe()
     with open(reader, "rb") as log:
         with open(writer, "wb", buffering=0):
@@ -617,8 +680,8 @@ def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
     assert [line["mood"] for line in lines] == ["happy"] * 20
 
 
-def test_a_stalled_reader_of_messages_delays_nothing(tmp_path: Path) -> None:
-    """Not even the end: what it does not take is not said."""
+def test_a_full_stderr_pipe_delays_nothing(tmp_path: Path) -> None:
+    """The messages are dropped, at the stop too."""
     reader, writer = os.pipe()
     with open(reader, "rb"), open(writer, "wb", buffering=0):
         fill_pipe(writer)
@@ -627,8 +690,8 @@ def test_a_stalled_reader_of_messages_delays_nothing(tmp_path: Path) -> None:
             assert relay.stop() == 0
 
 
-def test_on_log_fd_2_there_is_nothing_but_records() -> None:
-    """Not even why it does not start."""
+def test_on_log_fd_2_there_are_only_records() -> None:
+    """The reason of a failed start goes to stdout."""
     done = subprocess.run(
         [sys.executable, str(RELAY), "--log-fd", "2", "--port", "fd:99"], capture_output=True
     )
@@ -637,49 +700,48 @@ def test_on_log_fd_2_there_is_nothing_but_records() -> None:
 
 
 def test_records_lost_at_a_stop_are_counted(relay: Start, tmp_path: Path) -> None:
-    """The one slow test: the database stays locked for the whole 10 s that a stop gives it."""
+    """The database stays locked for all of the 10 s that a stop grants: a slow test."""
     database = tmp_path / "usage.sqlite"
     running = relay("--usage-db", str(database))
     with locked(database):
         for _ in range(3):
             transfer(running)
         assert running.stop() == 1
-    said = running.stderr.decode().splitlines()
-    assert said[-1] == "error: stopped; usage records lost: 3"
+    output = running.stderr.decode().splitlines()
+    assert output[-1] == "error: stopped; usage records lost: 3"
     assert query(database, "SELECT count(*) FROM usage") == [(0,)]
 
 
-def test_after_a_mistake_of_ours_records_are_written_all_the_same(tmp_path: Path) -> None:
-    """The program falls over the first handshake: it knows no pattern for one."""
+def faulty(fault: str) -> list[str]:
+    """Return a command: a relay whose loop fails once there are two connections."""
+    faults = (
+        "import transit_relay as t; turn = t.Server.run_once; t.Server.run_once = lambda self, *a: "
+        f"turn(self, *a) or (self.snapshot().connections < 2 or 1 / 0); {fault}"
+    )
+    python, option, text = patched()
+    return [python, option, text.replace("import transit_relay as t; ", faults)]
+
+
+@pytest.mark.parametrize("fault", ["", "t.Server.close = lambda self: 1 / 0; "])
+def test_after_a_fault_of_the_loop_the_records_are_written(tmp_path: Path, fault: str) -> None:
+    """This holds even if closing the Server fails too."""
     database = tmp_path / "usage.sqlite"
     options = (*LOCAL, "--usage-db", str(database))
-    with RelayProcess(*options, program=patched(HANDSHAKE=None)) as running:
+    with RelayProcess(*options, program=faulty(fault)) as running:
         running.started()
-        with running.connect(), running.connect() as fatal:
-            fatal.sendall(b"\n")
+        refused(running, b"hello\n", b"bad handshake\n")
+        with running.connect(), running.connect():
             assert running.wait() == 1
-    assert b"error: a mistake of ours; please report it\nTraceback" in running.stderr
+    assert b"error: unexpected fault; please report it\nTraceback" in running.stderr
+    assert running.stderr.count(b"ZeroDivisionError") == (2 if fault else 1)
     assert running.stderr.endswith(b"\nstopped\n")
-    assert query(database, "SELECT result FROM usage") == [("empty",)] * 2
+    moods = [mood for (mood,) in query(database, "SELECT result FROM usage")]
+    assert "errory" in moods and ("empty" in moods) == (not fault)
 
 
-def test_after_a_mistake_that_strikes_again_too(tmp_path: Path) -> None:
-    """The program falls over the end of a connection, in the loop and when it closes all."""
-    database = tmp_path / "usage.sqlite"
-    falls = "import transit_relay as t; t.Session.end_sent = lambda self: 1 / 0; "
-    program = [*patched()[:2], patched()[2].replace("import transit_relay as t; ", falls)]
-    with RelayProcess(*LOCAL, "--usage-db", str(database), program=program) as running:
-        running.started()
-        with running.connect():
-            pass
-        assert running.wait() == 1
-    assert running.stderr.endswith(b"\nstopped\n")
-    assert query(database, "SELECT result FROM usage") == [("empty",)]
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_second_signal_ends_at_once(relay: Start, tmp_path: Path, second: signal.Signals) -> None:
-    """A stop that would take an hour: the database is locked."""
+    """The first stop would take an hour, because the database is locked."""
     database = tmp_path / "usage.sqlite"
     running = relay("--usage-db", str(database), program=patched(STOP_RECORD_SECONDS=3600))
     with locked(database):
@@ -714,43 +776,43 @@ def test_open_files_limit_is_raised(relay: Start) -> None:
     assert re.search(rf"^Max open files +{most} ", limits, re.MULTILINE)
 
 
-# What it says, and where.
+# Messages and where they go.
 
 
-def test_last_line_of_a_start_is_where_it_listens(relay: Start) -> None:
+def test_last_line_of_a_start_names_the_endpoints(relay: Start) -> None:
     running = relay()
     transfer(running)
     running.stop_cleanly()
-    said = running.stderr.decode().splitlines()
-    assert said[-3] == f"Transit starting on tcp:{running.port}:interface=127.0.0.1"
-    assert said[-2:] == ["SIGTERM: stopping", "stopped"]
+    output = running.stderr.decode().splitlines()
+    assert output[-3] == f"Transit starting on tcp:{running.port}:interface=127.0.0.1"
+    assert output[-2:] == ["SIGTERM: stopping", "stopped"]
 
 
-def test_root_is_told_about_user(relay: Start) -> None:
+def test_root_is_advised_to_use_user(relay: Start) -> None:
     assert (b"\nrunning as root" in relay().stderr) == (os.geteuid() == 0)
 
 
-def test_logfile_has_the_messages_alone(tmp_path: Path) -> None:
+def test_with_a_logfile_stderr_is_empty(tmp_path: Path) -> None:
     with QuietRelay("--logfile", "log", cwd=tmp_path) as relay:
         transfer(relay)
         relay.stop_cleanly()
         assert relay.stderr == b""
-    said = (tmp_path / "log").read_text()
-    assert re.search(r"^\S+ Transit starting on fd:\d+$", said, re.MULTILINE)
-    assert said.endswith(" stopped\n")
+    output = (tmp_path / "log").read_text()
+    assert re.search(r"^\S+ Transit starting on fd:\d+$", output, re.MULTILINE)
+    assert output.endswith(" stopped\n")
 
 
 def test_logfile_is_appended_to(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("what was there\n")
+    (tmp_path / "log").write_text("an older line\n")
     with QuietRelay("--logfile", "log", cwd=tmp_path) as relay:
         transfer(relay)
         relay.stop_cleanly()
-    said = (tmp_path / "log").read_text()
-    assert said.startswith("what was there\n") and said.endswith(" stopped\n")
+    output = (tmp_path / "log").read_text()
+    assert output.startswith("an older line\n") and output.endswith(" stopped\n")
 
 
 @pytest.mark.parametrize("recreated", [True, False])
-def test_logfile_is_reopened_when_it_was_moved(tmp_path: Path, recreated: bool) -> None:
+def test_a_moved_logfile_is_opened_again(tmp_path: Path, recreated: bool) -> None:
     with QuietRelay("--logfile", "log", cwd=tmp_path) as relay:
         transfer(relay)
         (tmp_path / "log").rename(tmp_path / "log.1")
@@ -763,13 +825,13 @@ def test_logfile_is_reopened_when_it_was_moved(tmp_path: Path, recreated: bool) 
 
 
 def test_logfile_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    said = failed_start(*LOCAL, "--logfile", str(tmp_path))
-    assert said == f"transit-relay: logfile {tmp_path}: Is a directory"
+    output = failed_start(*LOCAL, "--logfile", str(tmp_path))
+    assert output == f"transit-relay: logfile {tmp_path}: Is a directory"
 
 
 @pytest.mark.parametrize("logfile", [True, False])
-def test_no_token_side_address_or_byte_is_told(tmp_path: Path, logfile: bool) -> None:
-    """All the clients' bytes begin with Secret; they come from 127.0.0.2."""
+def test_no_token_side_address_or_data_is_logged(tmp_path: Path, logfile: bool) -> None:
+    """All that clients send begins with Secret. Their address is 127.0.0.2."""
     with contextlib.ExitStack() as opened:
         log = opened.enter_context(open(tmp_path / "json", "wb"))
         options = ["--usage-db", "usage.sqlite", "--log-fd", str(log.fileno())]
@@ -803,37 +865,61 @@ def test_no_token_side_address_or_byte_is_told(tmp_path: Path, logfile: bool) ->
         "lonely",
         "redundant",
     ]
-    told = {"stderr": relay.stderr}
-    told.update((path.name, path.read_bytes()) for path in tmp_path.iterdir())
-    assert len(told) == 4 if logfile else 3
-    for where, text in told.items():
+    outputs = {"stderr": relay.stderr}
+    outputs.update((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    assert len(outputs) == 4 if logfile else 3
+    for where, text in outputs.items():
         assert b"Secret" not in text, where
         assert b"127.0.0" not in text, where
 
 
-# How it lives and ends.
+# The process.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_signal_stops_with_code_0(relay: Start, number: signal.Signals) -> None:
-    """Whoever is there sees an orderly end."""
+    """All clients see an orderly end."""
     running = relay()
     one, other = running.pair()
     with one, other, running.connect() as waiting, running.connect():
         waiting.sendall(handshake("waits"))
-        refused(running, b"hello\n", b"bad handshake\n")  # so the others were accepted
+        refused(running, b"hello\n", b"bad handshake\n")  # so the relay has accepted the others
         assert running.stop(number) == 0
         assert [read_to_end(client) for client in (one, other, waiting)] == [b""] * 3
     assert running.stderr.endswith(b"\nstopped\n")
 
 
-def test_sighup_is_ignored(relay: Start) -> None:
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM"])
+def test_signals_without_a_meaning_are_ignored(relay: Start, name: str) -> None:
+    """SIGUSR1 has a meaning with --logfile only."""
     running = relay()
-    running.process.send_signal(signal.SIGHUP)
+    running.process.send_signal(signal.Signals[name])
     transfer(running)
 
 
-def test_descriptors_are_given_back(relay: Start) -> None:
+def test_a_relay_started_with_blocked_signals_can_be_stopped(relay: Start) -> None:
+    block = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals());"
+        " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    running = relay(program=[sys.executable, "-c", block, str(RELAY)])
+    assert running.stop() == 0
+
+
+def test_sigusr1_opens_the_logfile_again(tmp_path: Path) -> None:
+    """Without another message: the new file begins with the answer to the signal."""
+    with QuietRelay("--logfile", "log", cwd=tmp_path) as relay:
+        transfer(relay)
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        relay.process.send_signal(signal.SIGUSR1)
+        transfer(relay)
+        relay.stop_cleanly()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0].endswith(" log file reopened")
+    assert "reopened" not in (tmp_path / "log.1").read_text()
+
+
+def test_descriptors_are_closed(relay: Start) -> None:
     running = relay()
     one, other = running.pair("stays")
     before = running.descriptors()
@@ -843,14 +929,14 @@ def test_descriptors_are_given_back(relay: Start) -> None:
         for client in pair:
             client.close()
     with one, other:
-        for _ in range(3):  # turns of the loop: their ends were there before the first
+        for _ in range(3):  # turns of the loop; the ends arrived before the first
             one.sendall(b"x")
             assert other.recv(1) == b"x"
         assert running.descriptors() == before
 
 
 def test_one_copied_file_relays(relay: Start, tmp_path: Path) -> None:
-    """Without a single other file: -I forgets the environment, -S the installed packages."""
+    """No other file is needed: -I ignores the environment, -S the installed packages."""
     copied = str(shutil.copy(RELAY, tmp_path))
     running = relay(cwd=tmp_path, program=[sys.executable, "-IS", copied])
     transfer(running)
@@ -867,21 +953,21 @@ def test_closed_standard_descriptors_are_not_used_for_others(redirections: str) 
         assert relay.stop() == 0
 
 
-def test_full_stderr_is_no_reason_to_stop() -> None:
+def test_full_stderr_does_not_stop_the_relay() -> None:
     with QuietRelay(program=redirected("2>/dev/full")) as relay:
         transfer(relay)
         assert relay.stop() == 0
 
 
-def test_full_logfile_is_no_reason_to_stop() -> None:
-    """Nor to speak elsewhere."""
+def test_full_logfile_does_not_stop_the_relay() -> None:
+    """The messages go nowhere else."""
     with QuietRelay("--logfile", "/dev/full") as relay:
         transfer(relay)
         relay.stop_cleanly()
         assert relay.stderr == b""
 
 
-def test_stderr_whose_reader_has_gone_is_no_reason_to_stop(relay: Start) -> None:
+def test_a_stderr_without_a_reader_does_not_stop_the_relay(relay: Start) -> None:
     running = relay()
     assert running.process.stderr is not None
     running.process.stderr.close()

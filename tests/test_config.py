@@ -1,7 +1,9 @@
-"""`--config`: what a file may say, what wins over it, and what is said of a wrong one."""
+"""`--config`: the syntax of a file, its precedence, and its error messages."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ PORTS = [parse_endpoint("tcp:4001"), parse_endpoint("unix:/run/x.sock")]
 
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
-    """Where the file is."""
+    """Return the path of the file."""
     return tmp_path / "relay.conf"
 
 
 def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
-    """What the options are that differ from the defaults."""
+    """Parse the file and the arguments. Return the options that differ from the defaults."""
     conf.write_bytes(text.encode())
     options = vars(parse_arguments([*arguments, f"--config={conf}"]))
     assert options.pop("config") == [str(conf)]
@@ -41,7 +43,7 @@ def read(conf: Path, text: str, *arguments: str) -> dict[str, Any]:
         "  blur-usage   3600  ",
         "blur-usage 3600  # an hour",
         "blur-usage 3600\r",
-        "\ufeffblur-usage 3600",  # as some editors save it
+        "\ufeffblur-usage 3600",  # some editors write a byte order mark
     ],
 )
 def test_ways_to_write_an_option(conf: Path, line: str) -> None:
@@ -50,14 +52,14 @@ def test_ways_to_write_an_option(conf: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# port x\n", "   # port x", "#port x", "\n\n #"])
-def test_what_says_nothing(conf: Path, text: str) -> None:
+def test_empty_lines_and_comments(conf: Path, text: str) -> None:
     assert read(conf, text) == {}
 
 
 @pytest.mark.parametrize(
     "value", ["/var/log/a b.log", "/var/log/#1.log", "a=b", "=a", "'a'", "\\a", "ä", "a\u2028b"]
 )
-def test_a_value_is_taken_as_it_stands(conf: Path, value: str) -> None:
+def test_a_value_is_not_unquoted_or_unescaped(conf: Path, value: str) -> None:
     assert read(conf, f"logfile={value}\n") == {"logfile": value}
 
 
@@ -75,13 +77,13 @@ def test_switches(conf: Path) -> None:
     }
 
 
-def test_what_may_be_given_several_times(conf: Path) -> None:
+def test_options_that_can_be_given_several_times(conf: Path) -> None:
     text = "port tcp:4001\nwebsocket tcp:4002\nport unix:/run/x.sock\n"
     websockets = [parse_websocket_endpoint("tcp:4002")]
     assert read(conf, text) == {"port": PORTS, "websocket": websockets}
 
 
-def test_the_last_one_counts_where_there_can_be_one(conf: Path) -> None:
+def test_of_other_options_the_last_one_counts(conf: Path) -> None:
     assert read(conf, "blur-usage 60\nblur-usage 3600\n") == {"blur_usage": 3600}
 
 
@@ -96,19 +98,22 @@ def test_the_last_one_counts_where_there_can_be_one(conf: Path) -> None:
         ("logfile a\nport tcp:4001", ["--logfile=b"], {"logfile": "b", "port": PORTS[:1]}),
     ],
 )
-def test_the_command_line_wins(
+def test_the_command_line_takes_precedence(
     conf: Path, text: str, arguments: list[str], expected: dict[str, Any]
 ) -> None:
     assert read(conf, text, *arguments) == expected
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         ("frobnicate", "unrecognized arguments: --frobnicate"),
         ("blur 60", "unrecognized arguments: --blur=60"),
         ("port", "argument --port: expected one argument"),
         ("port =", "argument --port: ''"),
+        ("usage-db =", "argument --usage-db: '' is empty"),
+        ("p tcp:4001", "unrecognized arguments: --p=tcp:4001"),
+        ("keepalive soon", "argument --keepalive: 'soon' is not"),
         ("port tcp:99999", "argument --port: tcp:99999: port must be"),
         ("blur-usage an hour", "argument --blur-usage: 'an hour' is not a whole number"),
         ("no-splice yes", "argument --no-splice: ignored explicit argument 'yes'"),
@@ -122,23 +127,23 @@ def test_the_command_line_wins(
         ("version", "version is for the command line only"),
         ("--config other.conf", "config is for the command line only"),
         ("port tcp:4001;", "argument --port: tcp:4001;: port must be"),
-        ("pidfile a\0b", r"'pidfile a\x00b' is not of the form"),  # no command line can say that
+        ("pidfile a\0b", r"'pidfile a\x00b' is not of the form"),  # no command line can contain it
         ("a=\x1b[31m", r"unrecognized arguments: --a=\x1b[31m"),
         ("\0", r"unrecognized arguments: --\x00"),
         (f"port {'x' * 5000}", "argument --port: 'xxx"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(
-    conf: Path, capsys: pytest.CaptureFixture[str], line: str, complaint: str
+def test_an_error_names_the_file_and_the_line(
+    conf: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     conf.write_text(f"# first\n\n{line}\nport nonsense\n", encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
         parse_arguments([f"--config={conf}"])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert caught.value.code == 2
-    assert said.out == ""
-    assert said.err.count("\n") == 1 and len(said.err) < 1100
-    assert said.err.startswith(f"transit-relay: {conf}, line 3: {complaint}")
+    assert output.out == ""
+    assert output.err.count("\n") == 1 and len(output.err) < 1100
+    assert output.err.startswith(f"transit-relay: {conf}, line 3: {message}")
 
 
 def test_several_files(conf: Path, tmp_path: Path) -> None:
@@ -149,6 +154,61 @@ def test_several_files(conf: Path, tmp_path: Path) -> None:
     assert (options.port, options.blur_usage, options.log_fd) == (PORTS, 60, 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("daemonize", ["--no-daemonize"], {}),
+        ("no-splice", ["--splice"], {}),
+        ("no-splice\nsplice", [], {}),
+        ("splice", ["--no-splice"], {"no_splice": True}),
+        ("usage-db a", ["--usage-db="], {}),
+        ("usage-db a", ["--usage-db=", "--usage-db=b"], {"usage_db": "b"}),
+        ("log-fd 1", ["--log-fd="], {}),
+        ("pidfile a", ["--pidfile", ""], {}),
+        ("logfile a", ["--logfile="], {}),
+        (
+            "daemonize\nlogfile a\npidfile a",
+            ["--logfile="],
+            {"daemonize": True, "logfile": "transit_relay.log", "pidfile": "a"},
+        ),
+        ("websocket-url ws://a/", ["--websocket-url="], {}),
+        ("port tcp:4001\nport tcp:4002", ["--port="], {}),
+        ("websocket tcp:4002\nport tcp:4001", ["-w", ""], {"port": PORTS[:1]}),
+    ],
+)
+def test_the_command_line_takes_an_option_back(
+    conf: Path, text: str, arguments: list[str], expected: dict[str, Any]
+) -> None:
+    assert read(conf, text, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--logfile="], ["--port="], ["--usage-db=", "--user="], ["-w", "", "-w", "tcp:4002"]],
+)
+def test_an_empty_value_takes_back_only_what_a_file_names(
+    conf: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    """A script with an unset variable must not start a relay without that option.
+
+    `--user=` is refused always: `--user root` takes a user back.
+    """
+    conf.write_text("usage-db a\nuser nobody\nwebsocket tcp:4003\n")
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments([f"--config={conf}", *arguments])
+    assert caught.value.code == 2
+    assert " is empty" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_file_is_read(tmp_path: Path) -> None:
+    """The file is a pipe, and nothing is written to it."""
+    os.mkfifo(tmp_path / "relay.conf")
+    with RelayProcess("--config", "relay.conf", cwd=tmp_path) as relay:
+        with open(tmp_path / "relay.conf", "wb"):  # this returns when the relay opens it
+            assert relay.stop(signal.SIGINT) == 1
+    assert relay.stderr == b""
+
+
 def test_a_file_without_end(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--config=/dev/zero"])
@@ -156,7 +216,7 @@ def test_a_file_without_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/dev/zero: too long for a configuration" in capsys.readouterr().err
 
 
-def test_a_wrong_command_line_is_not_the_file_s_fault(
+def test_an_error_of_the_command_line_does_not_name_the_file(
     conf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conf.write_text("blur-usage 3600\n")
@@ -169,7 +229,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with RelayProcess("--config", "none.conf", cwd=tmp_path) as relay:
         assert relay.wait() == 2
     expected = "transit-relay: argument --config: none.conf: No such file or directory"
-    assert only_line(relay) == f"{expected} (--help tells more)"
+    assert only_line(relay) == f"{expected} (--help lists all options)"
 
 
 def test_a_relay_that_is_configured_by_its_file(tmp_path: Path) -> None:

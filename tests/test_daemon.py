@@ -1,18 +1,21 @@
-"""The relay in the background, under a user of its own, and under those who start programs."""
+"""The relay in the background, as another user, and under the programs that start daemons."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import json
 import logging
 import os
 import pwd
 import re
+import resource
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -31,13 +34,23 @@ from processes import (
     with_descriptor,
 )
 
-from transit_relay import LogFile
+import transit_relay
+from transit_relay import (
+    LogFile,
+    PassedSockets,
+    PidFile,
+    choose_endpoints,
+    limit_message,
+    nonblocking_writer,
+    open_relay,
+    parse_arguments,
+)
 
 LOCAL = ("--port", "tcp:0:interface=127.0.0.1")
 
 
 def kill_relay(pidfile: Path) -> None:
-    """Leave no daemon behind, also where a test failed; and end nobody else."""
+    """Kill the daemon of a pidfile, but no other process."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pidfile.read_text())
         if bytes(RELAY) in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -45,9 +58,9 @@ def kill_relay(pidfile: Path) -> None:
 
 
 class Daemon(RelayProcess):
-    """A relay that went to the background; `pid` is that of its pidfile.
+    """A relay in the background, with the default pidfile and log file in `folder`.
 
-    Give it a folder, and options that name no other pidfile or logfile.
+    `pid` is the process id in the pidfile.
     """
 
     def __init__(self, folder: Path, *options: str, **kwargs: object) -> None:
@@ -58,7 +71,7 @@ class Daemon(RelayProcess):
             options = (*LOCAL, *options)
         kwargs = {"cwd": folder, **kwargs}
         super().__init__("--daemonize", *options, **kwargs)  # type: ignore[arg-type]
-        self._pidfd: int | None = None  # it is no child of ours: this tells of its end
+        self._pidfd: int | None = None  # readable at its end: it is no child of ours
         try:
             self.code = self.wait()
             self.pid = int(self.pidfile.read_text()) if self.code == 0 else 0
@@ -83,13 +96,13 @@ class Daemon(RelayProcess):
         return int(match[1])
 
     def end(self) -> None:
-        """`kill $(cat transit_relay.pid)`, and wait for it."""
+        """Run `kill $(cat transit_relay.pid)` and wait for the end."""
         os.kill(int(self.pidfile.read_text()), signal.SIGTERM)
         ended, _, _ = select.select([self._pidfd], [], [], TIMEOUT)
         assert ended, "it did not end"
 
     def status(self, field: str) -> list[str]:
-        """A field of /proc/PID/status."""
+        """Return a field of /proc/PID/status."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return re.findall(rf"^{field}:(.*)", status, re.MULTILINE)[0].split()
 
@@ -99,7 +112,7 @@ Start = Callable[..., Daemon]
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Start]:
-    """Start daemons with `daemon(*options)`, in a folder of their own. None is left behind."""
+    """Return a function that starts a daemon. All are killed at the end of the test."""
     with contextlib.ExitStack() as started:
 
         def start(*options: str, folder: Path = tmp_path, **kwargs: object) -> Daemon:
@@ -111,7 +124,7 @@ def daemon(tmp_path: Path) -> Iterator[Start]:
 
 
 def failed_start(folder: Path, *options: str) -> str:
-    """The one line in which a daemon says why it does not start."""
+    """Start a daemon that must fail. Return its one line on stderr."""
     with Daemon(folder, *options) as one:
         assert one.code == 1
         return only_line(one)
@@ -121,7 +134,7 @@ def failed_start(folder: Path, *options: str) -> str:
 
 
 def test_start_returns_when_it_listens(daemon: Start) -> None:
-    """And says nothing: cron would send a mail."""
+    """It prints nothing: cron would send a mail."""
     running = daemon()
     assert running.stderr == b""
     transfer(running)
@@ -131,12 +144,12 @@ def test_default_file_names(daemon: Start, tmp_path: Path) -> None:
     running = daemon()
     assert sorted(os.listdir(tmp_path)) == ["transit_relay.log", "transit_relay.pid"]
     assert running.pidfile.read_text() == f"{running.pid}\n"
-    said = running.logfile.read_text().splitlines()
-    assert re.search(r"^\S+ Transit starting on tcp:\d+:interface=127\.0\.0\.1$", said[-1])
+    output = running.logfile.read_text().splitlines()
+    assert re.search(r"^\S+ Transit starting on tcp:\d+:interface=127\.0\.0\.1$", output[-1])
 
 
 def test_named_files(tmp_path: Path) -> None:
-    """Nothing but the named ones is written."""
+    """No other file is written."""
     relay = RelayProcess(
         *LOCAL, "--daemonize", "--pidfile", "a.pid", "--logfile", "a.log", cwd=tmp_path
     )
@@ -148,17 +161,17 @@ def test_named_files(tmp_path: Path) -> None:
         kill_relay(tmp_path / "a.pid")
 
 
-def test_busy_port_is_said_and_leaves_no_pidfile(tmp_path: Path) -> None:
+def test_busy_port_is_reported_and_leaves_no_pidfile(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         endpoint = f"tcp:{other.getsockname()[1]}:interface=127.0.0.1"
-        said = failed_start(tmp_path, "--port", "unix:x.sock", "--port", endpoint)
-    assert said == f"transit-relay: {endpoint}: Address already in use"
+        output = failed_start(tmp_path, "--port", "unix:x.sock", "--port", endpoint)
+    assert output == f"transit-relay: {endpoint}: Address already in use"
     assert {"transit_relay.pid", "x.sock"}.isdisjoint(os.listdir(tmp_path))
 
 
-def test_start_that_fails_late_is_said_too(tmp_path: Path) -> None:
-    said = failed_start(tmp_path, "--usage-db", "missing/usage.sqlite")
-    assert said == "transit-relay: --usage-db missing/usage.sqlite: unable to open database file"
+def test_a_start_that_fails_late_is_reported(tmp_path: Path) -> None:
+    output = failed_start(tmp_path, "--usage-db", "missing/usage.sqlite")
+    assert output == "transit-relay: --usage-db missing/usage.sqlite: unable to open database file"
     assert not (tmp_path / "transit_relay.pid").exists()
 
 
@@ -167,15 +180,15 @@ def test_start_that_fails_late_is_said_too(tmp_path: Path) -> None:
 
 def test_second_start_is_refused_and_the_first_unharmed(daemon: Start, tmp_path: Path) -> None:
     first = daemon()
-    said = failed_start(tmp_path)
-    assert said.startswith("transit-relay: pidfile transit_relay.pid: a relay is running")
-    assert str(first.pid) in said
+    output = failed_start(tmp_path)
+    assert output.startswith("transit-relay: pidfile transit_relay.pid: a relay is running")
+    assert str(first.pid) in output
     assert first.pidfile.read_text() == f"{first.pid}\n"
     transfer(first)
 
 
 def dead_pid() -> int:
-    """The process id of nobody."""
+    """Return the process id of a process that has ended."""
     with subprocess.Popen(["true"]) as process:
         process.wait()
     return process.pid
@@ -204,14 +217,14 @@ def test_pidfile_of_a_killed_relay_is_replaced(daemon: Start) -> None:
 )
 def test_pidfile_that_is_something_else_is_untouched(tmp_path: Path, content: str) -> None:
     (tmp_path / "transit_relay.pid").write_text(content)
-    said = failed_start(tmp_path)
-    assert said == "transit-relay: pidfile transit_relay.pid: holds something else"
+    output = failed_start(tmp_path)
+    assert output == "transit-relay: pidfile transit_relay.pid: holds something else"
     assert (tmp_path / "transit_relay.pid").read_text() == content
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
-def test_pidfile_that_is_no_file_is_untouched(tmp_path: Path, kind: str) -> None:
-    """Through a link, root would write to where another user wants it to."""
+def test_pidfile_that_is_not_a_regular_file_is_untouched(tmp_path: Path, kind: str) -> None:
+    """Another user could make root write to the target of a link."""
     path = tmp_path / "transit_relay.pid"
     (tmp_path / "target").write_text("1\n")
     {
@@ -225,7 +238,7 @@ def test_pidfile_that_is_no_file_is_untouched(tmp_path: Path, kind: str) -> None
     assert (tmp_path / "target").read_text() == "1\n"
 
 
-def test_kill_ends_it_and_removes_the_pidfile(daemon: Start, tmp_path: Path) -> None:
+def test_kill_ends_the_relay_and_removes_the_pidfile(daemon: Start, tmp_path: Path) -> None:
     running = daemon("--usage-db", "usage.sqlite")
     transfer(running)
     running.end()
@@ -242,6 +255,50 @@ def test_pidfile_in_the_foreground(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_pidfile_that_is_locked_by_this_process_can_be_adopted(tmp_path: Path) -> None:
+    """A lock outlives an exec, but the object that holds it does not."""
+    first = PidFile(str(tmp_path / "x.pid"))
+    before = (tmp_path / "x.pid").stat()
+    second = PidFile(str(tmp_path / "x.pid"), first.fd)
+    assert (tmp_path / "x.pid").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "x.pid").stat().st_mtime_ns == before.st_mtime_ns
+    second.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_relay_can_be_opened_beside_a_running_one(tmp_path: Path) -> None:
+    """Neither the pidfile nor the log file of the running process is touched."""
+    for name in ("x.pid", "x.log"):
+        (tmp_path / name).write_text("1\n")
+    files = [f"--pidfile={tmp_path}/x.pid", f"--logfile={tmp_path}/x.log"]
+    options = parse_arguments([f"--port=unix:{tmp_path}/x.sock", *files])
+    passed = PassedSockets()
+    with contextlib.ExitStack() as undo:
+        endpoints = choose_endpoints(options, passed)
+        opened = open_relay(options, endpoints, passed, None, None, undo)
+        assert sorted(os.listdir(tmp_path)) == ["x.log", "x.pid", "x.sock"]
+        opened.server.close()
+    assert sorted(os.listdir(tmp_path)) == ["x.log", "x.pid"]
+    assert [(tmp_path / name).read_text() for name in ("x.pid", "x.log")] == ["1\n", "1\n"]
+
+
+def test_the_limits_of_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def make_server(listeners: object, recorder: object, limits: object, **others: object) -> None:
+        given.update(others, limits=limits)
+
+    monkeypatch.setattr(transit_relay, "Server", make_server)
+    monkeypatch.setattr(transit_relay, "descriptor_budget", lambda limit, now: (limit - now, 7))
+    options = parse_arguments([*LOCAL, "--handshake-timeout=5", "--keepalive=7"])
+    with contextlib.ExitStack() as undo:
+        open_relay(options, options.port, PassedSockets(), None, None, undo)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert given["limits"] == transit_relay.Limits(handshake_seconds=5, keepalive_seconds=7)
+    assert given["max_pipes"] == 7
+    assert limit - 1000 < given["max_connections"] < limit  # type: ignore[operator]
+
+
 def test_no_pidfile_in_the_foreground_if_none_is_named(tmp_path: Path) -> None:
     with RelayProcess(*LOCAL, cwd=tmp_path) as relay:
         relay.started()
@@ -252,23 +309,23 @@ def test_no_pidfile_in_the_foreground_if_none_is_named(tmp_path: Path) -> None:
 # The background.
 
 
-def test_standard_descriptors_lead_nowhere(daemon: Start) -> None:
+def test_standard_descriptors_are_dev_null(daemon: Start) -> None:
     running = daemon()
     for fd in range(3):
         assert os.readlink(f"/proc/{running.pid}/fd/{fd}") == os.devnull
 
 
 def test_has_no_terminal_and_cannot_get_one(daemon: Start) -> None:
-    """A session of its own, which it does not lead."""
+    """The daemon has a session of its own, but does not lead it."""
     running = daemon()
-    stat = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()
-    session, terminal = int(stat[3]), int(stat[4])
+    fields = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()
+    session, terminal = int(fields[3]), int(fields[4])
     assert session not in (os.getsid(0), running.pid)
     assert terminal == 0
 
 
 def test_from_a_crontab(tmp_path: Path) -> None:
-    """No environment, and the root folder as the current one."""
+    """The environment is empty, and the current folder is the root folder."""
     pidfile, logfile = tmp_path / "transit_relay.pid", tmp_path / "transit_relay.log"
     with Daemon(
         tmp_path,
@@ -284,7 +341,7 @@ def test_from_a_crontab(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["transit_relay.log"]
 
 
-def test_systemd_sockets_are_still_ours_in_the_background(daemon: Start) -> None:
+def test_systemd_sockets_are_served_in_the_background(daemon: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as passed:
         address = passed.getsockname()
         running = daemon(
@@ -296,7 +353,7 @@ def test_systemd_sockets_are_still_ours_in_the_background(daemon: Start) -> None
     running.end()
 
 
-def test_log_fd_goes_on_in_the_background(daemon: Start, tmp_path: Path) -> None:
+def test_log_fd_is_written_in_the_background(daemon: Start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with open(reader) as log:
         running = daemon("--log-fd", str(writer), pass_fds=[writer])
@@ -307,11 +364,31 @@ def test_log_fd_goes_on_in_the_background(daemon: Start, tmp_path: Path) -> None
         assert log.read() == ""
 
 
-GOOD_NEWS = logging.LogRecord("relay", logging.INFO, __file__, 1, "good news", None, None)
+def test_other_descriptors_are_closed_in_the_background(daemon: Start, tmp_path: Path) -> None:
+    """The caller's pipe ends, and a lock that the caller held can be taken."""
+    reader, writer = os.pipe()
+    with open(tmp_path / "lock", "wb") as lock, open(tmp_path / "lock", "wb") as other:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        daemon(pass_fds=[writer, lock.fileno()])
+        lock.close()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        ended, _, _ = select.select([pipe], [], [], TIMEOUT)
+        assert ended and pipe.read() == b""
+
+
+def test_a_passed_descriptor_is_served_in_the_background(daemon: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        fd, address = passed.fileno(), passed.getsockname()
+        daemon("--port", f"fd:{fd}", pass_fds=[fd])
+    with socket.create_connection(address, TIMEOUT) as client:
+        client.sendall(b"\n")
+        assert read_to_end(client) == b"bad handshake\n"
 
 
 def test_a_socket_passed_as_stdin_is_served(daemon: Start) -> None:
-    """As inetd passes it; a daemon's own stdin is /dev/null."""
+    """inetd passes it so. The daemon replaces its stdin by /dev/null."""
     with socket.create_server(("127.0.0.1", 0)) as passed:
         fd, address = passed.fileno(), passed.getsockname()
         daemon("--port", "fd:0", pass_fds=[fd], program=with_descriptor(fd, 0))
@@ -322,13 +399,13 @@ def test_a_socket_passed_as_stdin_is_served(daemon: Start) -> None:
 
 # Another user.
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
 NOBODY = pwd.getpwnam("nobody")
 
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder of root's that others may enter, but not write; pytest's are closed to them."""
+    """Return a folder of root's that other users may enter: they may not enter pytest's."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -355,8 +432,38 @@ def test_user_with_group(daemon: Start, public: Path) -> None:
 
 
 @as_root
-def test_user_has_the_root_only_files_open(daemon: Start, public: Path) -> None:
-    """A port that only root may have is opened before; what is named is somebody's afterwards."""
+@pytest.mark.parametrize(
+    ("user", "groups"), [(f"{NOBODY.pw_uid}:1", None), ("54321:1", [1]), ("nobody:1", None)]
+)
+def test_user_with_numbers(
+    daemon: Start, public: Path, user: str, groups: list[int] | None
+) -> None:
+    """A user without a name is in no other group."""
+    running = daemon("--user", user, folder=public)
+    uid = "54321" if groups else str(NOBODY.pw_uid)
+    assert running.status("Uid") == [uid] * 4
+    assert running.status("Gid") == ["1"] * 4
+    expected = groups or os.getgrouplist("nobody", 1)
+    assert sorted(map(int, running.status("Groups"))) == sorted(expected)
+    transfer(running)
+
+
+@as_root
+def test_unix_sockets_are_given_to_user(public: Path) -> None:
+    options = ("--port", "unix:x.sock:mode=660", "--user", "nobody:daemon")
+    with ReachedRelay(*options, cwd=public) as relay:
+        relay.started()
+        status = (public / "x.sock").stat()
+        assert (status.st_uid, status.st_gid) == (NOBODY.pw_uid, grp.getgrnam("daemon").gr_gid)
+        assert stat.S_IMODE(status.st_mode) == 0o660
+        relay.address = str(public / "x.sock")
+        transfer(relay)
+        relay.stop_cleanly()
+
+
+@as_root
+def test_the_pidfile_belongs_to_root_and_the_logfile_to_user(daemon: Start, public: Path) -> None:
+    """The pidfile is opened before the switch, the log file is given to the user."""
     running = daemon("--user", "nobody", folder=public)
     assert running.pidfile.stat().st_uid == 0
     assert running.logfile.stat().st_uid == NOBODY.pw_uid
@@ -373,8 +480,8 @@ def test_pidfile_that_user_cannot_remove_is_emptied(daemon: Start, public: Path)
 
 
 @as_root
-def test_files_that_user_cannot_remove_are_no_matter(public: Path) -> None:
-    """In the foreground, where the exit code is seen: the next start replaces the dead socket."""
+def test_files_that_user_cannot_remove_do_not_matter(public: Path) -> None:
+    """The second start replaces the socket. It runs in the foreground, for the exit code."""
     for _ in range(2):
         with ReachedRelay(
             *("--port", "unix:x.sock", "--pidfile", "x.pid", "--user", "nobody"), cwd=public
@@ -401,14 +508,14 @@ def test_database_is_made_by_user(daemon: Start, public: Path) -> None:
 
 @as_root
 def test_database_that_user_may_not_make_is_refused(public: Path) -> None:
-    said = failed_start(public, "--user", "nobody", "--usage-db", "usage.sqlite")
-    assert said == "transit-relay: --usage-db usage.sqlite: unable to open database file"
+    output = failed_start(public, "--user", "nobody", "--usage-db", "usage.sqlite")
+    assert output == "transit-relay: --usage-db usage.sqlite: unable to open database file"
     assert not (public / "usage.sqlite").exists()
 
 
 @as_root
-def test_logfile_is_reopened_by_user(daemon: Start, public: Path) -> None:
-    """As logrotate does with `create 640 nobody`."""
+def test_logfile_is_opened_again_by_user(daemon: Start, public: Path) -> None:
+    """logrotate does this with `create 640 nobody`."""
     running = daemon("--user", "nobody", folder=public)
     running.logfile.rename(public / "old.log")
     running.logfile.touch(0o640)
@@ -419,9 +526,7 @@ def test_logfile_is_reopened_by_user(daemon: Start, public: Path) -> None:
 
 
 @as_root
-def test_logfile_that_user_cannot_make_again_goes_on_in_the_old_one(
-    daemon: Start, public: Path
-) -> None:
+def test_logfile_that_user_cannot_create_stays_the_old_one(daemon: Start, public: Path) -> None:
     running = daemon("--user", "nobody", folder=public)
     running.logfile.rename(public / "old.log")
     running.end()
@@ -429,8 +534,8 @@ def test_logfile_that_user_cannot_make_again_goes_on_in_the_old_one(
 
 
 @as_root
-def test_a_logfile_that_was_there_is_not_given_away(daemon: Start, public: Path) -> None:
-    """It may be a link, by which the user would get what it must not have."""
+def test_a_logfile_that_existed_keeps_its_owner(daemon: Start, public: Path) -> None:
+    """It may be a link to a file that the user must not own."""
     secret = public / "secret"
     secret.touch(0o600)
     (public / "transit_relay.log").symlink_to(secret)
@@ -438,49 +543,15 @@ def test_a_logfile_that_was_there_is_not_given_away(daemon: Start, public: Path)
     assert secret.stat().st_uid == 0
 
 
-def test_logfile_is_reopened_though_the_old_one_is_on_a_full_disk(tmp_path: Path) -> None:
-    log = LogFile(str(tmp_path / "log"))
-    os.close(log.fd)
-    log.fd = os.open("/dev/full", os.O_WRONLY)
-    log.emit(GOOD_NEWS)
-    log.emit(GOOD_NEWS)
-    os.close(log.fd)
-    assert (tmp_path / "log").read_text() == "good news\n" * 2
-
-
-def test_logfile_that_becomes_a_pipe_without_a_reader_blocks_nobody(tmp_path: Path) -> None:
-    """It goes on in the old one."""
-    log = LogFile(str(tmp_path / "log"))
-    (tmp_path / "log").rename(tmp_path / "old")
-    os.mkfifo(tmp_path / "log")
-    log.emit(GOOD_NEWS)
-    os.close(log.fd)
-    assert (tmp_path / "old").read_text() == "good news\n"
-
-
-def test_a_message_that_is_too_long_is_cut_but_stays_a_line(tmp_path: Path) -> None:
-    log = LogFile(str(tmp_path / "log"))
-    log.emit(logging.makeLogRecord({"msg": "x" * 9_999}))
-    log.emit(GOOD_NEWS)
-    os.close(log.fd)
-    assert (tmp_path / "log").read_text() == "x" * (select.PIPE_BUF - 1) + "\ngood news\n"
-
-
-def test_logfile_that_is_a_full_pipe_blocks_nobody() -> None:
-    """As /dev/stderr may be, in a container."""
-    reader, writer = os.pipe()
-    log = LogFile(f"/dev/fd/{writer}")
-    fill_pipe(writer)
-    log.emit(GOOD_NEWS)
-    for fd in (reader, writer, log.fd):
-        os.close(fd)
-
-
 @pytest.mark.parametrize(
     ("user", "why"),
     [
         ("no such user", "there is no user 'no such user'"),
         ("nobody:no such group", "there is no group 'no such group'"),
+        ("54321", "there is no user '54321', so add its group: 54321:GROUP"),
+        ("4294967295:1", "there is no user '4294967295'"),
+        ("nobody:4294967295", "there is no group '4294967295'"),
+        (":1", "there is no user ''"),
     ],
 )
 def test_unknown_user_is_refused(tmp_path: Path, user: str, why: str) -> None:
@@ -488,7 +559,151 @@ def test_unknown_user_is_refused(tmp_path: Path, user: str, why: str) -> None:
     assert not (tmp_path / "transit_relay.pid").exists()
 
 
-# Those who start programs.
+# Messages.
+
+A_RECORD = logging.LogRecord("relay", logging.INFO, __file__, 1, "a message", None, None)
+
+
+def test_a_logfile_on_a_full_disk_can_be_replaced(tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path / "log"))
+    os.close(log.fd)
+    log.fd = os.open("/dev/full", os.O_WRONLY)
+    log.emit(A_RECORD)
+    log.emit(A_RECORD)
+    os.close(log.fd)
+    assert (tmp_path / "log").read_text() == "a message\n" * 2
+
+
+def test_a_logfile_replaced_by_a_pipe_without_a_reader_stays_the_old_one(tmp_path: Path) -> None:
+    """To open such a pipe would block."""
+    log = LogFile(str(tmp_path / "log"))
+    (tmp_path / "log").rename(tmp_path / "old")
+    os.mkfifo(tmp_path / "log")
+    log.emit(A_RECORD)
+    os.close(log.fd)
+    assert (tmp_path / "old").read_text() == "a message\n"
+
+
+@pytest.mark.parametrize("character", ["x", "\u00e4", "\u20ac", "\U0001f600"])
+def test_a_long_message_loses_its_middle(tmp_path: Path, character: str) -> None:
+    """The last line of a traceback is the exception. A pipe takes the rest as one piece."""
+    log = LogFile(str(tmp_path / "log"))
+    for margin in range(4):  # cuts the characters at all places
+        text = f"Traceback{'.' * margin}\n{character * 9_999}\nValueError: the reason"
+        log.emit(logging.makeLogRecord({"msg": text}))
+        log.emit(A_RECORD)
+    os.close(log.fd)
+    messages = (tmp_path / "log").read_text().split("a message\n")
+    assert messages.pop() == ""
+    for margin, message in enumerate(messages):
+        assert message.startswith(f"Traceback{'.' * margin}\n{character}")
+        assert f"{character}\n[...]\n{character}" in message
+        assert message.endswith(f"{character}\nValueError: the reason\n")
+        assert select.PIPE_BUF - 8 < len(message.encode()) <= select.PIPE_BUF
+
+
+@pytest.mark.parametrize(("size", "is_cut"), [(0, False), (-1, False), (1, True)])
+def test_a_message_that_fits_is_written_whole(size: int, is_cut: bool) -> None:
+    text = b"x" * (select.PIPE_BUF - 1 + size)
+    assert (limit_message(text) != text) == is_cut
+    assert len(limit_message(text)) < select.PIPE_BUF
+
+
+def test_a_logfile_that_is_a_full_pipe_does_not_block() -> None:
+    """/dev/stderr may be such a pipe, in a container."""
+    reader, writer = os.pipe()
+    log = LogFile(f"/dev/fd/{writer}")
+    fill_pipe(writer)
+    log.emit(A_RECORD)
+    for fd in (reader, writer, log.fd):
+        os.close(fd)
+
+
+def test_a_logfile_can_be_opened_again(tmp_path: Path) -> None:
+    """SIGUSR1 does this. The new file does not wait for the next message."""
+    log = LogFile(str(tmp_path / "log"))
+    log.emit(A_RECORD)
+    (tmp_path / "log").rename(tmp_path / "old")
+    log.reopen()
+    assert (tmp_path / "log").read_text() == ""
+    log.emit(A_RECORD)
+    os.close(log.fd)
+    assert (tmp_path / "log").read_text() == (tmp_path / "old").read_text() == "a message\n"
+
+
+def test_a_logfile_that_cannot_be_opened_again_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = LogFile(str(tmp_path / "log"))
+    (tmp_path / "log").rename(tmp_path / "old")
+    (tmp_path / "log").mkdir()
+    log.reopen()
+    log.emit(A_RECORD)
+    os.close(log.fd)
+    assert (tmp_path / "old").read_text() == "a message\n"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the log file cannot be reopened: Is a directory"
+    ]
+
+
+def test_an_open_logfile_can_be_adopted(tmp_path: Path) -> None:
+    first = LogFile(str(tmp_path / "log"))
+    second = LogFile(str(tmp_path / "log"), first.fd)
+    second.emit(A_RECORD)
+    assert second.fd == first.fd
+    os.close(first.fd)
+    assert (tmp_path / "log").read_text() == "a message\n"
+
+
+FILL_STDERR = """
+import os, sys, transit_relay as t
+write = t.nonblocking_writer(2)
+try:
+    while True:
+        write(b"x" * 1000)
+except BlockingIOError:
+    print(os.get_blocking(2), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "socket"])
+def test_a_full_stderr_does_not_block(kind: str) -> None:
+    """Its open file description stays blocking: other processes may share it."""
+    if kind == "socket":
+        reader, writer = (end.detach() for end in socket.socketpair())
+    else:
+        reader, writer = os.pipe() if kind == "pipe" else os.openpty()
+    with open(reader, "rb", buffering=0) as received, open(writer, "wb", buffering=0) as stderr:
+        done = subprocess.run(
+            [sys.executable, "-c", FILL_STDERR],
+            cwd=RELAY.parent,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            timeout=4 * TIMEOUT,
+        )
+        assert done.stdout == b"True\n"
+        assert received.read(10) == b"x" * 10
+
+
+def test_a_full_pipe_of_another_user_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe cannot be opened again: the relay asks for room before it writes."""
+    reader, writer = os.pipe()
+
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    write = nonblocking_writer(writer)
+    write(b"a message\n")
+    assert os.read(reader, 100) == b"a message\n"
+    full = fill_pipe(writer)
+    write(b"a message\n")
+    assert len(os.read(reader, 2 * full)) == full
+    os.close(reader)
+    os.close(writer)
+
+
+# Programs that start daemons.
 
 start_stop_daemon = pytest.mark.skipif(
     shutil.which("start-stop-daemon") is None, reason="start-stop-daemon is Debian's"
@@ -504,7 +719,7 @@ def ssd(*arguments: str) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where start-stop-daemon keeps x.pid; what runs by it at the end is ended."""
+    """Return the folder of x.pid. The process of x.pid is killed at the end of the test."""
     yield tmp_path
     kill_relay(tmp_path / "x.pid")
 
@@ -515,7 +730,7 @@ def test_start_stop_daemon_with_daemonize(folder: Path) -> None:
     options = (*LOCAL, "--daemonize", *named, "--logfile", str(folder / "x.log"))
     assert ssd("--start", *named, *RUN_RELAY, *options) == 0
     assert ssd("--status", *named) == 0
-    assert ssd("--start", *named, *RUN_RELAY, *options) == 1  # it runs already
+    assert ssd("--start", *named, *RUN_RELAY, *options) == 1  # a relay is running
     assert ssd("--stop", *named, "--retry", "TERM/15") == 0
     assert os.listdir(folder) == ["x.log"]
     assert (folder / "x.log").read_text().endswith(" stopped\n")
@@ -523,25 +738,25 @@ def test_start_stop_daemon_with_daemonize(folder: Path) -> None:
 
 @start_stop_daemon
 def test_start_stop_daemon_with_background(folder: Path) -> None:
-    """It returns before the relay has started, which is seen here in a log that is a pipe."""
+    """It returns before the relay has started. The log is a pipe, which shows the start."""
     named = ("--pidfile", str(folder / "x.pid"))
     os.mkfifo(folder / "log")
     with open(os.open(folder / "log", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as log:
         background = ("--background", "--make-pidfile", "--chdir", str(folder))
         relay = (*RUN_RELAY, *LOCAL, "--logfile", "log")
         assert ssd("--start", *named, *background, *relay) == 0
-        said = b""
-        while b"Transit starting on tcp:" not in said:
-            assert select.select([log], [], [], TIMEOUT)[0], said
+        output = b""
+        while b"Transit starting on tcp:" not in output:
+            assert select.select([log], [], [], TIMEOUT)[0], output
             part = log.read(4096)
-            assert part, said
-            said += part
+            assert part, output
+            output += part
         assert ssd("--stop", *named, "--retry", "TERM/15", "--remove-pidfile") == 0
         assert log.read(4096).endswith(b" stopped\n")
 
 
 def test_daemontools_down(tmp_path: Path) -> None:
-    """`svc -d` sends SIGTERM and then SIGCONT, also to a service that `svc -p` has paused."""
+    """`svc -d` sends SIGTERM, then SIGCONT. `svc -p` may have paused the relay before."""
     with QuietRelay("--usage-db", "usage.sqlite", cwd=tmp_path) as relay:
         transfer(relay)
         relay.process.send_signal(signal.SIGSTOP)

@@ -913,16 +913,6 @@ def test_systemd(activate: Activate, listen: Listen, text: str, position: int) -
     meet(listener, socket.AF_INET, activation.addresses[position]).close()
 
 
-def test_taken_sockets_leave_the_environment(
-    activate: Activate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in activate(1, LISTEN_FDNAMES="relay").values.items():
-        monkeypatch.setenv(name, value)
-    assert PassedSockets.take() == PassedSockets(1, ("relay",))
-    assert not [name for name in os.environ if name.startswith("LISTEN_")]
-    assert PassedSockets.take() == PassedSockets()
-
-
 def test_systemd_without_names(activate: Activate) -> None:
     assert activate(2).parse() == PassedSockets(2, ())
 

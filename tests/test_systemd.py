@@ -1,4 +1,4 @@
-"""Started by systemd: the sockets it passes, what it is told. The real one: tests/packaging."""
+"""The relay under systemd: passed sockets and notifications. tests/packaging has the real one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from processes import (
     transfer,
 )
 
-from transit_relay import ServiceManager, Snapshot, size_text, status_line
+from transit_relay import Environment, ServiceManager, Snapshot, size_text, status_line
 
-# The sockets, taken by their names.
+# Passed sockets and their names.
 
 
 @pytest.fixture
 def passed() -> Iterator[list[socket.socket]]:
-    """Sockets that systemd has opened."""
+    """Open three listening sockets, to be passed to a relay."""
     with contextlib.ExitStack() as opened:
         yield [
             opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
@@ -38,14 +38,14 @@ def passed() -> Iterator[list[socket.socket]]:
 
 
 def start(names: str, *passed: socket.socket, arguments: tuple[str, ...] = ()) -> ReachedRelay:
-    """A relay that got these sockets."""
+    """Start a relay, with these sockets passed under these names."""
     fds = [sock.fileno() for sock in passed]
     env = {"LISTEN_FDNAMES": names} if names else {}
     return ReachedRelay(*arguments, env=env, pass_fds=fds, program=activated(*passed))
 
 
 def junk(sock: socket.socket) -> bytes:
-    """What the relay that listens there says to junk: it tells a port from a WebSocket's."""
+    """Send junk to a socket. Return the first line of the answer, which shows the role."""
     with socket.create_connection(sock.getsockname(), TIMEOUT) as client:
         client.sendall(b"junk\n\r\n\r\n")
         return read_to_end(client).partition(b"\n")[0]
@@ -64,7 +64,7 @@ def junk(sock: socket.socket) -> bytes:
         ("Websocket:web", "pp"),
     ],
 )
-def test_without_endpoint_options_they_are_taken_by_name(
+def test_without_endpoint_options_sockets_are_used_by_name(
     passed: list[socket.socket], names: str, kinds: str
 ) -> None:
     used = passed[: len(kinds)]
@@ -73,17 +73,19 @@ def test_without_endpoint_options_they_are_taken_by_name(
     ]
     with start(names, *used) as relay:
         relay.wait_for("^Transit starting on " + re.escape(", ".join(where)) + "$")
-        said = {"p": b"bad handshake", "w": b"HTTP/1.1 400 Bad Request\r"}
-        assert [junk(sock) for sock in used] == [said[kind] for kind in kinds]
+        answers = {"p": b"bad handshake", "w": b"HTTP/1.1 400 Bad Request\r"}
+        assert [junk(sock) for sock in used] == [answers[kind] for kind in kinds]
         relay.address = used[0].getsockname()
         transfer(relay)
         relay.stop_cleanly()
 
 
 @pytest.mark.parametrize("option", ["--port", "--websocket"])
-def test_whoever_names_one_endpoint_names_all(passed: list[socket.socket], option: str) -> None:
+def test_an_endpoint_option_replaces_all_passed_sockets(
+    passed: list[socket.socket], option: str
+) -> None:
     arguments = ("--port", "systemd:index=1")
-    if option == "--websocket":  # without it there would be the default port
+    if option == "--websocket":  # else the default port would be opened
         arguments = ("--port", "tcp:0:interface=127.0.0.1", option, "systemd:index=1")
     with start("a:b", *passed[:2], arguments=arguments) as relay:
         relay.wait_for("^Transit starting on .*systemd:index=1")
@@ -101,14 +103,14 @@ def test_whoever_names_one_endpoint_names_all(passed: list[socket.socket], optio
         ((), 0),
     ],
 )
-def test_sockets_that_nobody_asked_for_are_told(
+def test_unused_sockets_are_reported(
     passed: list[socket.socket], arguments: tuple[str, ...], unused: int
 ) -> None:
-    """Clients connect there, and wait for ever."""
+    """Clients can connect to them, and would wait for ever."""
     with start("a:b", *passed[:2], arguments=arguments) as relay:
         relay.wait_for("^Transit starting on")
-        said = b"warning: sockets passed to us, but named by no endpoint: %d\n" % unused
-        assert (said in relay.stderr) == (unused > 0)
+        message = b"warning: sockets passed to us, but named by no endpoint: %d\n" % unused
+        assert (message in relay.stderr) == (unused > 0)
         assert relay.stderr.count(b"warning: ") == (unused > 0)
         assert relay.stop() == 0
 
@@ -117,15 +119,15 @@ def test_a_socket_that_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as passed:
         with start("status", passed) as relay:
             assert relay.wait() == 1
-    complaint = "systemd:index=0: descriptor 3 is not a listening stream socket"
-    assert only_line(relay) == f"transit-relay: {complaint}"
+    reason = "systemd:index=0: descriptor 3 is not a listening stream socket"
+    assert only_line(relay) == f"transit-relay: {reason}"
 
 
-# What systemd is told.
+# Notifications.
 
 
 class Manager:
-    """Stands in for systemd: listens at NOTIFY_SOCKET."""
+    """A stand-in for systemd, which receives on NOTIFY_SOCKET."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -134,17 +136,17 @@ class Manager:
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
 
     def next(self) -> str:
-        """The next message."""
+        """Return the next message."""
         return self._socket.recv(4096).decode()
 
     def until(self, beginning: str) -> str:
-        """The first message that begins like this."""
+        """Return the first message with this beginning."""
         while not (message := self.next()).startswith(beginning):
             pass
         return message
 
     def rest(self) -> list[str]:
-        """What is there already."""
+        """Return the messages that have arrived."""
         self._socket.setblocking(False)
         messages = []
         with contextlib.suppress(BlockingIOError):
@@ -164,13 +166,13 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
         yield one
 
 
-def told(manager: Manager, **more: str) -> dict[str, str]:
-    """The environment of a relay whose service manager that is."""
+def environment_of(manager: Manager, **more: str) -> dict[str, str]:
+    """Return the environment of a relay that this manager starts."""
     return {**os.environ, "NOTIFY_SOCKET": manager.address, **more}
 
 
 def test_ready_status_stopping(manager: Manager) -> None:
-    with QuietRelay(env=told(manager)) as relay:
+    with QuietRelay(env=environment_of(manager)) as relay:
         assert manager.next() == "READY=1"
         assert b"Transit starting on" in os.read(relay.process.stderr.fileno(), 4096)
         assert manager.next().startswith("STATUS=0 pairs, 0 waiting, 0 connections; ")
@@ -181,8 +183,8 @@ def test_ready_status_stopping(manager: Manager) -> None:
 
 
 def test_status_has_the_numbers_of_the_moment(manager: Manager) -> None:
-    """Told twenty times a second here, which is why nobody need wait."""
-    with QuietRelay(env=told(manager), program=patched(STATUS_SECONDS=0.05)) as relay:
+    """The status is sent 20 times a second here, so that the test need not wait."""
+    with QuietRelay(env=environment_of(manager), program=patched(STATUS_SECONDS=0.05)) as relay:
         manager.until("READY=1")
         with relay.connect() as lonely:
             lonely.sendall(handshake("lonely"))
@@ -201,9 +203,9 @@ def test_status_has_the_numbers_of_the_moment(manager: Manager) -> None:
         relay.stop_cleanly()
 
 
-def test_the_watchdog_is_fed_by_the_loop(manager: Manager) -> None:
-    """Whoever takes the loop's time away, takes its food away: no thread goes on feeding."""
-    with QuietRelay(env=told(manager, WATCHDOG_USEC="100000")) as relay:
+def test_the_loop_notifies_the_watchdog(manager: Manager) -> None:
+    """A loop that does not run does not notify: no thread does it."""
+    with QuietRelay(env=environment_of(manager, WATCHDOG_USEC="100000")) as relay:
         manager.until("READY=1")
         manager.until("WATCHDOG=1")
         manager.until("WATCHDOG=1")
@@ -215,8 +217,16 @@ def test_the_watchdog_is_fed_by_the_loop(manager: Manager) -> None:
         relay.stop_cleanly()
 
 
+def snapshot(*numbers: int) -> Snapshot:
+    """Return a Snapshot with the numbers of the status, and 0 elsewhere."""
+    return Snapshot(**{**dict.fromkeys(Snapshot._fields, 0), **dict(zip(STATUS_FIELDS, numbers))})
+
+
+STATUS_FIELDS = ("pairs", "waiting_clients", "connections", "pairs_ended", "relayed_bytes")
+
+
 class StandInServer:
-    """Takes the chores."""
+    """Collects the chores."""
 
     def __init__(self) -> None:
         self.chores: list[tuple[float, Callable[[], None]]] = []
@@ -225,7 +235,13 @@ class StandInServer:
         self.chores.append((seconds, work))
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(1, 2, 3, 4, 5)
+        return snapshot(1, 2, 3, 4, 5)
+
+
+def take_manager() -> ServiceManager:
+    """Return the manager that the environment names."""
+    environment = Environment.take()
+    return ServiceManager(environment.notify_socket, environment.watchdog_seconds())
 
 
 @pytest.mark.parametrize(
@@ -234,14 +250,15 @@ class StandInServer:
         ("30000000", None, 15.0),
         ("30000000", "", 15.0),
         ("30000000", "us", 15.0),
-        ("30000000", "1", None),  # somebody else's
+        ("1", None, 0.05),  # no more than 20 a second
+        ("30000000", "1", None),  # another process's
         ("", None, None),
         ("soon", None, None),
         ("-1", None, None),
         ("0", None, None),
     ],
 )
-def test_how_often_the_watchdog_is_fed(
+def test_how_often_the_watchdog_is_notified(
     manager: Manager,
     monkeypatch: pytest.MonkeyPatch,
     usec: str,
@@ -253,9 +270,9 @@ def test_how_often_the_watchdog_is_fed(
     if pid is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "us" else pid)
     server = StandInServer()
-    taken = ServiceManager.take()
-    taken.attend(server)  # type: ignore[arg-type]
-    with contextlib.closing(taken):
+    service_manager = take_manager()
+    service_manager.add_chores(server)  # type: ignore[arg-type]
+    with contextlib.closing(service_manager):
         for _, work in server.chores:
             work()
     expected = [10.0] if seconds is None else [10.0, seconds]
@@ -267,37 +284,51 @@ def test_how_often_the_watchdog_is_fed(
         assert name not in os.environ
 
 
+def test_the_environment_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that the relay executes later needs the variables again."""
+    variables = {name.upper(): f"value of {name}" for name in Environment._fields}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    environment = Environment.take()
+    assert variables.keys().isdisjoint(os.environ)
+    kept = {name.upper(): value for name, value in environment._asdict().items()}
+    assert kept == variables
+    assert Environment.take() == Environment()
+
+
 @pytest.mark.parametrize("address", ["", "vsock:2:1234", "relative"])
-def test_no_service_manager_that_we_know(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_an_unknown_kind_of_address_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
     server = StandInServer()
-    taken = ServiceManager.take()
-    taken.attend(server)  # type: ignore[arg-type]
-    taken.tell("READY=1")
+    service_manager = take_manager()
+    service_manager.add_chores(server)  # type: ignore[arg-type]
+    service_manager.notify("READY=1")
     assert server.chores == []
 
 
-def test_a_service_manager_that_is_gone_is_said_once(
+def test_a_service_manager_that_is_gone_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with contextlib.closing(ServiceManager(str(tmp_path / "none"))) as gone:
-        gone.tell("READY=1")
-        gone.tell("WATCHDOG=1")
+        gone.notify("READY=1")
+        gone.notify("WATCHDOG=1")
     assert [record.getMessage() for record in caplog.records] == [
-        "the service manager cannot be told: No such file or directory"
+        "the service manager cannot be notified: No such file or directory"
     ]
 
 
-def test_a_service_manager_that_does_not_listen_delays_nothing(manager: Manager) -> None:
+def test_a_service_manager_that_does_not_read_delays_nothing(manager: Manager) -> None:
     with contextlib.closing(ServiceManager(manager.address)) as busy:
-        for _ in range(10_000):  # more than any queue takes
-            busy.tell("WATCHDOG=1")
+        for _ in range(10_000):  # more than fits in the queue
+            busy.notify("WATCHDOG=1")
     assert 0 < len(manager.rest()) < 10_000
 
 
 def fill(manager: Manager) -> socket.socket:
-    """Make its queue full. Gives what fills it."""
+    """Fill the queue of the manager. Return the socket that fills it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.setblocking(False)
     address = manager.address
@@ -308,19 +339,19 @@ def fill(manager: Manager) -> socket.socket:
     return sock
 
 
-def test_what_must_arrive_is_told_again(manager: Manager) -> None:
+def test_a_notification_that_must_arrive_is_sent_again(manager: Manager) -> None:
     with fill(manager), contextlib.closing(ServiceManager(manager.address)) as busy:
         busy.ready()
-        busy.tell("WATCHDOG=1")
+        busy.notify("WATCHDOG=1")
         assert set(manager.rest()) == {"junk"}
-        busy.tell("WATCHDOG=1")
-        busy.tell("WATCHDOG=1")
+        busy.notify("WATCHDOG=1")
+        busy.notify("WATCHDOG=1")
         assert manager.rest() == ["READY=1\nWATCHDOG=1", "WATCHDOG=1"]
 
 
-def test_a_relay_whose_readiness_is_not_taken_serves_and_tells_it_later(manager: Manager) -> None:
+def test_a_relay_serves_though_its_readiness_is_sent_later(manager: Manager) -> None:
     program = patched(STATUS_SECONDS=0.05)
-    with fill(manager), QuietRelay(env=told(manager), program=program) as relay:
+    with fill(manager), QuietRelay(env=environment_of(manager), program=program) as relay:
         transfer(relay)
         assert manager.until("READY=1").startswith("READY=1\nSTATUS=")
         relay.process.send_signal(signal.SIGTERM)
@@ -328,10 +359,12 @@ def test_a_relay_whose_readiness_is_not_taken_serves_and_tells_it_later(manager:
         assert relay.wait() == 0
 
 
-def test_a_stop_that_takes_its_time_is_still_a_stop(manager: Manager, tmp_path: Path) -> None:
+def test_the_status_of_a_long_stop(manager: Manager, tmp_path: Path) -> None:
     program = patched(STATUS_SECONDS=0.05, STOP_RECORD_SECONDS=0.5)
     database = tmp_path / "usage.sqlite"
-    with QuietRelay("--usage-db", str(database), env=told(manager), program=program) as relay:
+    with QuietRelay(
+        "--usage-db", str(database), env=environment_of(manager), program=program
+    ) as relay:
         manager.until("READY=1")
         with locked(database):
             relay.process.send_signal(signal.SIGTERM)
@@ -340,14 +373,14 @@ def test_a_stop_that_takes_its_time_is_still_a_stop(manager: Manager, tmp_path: 
             relay.wait()
 
 
-def test_without_a_service_manager_nothing_is_told() -> None:
+def test_without_a_service_manager_nothing_is_logged() -> None:
     with QuietRelay() as relay:
         transfer(relay)
         relay.stop_cleanly()
     assert b"service manager" not in relay.stderr
 
 
-# What stands in the status, and when the loop does its chores.
+# The status, and the chores of the loop.
 
 
 @pytest.mark.parametrize(
@@ -371,25 +404,30 @@ def test_size_text(size: int, text: str) -> None:
 
 
 def test_status_line() -> None:
-    assert status_line(Snapshot(2, 5, 9, 1234, 5_600_000_000)) == (
+    assert status_line(snapshot(2, 5, 9, 1234, 5_600_000_000)) == (
         "2 pairs, 5 waiting, 9 connections; since the start 1,234 pairs ended, 5.6 GB relayed"
     )
 
 
-def test_snapshot_counts_all_that_was_relayed(loop: Loop) -> None:
+def numbers_of(taken: Snapshot) -> tuple[int, ...]:
+    """Return the numbers of the status."""
+    return tuple(getattr(taken, field) for field in STATUS_FIELDS)
+
+
+def test_snapshot_counts_all_relayed_bytes(loop: Loop) -> None:
     one, other = loop.pair()
     for _ in range(2):
         loop.connect().sendall(handshake("lonely", "side"))
     one.sendall(b"abc")
     loop.pump()
-    assert loop.server.snapshot() == Snapshot(1, 2, 4, 0, 3)
+    assert numbers_of(loop.server.snapshot()) == (1, 2, 4, 0, 3)
     one.close()
     other.close()
     loop.pump()
-    assert loop.server.snapshot() == Snapshot(0, 2, 2, 1, 3)
+    assert numbers_of(loop.server.snapshot()) == (0, 2, 2, 1, 3)
 
 
-def test_a_chore_is_done_at_once_and_then_at_its_pace(loop: Loop) -> None:
+def test_a_chore_runs_at_once_and_then_at_its_interval(loop: Loop) -> None:
     done: list[float] = []
     loop.server.every(15, lambda: done.append(loop.clock()))
     for step in (0, 14.9, 0.1, 0, 40, 14.9, 0.1):
