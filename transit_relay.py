@@ -586,11 +586,12 @@ class Transport(Protocol):
 
 
 class EventLoop(Protocol):
-    """What a Connection uses of the Server, which is defined below."""
+    """What a Connection and `Faults` use of the Server, which is defined below."""
 
     buffer: memoryview  # of READ_BYTES, shared by all connections
     pipes: PipePool
     rendezvous: Rendezvous
+    connections: set[Connection]
     clock: Callable[[], float]  # monotonic seconds
     wallclock: Callable[[], float]  # seconds since the epoch
 
@@ -1426,7 +1427,7 @@ class Connection:
 
     def finish(self, reason: Reason) -> None:
         """Queue the closing bytes, and enter the phase `flushing`."""
-        if self.phase is Phase.CLOSED:
+        if self.phase is not Phase.OPEN:
             return
         closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
         self.phase = Phase.FLUSHING
@@ -1478,24 +1479,24 @@ class Connection:
         splice(2) cannot report the peer's end, a reset or an urgent byte, and it may be refused.
         The caller's recv then finds out which it is.
         """
-        pipes, partner = self._server.pipes, self.partner
-        pipe = pipes.lend()
+        partner = self.partner
+        pipe = self._server.pipes.lend()
         if pipe is None or partner is None:
             return 0
-        with contextlib.suppress(OSError):
-            pipe.fill(self.sock)
-        count = len(pipe)
-        if not count:
-            pipes.give_back(pipe)
-            return 0
-        self.read_bytes += count
-        self._is_bulk = count >= BULK_BYTES
-        pair.count(count)
-        if partner._flush(pipe):
-            pipes.give_back(pipe)
-        else:
-            partner._set_backlog(pipe)
-        return count
+        try:
+            with contextlib.suppress(OSError):
+                pipe.fill(self.sock)
+            count = len(pipe)
+            if count:
+                self.read_bytes += count
+                self._is_bulk = count >= BULK_BYTES
+                pair.count(count)
+                if not partner._flush(pipe):
+                    partner._set_backlog(pipe)
+            return count
+        finally:
+            if partner.backlog is not pipe:
+                self._server.pipes.give_back(pipe)
 
     def _drain(self) -> int:
         """Send from the backlog. Return how many bytes left it."""
@@ -1541,9 +1542,9 @@ class Connection:
 
     def _set_backlog(self, backlog: bytearray | Pipe | None) -> None:
         """Set or clear the backlog, on which our interest and the partner's depend."""
-        if isinstance(self.backlog, Pipe):
-            self._server.pipes.give_back(self.backlog)
-        self.backlog = backlog
+        old, self.backlog = self.backlog, backlog
+        if isinstance(old, Pipe):
+            self._server.pipes.give_back(old)
         self._server.update_interest(self)
         partner = self.partner
         if partner is not None:
@@ -1728,7 +1729,7 @@ class Acceptor:
         self._selector: selectors.BaseSelector | None = None
         self._is_accepting = False
         self._may_resume = False  # a closed connection ends the pause
-        self.retry_at = float("inf")  # monotonic seconds; infinity while accepting
+        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause that time ends
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
@@ -1756,28 +1757,33 @@ class Acceptor:
             else:
                 self._admit(sock, listener.role)
 
-    def pause(self, why: str, may_resume: bool = True) -> None:
-        """Stop accepting for a while. Log the reason, at most once a minute."""
+    def pause(
+        self, why: str, may_resume: bool = True, seconds: float = ACCEPT_RETRY_SECONDS
+    ) -> None:
+        """Stop accepting for `seconds`. Log the reason, at most once a minute."""
         if not self._is_accepting:
             return
         now = self._clock()
-        self._unregister()
         self._may_resume = may_resume
-        self.retry_at = now + ACCEPT_RETRY_SECONDS
+        self.retry_at = now + seconds
+        self._unregister()
         if self._complaints.is_due(now):
             log.warning("newcomers have to wait: %s", why)
 
     def resume(self, now: float) -> None:
         """End a pause, if its time is over or if a closed connection ends it."""
-        if self.retry_at == float("inf") or (now < self.retry_at and not self._may_resume):
+        if self._is_accepting or (now < self.retry_at and not self._may_resume):
             return
         assert self._selector is not None
-        self.retry_at = float("inf")
+        self.retry_at = now + ACCEPT_RETRY_SECONDS  # unless the start succeeds
+        self._unregister()
         try:
             self.start(self._selector)
         except OSError as error:
             self._is_accepting = True
             self.pause(error_text(error), may_resume=False)
+        else:
+            self.retry_at = float("inf")
 
     def descriptors(self) -> set[int]:
         """Return the listeners' descriptors."""
@@ -1864,7 +1870,7 @@ class Drain:
             for conn in connections
             if conn.session.pair is not None
         }
-        self._undelivered = set(connections)
+        self._undelivered = list(connections)
 
     def finished_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
         """Yield the leaver of each pair of which all arrived bytes are read."""
@@ -1886,45 +1892,87 @@ class Drain:
 
     def is_complete(self) -> bool:
         """Return whether every connection's end is acknowledged. Each is asked until it is."""
-        while self._undelivered:
-            conn = next(iter(self._undelivered))
-            is_sent = conn.phase in (Phase.LINGERING, Phase.CLOSED)
-            if not is_sent or (conn.phase is Phase.LINGERING and unacknowledged_bytes(conn.sock)):
-                return False
-            self._undelivered.discard(conn)
-        return True
+        while self._undelivered and is_delivered(self._undelivered[-1]):
+            self._undelivered.pop()
+        return not self._undelivered
+
+
+def is_delivered(conn: Connection) -> bool:
+    """Return whether our end, and all before it, is acknowledged, as far as is known."""
+    if conn.phase is Phase.LINGERING:
+        return not unacknowledged_bytes(conn.sock)
+    return conn.phase is Phase.CLOSED
 
 
 # ---------------------------------------------------------------------------------------------
 # Faults
 #
-# Unexpected exceptions that were contained. The texts name places in the program and never contain
-# data of a client: of most exceptions only the type is logged, as their message might.
+# Unexpected exceptions are contained: they end the connection that was being served, and its pair.
+# The log messages name places in the program and never contain data of a client: of most exceptions
+# only the type is logged, as their message might.
 # ---------------------------------------------------------------------------------------------
 
 
 class Faults:
-    """Counts contained exceptions, and logs each place in the program once a minute."""
+    """Contains exceptions: counts them, logs each place once a minute, and mends the books."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self.count = 0
-        self._clock = clock
+        self._loop = loop
+        self._is_mending = False
         self._throttles: dict[str, Throttle] = {}
         self._unlogged: dict[str, int] = {}
         self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
 
-    def note_exception(self) -> None:
-        """Note the exception that is being handled, with its traceback."""
-        error = sys.exc_info()[1]
-        assert error is not None
-        if isinstance(error, MemoryError):
-            self._memory_reserve = None
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].name}, line {frames[-1].lineno}"
-        lines = "".join(traceback.format_list(frames))
-        has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
-        text = f": {error}" if has_own_text and str(error) else ""
-        self._log(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+    def guard(self, work: Callable[[], object], conn: Connection | None = None) -> None:
+        """Call `work`, on behalf of `conn` if given, and contain an exception."""
+        try:
+            work()
+        except Exception:
+            self.contain(conn)
+
+    def contain(self, served: object) -> None:
+        """Note the exception that is being handled, and end the connection that was served.
+
+        It ends as at any end if it can. If it was not open, or if that fails, it is closed.
+        """
+        self._note_exception()
+        if self._is_mending:
+            return
+        self._is_mending = True
+        try:
+            if isinstance(served, Connection):
+                is_usable = served.phase is Phase.OPEN and is_sound(served)
+                self.guard(served.session.client_ended if is_usable else served.doom)
+            self._mend()
+        finally:
+            self._is_mending = False
+
+    def _mend(self) -> None:
+        """Close the connections that a fault left half changed, and end their partners in order.
+
+        The fault may have come while other connections than the served one were changed: its
+        partner, or clients that it displaced. So this searches all connections.
+        """
+        loop = self._loop
+        for conn in tuple(loop.connections):
+            if not is_sound(conn):
+                self.guard(conn.doom)
+                self.guard(conn.session.abandon)
+        for pair in tuple(loop.rendezvous.pairs):
+            for session in pair.sessions:
+                if pair is not session.pair and pair is not session.ended_pair:
+                    self.guard(session.abandon)
+        for conn in tuple(loop.connections):
+            session = conn.session
+            if session.pair is not None and len(session.pair.sessions) == 1:
+                self.guard(partial(session.partner_left, Reason.ENDED))
+            if conn.phase is Phase.LINGERING:
+                self.guard(session.end_sent)
+                self.guard(partial(conn.check_linger, loop.clock()))
+            if conn.phase is Phase.CLOSED:
+                loop.doom(conn)
+            loop.update_interest(conn)
 
     def note(self, what: str, error: OSError) -> None:
         """Note an error of the system that ends a connection."""
@@ -1936,14 +1984,47 @@ class Faults:
             with contextlib.suppress(MemoryError):
                 self._memory_reserve = bytearray(MEMORY_RESERVE_BYTES)
 
+    def _note_exception(self) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        if isinstance(error, MemoryError):
+            self._memory_reserve = None
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{frames[-1].name}, line {frames[-1].lineno}"
+        lines = "".join(traceback.format_list(frames))
+        has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
+        text = f": {error}" if has_own_text and str(error) else ""
+        self._log(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+
     def _log(self, place: str, message: str) -> None:
         self.count += 1
-        if self._throttles.setdefault(place, Throttle()).is_due(self._clock()):
+        if self._throttles.setdefault(place, Throttle()).is_due(self._loop.clock()):
             unlogged = self._unlogged.pop(place, 0)
             more = f" ({unlogged} more since the last message)" if unlogged else ""
             log.error("%s%s", message, more)
         else:
             self._unlogged[place] = self._unlogged.get(place, 0) + 1
+
+
+def is_sound(conn: Connection) -> bool:
+    """Return whether the phase, the state and the books of a connection agree.
+
+    They do after each event. After a fault they may not.
+    """
+    session = conn.session
+    rendezvous, pair = session.rendezvous, session.pair
+    if (session.state is State.DONE) != (conn.phase is not Phase.OPEN):
+        return False
+    if (session.state is State.RELAYING) != (pair is not None):
+        return False
+    if pair is not None:
+        return pair in rendezvous.pairs and session in pair.sessions
+    if session.ended_pair is not None:
+        return session.ended_pair in rendezvous.pairs
+    if session.state is State.WAIT_PARTNER:
+        line = session.handshake
+        return line is not None and session in rendezvous.waiting.get(line.token, {})
+    return conn.phase is not Phase.FLUSHING or conn.backlog is not None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1956,8 +2037,8 @@ class Faults:
 # that no event of the turn meets a closed socket or its reused number. Signal handlers only note
 # the signal; the loop acts on it.
 #
-# Faults are contained: an unexpected exception is logged and counted, and ends the connection that
-# was being served, with its pair. Only a fault of the loop itself ends the process.
+# An unexpected exception while a connection, a timer or a chore is served is contained (Faults).
+# Only a fault of the loop itself ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1997,13 +2078,13 @@ class Server:
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
         self.phase = ServerPhase.SERVING
-        self.faults = Faults(clock)
+        self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
         self._acceptor = Acceptor(listeners, self.admit, clock)
         self._max_connections = max_connections
         self._tcp_options = socket_options(limits.keepalive_seconds)
-        self._doomed: deque[Connection] = deque()
+        self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self._timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
@@ -2043,10 +2124,10 @@ class Server:
             try:
                 key.data.on_ready(mask)
             except Exception:
-                self._contain(key.data)
+                self.faults.contain(key.data)
         served = self._serve_bulk()
         for action in self.signals.take_actions():
-            self._guard(action)
+            self.faults.guard(action)
         if self._drain is not None:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
             self._end_pairs(self._drain.finished_pairs(served))
@@ -2088,7 +2169,8 @@ class Server:
             try:
                 moved += conn.on_bulk_turn(ready)
             except Exception:
-                self._contain(conn)
+                conn.is_unpolled = False  # it is not in the queue any more
+                self.faults.contain(conn)
             if moved >= TURN_BULK_BYTES or self.clock() >= deadline:
                 break
         return served
@@ -2096,18 +2178,18 @@ class Server:
     def _run_timers(self, now: float) -> None:
         for conn in self._timers.handshaking.take_expired(now):
             if conn.session.state in HANDSHAKING:
-                self._guard(conn.session.client_ended, conn)
+                self.faults.guard(conn.session.client_ended, conn)
         for conn in self._timers.silent.take_expired(now):
-            self._guard(conn.framing.keep_alive, conn)
+            self.faults.guard(conn.framing.keep_alive, conn)
         for conn in self._timers.lingering.take_expired(now):
-            self._guard(partial(conn.check_linger, now), conn)
+            self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
-            self._guard(partial(self._acceptor.resume, now))
+            self.faults.guard(partial(self._acceptor.resume, now))
         for chore in self._timers.chores:
             if chore.start(now):
-                self._guard(chore.work)
+                self.faults.guard(chore.work)
         if self.phase is not ServerPhase.SERVING:
-            self._guard(partial(self._continue_stop, now))
+            self.faults.guard(partial(self._continue_stop, now))
 
     def close(self) -> None:
         """Close everything at once."""
@@ -2180,21 +2262,21 @@ class Server:
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn."""
-        self._doomed.append(conn)
+        self._doomed[conn] = None
 
     def _reap(self) -> None:
         """Close the doomed connections. Their ends may doom others, so until there are none."""
         if not self._doomed:
             return
         while self._doomed:
-            conn = self._doomed.popleft()
+            conn, _ = self._doomed.popitem(last=False)
             self._bulk_queue.pop(conn, None)
-            self._guard(conn.close, conn)
-            self._guard(conn.session.connection_lost, conn)
+            self.faults.guard(conn.close, conn)
+            self.faults.guard(conn.session.connection_lost, conn)
             self.connections.discard(conn)
-            self._timers.forget(conn)
+            self.faults.guard(partial(self._timers.forget, conn), conn)
         if self._has_room():
-            self._acceptor.resume(self.clock())
+            self.faults.guard(partial(self._acceptor.resume, self.clock()))
 
     def _close_connections(self) -> None:
         for conn in self.connections:
@@ -2213,47 +2295,19 @@ class Server:
             self._timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
         except Exception:
-            self._contain(conn)
+            self.faults.contain(conn)
             if conn is None:
                 sock.close()
         if conn is not None and not conn.mask:
-            self._acceptor.pause("the selector is full")
+            # The end of this newcomer makes no room, so it must not end the pause.
+            self._acceptor.pause("the selector is full", may_resume=False)
         elif not self._has_room():
-            self._acceptor.pause(f"{len(self.connections)} connections, the most that can be open")
+            count = len(self.connections)
+            why = f"{count} connections, the most that can be open"
+            self._acceptor.pause(why, seconds=float("inf"))
 
     def _has_room(self) -> bool:
         return self._max_connections is None or len(self.connections) < self._max_connections
-
-    # Faults.
-
-    def _guard(self, work: Callable[[], None], conn: Connection | None = None) -> None:
-        """Call `work`, on behalf of `conn` if given, and contain an exception."""
-        try:
-            work()
-        except Exception:
-            self._contain(conn)
-
-    def _contain(self, served: object) -> None:
-        """Note the exception that is being handled, and end the connection that was served.
-
-        The connection ends as at any end if it can. If it is not open, or if that fails as well,
-        it is closed, and its session is removed from all books.
-        """
-        self.faults.note_exception()
-        if not isinstance(served, Connection):
-            return
-        was_open = served.phase is Phase.OPEN
-        try:
-            served.session.client_ended()
-        except Exception:
-            self.faults.note_exception()
-        if was_open and served.phase is not Phase.OPEN and served.session.pair is None:
-            return
-        served.doom()
-        partner = served.session.abandon()
-        if partner is not None:
-            assert isinstance(partner.transport, Connection)
-            self._guard(partial(partner.partner_left, Reason.ENDED), partner.transport)
 
     # The end.
 
@@ -2265,12 +2319,12 @@ class Server:
         self._drain = Drain(self.connections)
         for conn in tuple(self.connections):
             if conn.session.pair is None:
-                self._guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
+                self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
         self._end_pairs(self._drain.finished_pairs(self.connections))
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
-            self._guard(partial(leaver.session.client_ended, Reason.STOPPING), leaver)
+            self.faults.guard(partial(leaver.session.client_ended, Reason.STOPPING), leaver)
 
     def _stop_signalled(self, number: int) -> None:
         name = signal.Signals(number).name
