@@ -1970,7 +1970,7 @@ class Faults:
             if conn.phase is Phase.LINGERING:
                 self.guard(session.end_sent)
                 self.guard(partial(conn.check_linger, loop.clock()))
-            if conn.phase is Phase.CLOSED:
+            if conn.phase is Phase.CLOSED and conn.sock.fileno() >= 0:
                 loop.doom(conn)
             loop.update_interest(conn)
 
