@@ -801,6 +801,7 @@ class Session:
         pair, self.pair = self.pair, None
         if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
+        self.handshake = None
         self.state = State.DONE
         if pair is not None:  # its record is written when the partner has everything
             pair.remove(self).partner_left(reason)
@@ -1433,7 +1434,7 @@ class Connection:
         self.phase = Phase.FLUSHING
         if closing_bytes:
             self.write(closing_bytes)
-        self._advance()
+        self.advance()
         self._server.update_interest(self)
 
     # How bytes move.
@@ -1461,7 +1462,7 @@ class Connection:
         if not count:
             self._peer_ended = True
             self.session.client_ended()
-            self._advance()
+            self.advance()
             self._server.update_interest(self)
             return 0
         self.read_bytes += count
@@ -1506,7 +1507,7 @@ class Connection:
             return before - len(self.backlog)
         self._set_backlog(None)
         self.framing.drained()
-        self._advance()
+        self.advance()
         return before
 
     def _flush(self, backlog: bytearray | Pipe) -> bool:
@@ -1552,7 +1553,7 @@ class Connection:
 
     # What closes this socket, and when.
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Enter the next phase, if the table in the docstring says so."""
         if self.phase is Phase.FLUSHING and self.backlog is None:
             if self._peer_ended:
@@ -1914,12 +1915,12 @@ def is_delivered(conn: Connection) -> bool:
 
 
 class Faults:
-    """Contains exceptions: counts them, logs each place once a minute, and mends the books."""
+    """Contains exceptions: counts them, logs each place once a minute, and repairs the state."""
 
     def __init__(self, loop: EventLoop) -> None:
         self.count = 0
         self._loop = loop
-        self._is_mending = False
+        self.need_repair = False  # a fault may have left connections inconsistent
         self._throttles: dict[str, Throttle] = {}
         self._unlogged: dict[str, int] = {}
         self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
@@ -1934,28 +1935,31 @@ class Faults:
     def contain(self, served: object) -> None:
         """Note the exception that is being handled, and end the connection that was served.
 
-        It ends as at any end if it can. If it was not open, or if that fails, it is closed.
+        It ends as at any end if it can. If it is not open, or if that fails, it is closed.
         """
         self._note_exception()
-        if self._is_mending:
-            return
-        self._is_mending = True
+        self.need_repair = True
         try:
-            if isinstance(served, Connection):
-                is_usable = served.phase is Phase.OPEN and is_sound(served)
-                self.guard(served.session.client_ended if is_usable else served.doom)
-            self._mend()
-        finally:
-            self._is_mending = False
+            if isinstance(served, Connection) and served.phase is Phase.OPEN:
+                served.session.client_ended()
+            elif isinstance(served, Connection):
+                served.doom()
+            elif isinstance(served, Door):  # it would be ready again at once
+                served.acceptor.pause("accepting failed", may_resume=False)
+        except Exception:
+            self._note_exception()
 
-    def _mend(self) -> None:
-        """Close the connections that a fault left half changed, and end their partners in order.
+    def repair(self) -> None:
+        """Close the connections that a fault left inconsistent, and end their partners in order.
 
         The fault may have come while other connections than the served one were changed: its
-        partner, or clients that it displaced. So this searches all connections.
+        partner, or clients that it displaced. So this checks all connections. It runs at the end
+        of a turn, when all ordinary ends are complete.
         """
         loop = self._loop
+        self.need_repair = False
         for conn in tuple(loop.connections):
+            self.guard(conn.advance)
             if not is_sound(conn):
                 self.guard(conn.doom)
                 self.guard(conn.session.abandon)
@@ -2017,6 +2021,8 @@ def is_sound(conn: Connection) -> bool:
         return False
     if (session.state is State.RELAYING) != (pair is not None):
         return False
+    if conn.phase is Phase.FLUSHING and conn.backlog is None:
+        return False
     if pair is not None:
         return pair in rendezvous.pairs and session in pair.sessions
     if session.ended_pair is not None:
@@ -2024,7 +2030,7 @@ def is_sound(conn: Connection) -> bool:
     if session.state is State.WAIT_PARTNER:
         line = session.handshake
         return line is not None and session in rendezvous.waiting.get(line.token, {})
-    return conn.phase is not Phase.FLUSHING or conn.backlog is not None
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2133,6 +2139,9 @@ class Server:
             self._end_pairs(self._drain.finished_pairs(served))
         self._run_timers(self.clock())
         self._reap()
+        if self.faults.need_repair:
+            self.faults.repair()
+            self._reap()
         self.faults.restore_memory_reserve()
 
     def _wait(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:

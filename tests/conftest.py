@@ -12,12 +12,12 @@ import transit_relay
 
 
 def open_descriptors() -> int:
-    """How many files this process has open."""
+    """Return how many files this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module that says BOTH_WAYS has its relays copy in one run, and splice in another."""
+    """Run the tests of a module with BOTH_WAYS twice: its relays copy, and its relays splice."""
     if getattr(metafunc.module, "BOTH_WAYS", False) and "splices" in metafunc.fixturenames:
         ways = {"copied": False, "spliced": True} if transit_relay.splice else {"copied": False}
         metafunc.parametrize("splices", ways.values(), ids=ways)
@@ -25,32 +25,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def splices() -> bool | None:
-    """Whether plain bytes are spliced; None: as it comes."""
+    """Return whether raw bytes are spliced. None: only bulk is, as in service."""
     return None
 
 
 @pytest.fixture
 def loop(splices: bool | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
-    """A Server in this thread; at the end its books balance and nothing is left open.
+    """Return a Server in this thread. Check at the end that no descriptor is left open.
 
-    If it `splices`, then however little it is, and from a pair's first byte on.
+    With `splices`, each read of a pair is taken for bulk and is spliced.
     """
     if splices:
-        monkeypatch.setattr(transit_relay, "BULK_BYTES", 0)
+        monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
     before = open_descriptors()
     loop = Loop(max_pipes=0 if splices is False else transit_relay.affordable_pipes())
-    yield loop
-    loop.pump()
-    loop.close()
+    try:
+        yield loop
+        loop.pump()
+    finally:
+        loop.close()
     assert open_descriptors() == before
 
 
 @pytest.fixture
 def relay(splices: bool | None) -> Iterator[Callable[..., RelayProcess]]:
-    """Start relays with `relay(*options)`; give them once they listen on a free port.
+    """Return a function that starts a relay on a free port: `relay(*options)`.
 
-    Each is ended at the end of the test, which fails if a relay that is still running then
-    does not stop in an orderly way, or has complained.
+    Relays that still run at the end of the test are stopped. The test fails if one of them does
+    not stop in order, or has logged a warning.
     """
     relays: list[RelayProcess] = []
 

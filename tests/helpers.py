@@ -1,7 +1,7 @@
-"""What more than one test file needs: fakes, vectors, clients, and a relay as a process.
+"""Fakes, vectors, clients, and a relay as a process, for more than one test file.
 
-TIMEOUT is when a test gives up; slow machines multiply it with RELAY_TEST_TIMEOUT_FACTOR. What
-passes by letting time pass says so where it does (test_backpressure.py, test_kill.py).
+A test gives up after TIMEOUT. Slow machines multiply it with RELAY_TEST_TIMEOUT_FACTOR. Few tests
+must let time pass; they say so (test_backpressure.py, test_kill.py).
 """
 
 from __future__ import annotations
@@ -28,17 +28,27 @@ from typing import NamedTuple
 from invariants import check_server
 
 import transit_relay
-from transit_relay import DISCARD, Connection, Limits, Reason, Recorder, Role, Server, UsageRecord
+from transit_relay import (
+    DISCARD,
+    Connection,
+    Limits,
+    Listener,
+    Reason,
+    Recorder,
+    Role,
+    Server,
+    UsageRecord,
+)
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
 WEB = ("--websocket", "tcp:0:interface=127.0.0.1")  # an option of a RelayProcess
 DIRECTIONS = [("tcp", "tcp"), ("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")]  # of a pair
-BOUND_BYTES = 2 * 1024 * 1024  # what one client, or a pair, may make the relay hold
+BOUND_BYTES = 2 * 1024 * 1024  # of the relay's memory, for one client or pair
 
 
 def handshake(token: str = "t", side: str | None = None) -> bytes:
-    """A whole handshake line; `token` and `side` are filled up to their lengths."""
+    """Return a handshake line. `token` and `side` are padded to their lengths."""
     line = b"please relay " + token.encode().ljust(64, b"0")
     if side is not None:
         line += b" for side " + side.encode().ljust(16, b"0")
@@ -46,24 +56,24 @@ def handshake(token: str = "t", side: str | None = None) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """To compare much: pytest would take minutes to show how two megabytes differ."""
+    """Return a digest to compare: pytest takes minutes to show how two megabytes differ."""
     return f"{len(data)} bytes, {hashlib.sha256(data).hexdigest()}"
 
 
 def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
-    """`data` in pieces. Where a place is an end of it, or named twice, there is an empty one."""
+    """Return `data` cut at `places`. A place at an end, or named twice, makes an empty piece."""
     borders = [0, *sorted(places), len(data)]
     return [data[a:b] for a, b in zip(borders, borders[1:])]
 
 
 def cut_at_random(data: bytes, chance: random.Random, times: int) -> list[bytes]:
-    """Cut about so many times. No piece is empty."""
+    """Return `data` cut at about `times` random places. No piece is empty."""
     pieces = cut(data, chance.choices(range(len(data) + 1), k=times))
     return [piece for piece in pieces if piece]
 
 
 def splits(data: bytes, seed: int = 0) -> Iterator[list[bytes]]:
-    """Ways of cutting `data`: whole, into bytes, each in two, and some at random."""
+    """Yield `data` whole, as single bytes, cut in two at each place, and cut at random."""
     yield [data]
     yield cut(data, range(1, len(data)))
     for i in range(1, len(data)):
@@ -74,7 +84,7 @@ def splits(data: bytes, seed: int = 0) -> Iterator[list[bytes]]:
 
 
 class FakeClock:
-    """Time passes when the test says so."""
+    """A clock that the test moves."""
 
     def __init__(self, now: float) -> None:
         self.now = now
@@ -83,12 +93,12 @@ class FakeClock:
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass."""
+        """Move the clock on."""
         self.now += seconds
 
 
 class FakeTransport:
-    """A Session's Transport that only notes its orders."""
+    """A Session's Transport that only records its orders."""
 
     framing = DISCARD
 
@@ -111,7 +121,7 @@ class FakeTransport:
 
 
 class ListRecorder(Recorder):
-    """Keeps the records where a test can look at them."""
+    """A Recorder that keeps all records in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,18 +131,18 @@ class ListRecorder(Recorder):
         self.records.append(record)
 
     def moods(self) -> list[str]:
-        """The moods of all records so far, in order."""
+        """Return the moods of all records so far, in order."""
         return [record.mood for record in self.records]
 
 
-# Clients. They have a common face, so that one test can be run over TCP and over WebSocket.
+# Clients. They have one interface, so that a test can run over TCP and over WebSocket.
 
 
 class Client:
-    """A client over plain TCP, or a unix socket: payload and bytes are the same there.
+    """A raw client over TCP or a unix socket.
 
-    `wait(client, event)` is called before whatever may have to wait for the relay, which has to
-    work first if it is in our own thread. The event is POLLIN, POLLOUT, or 0: just work.
+    `wait(client, event)` is called before each operation that may have to wait for the relay. A
+    relay in the same thread has to work first. The event is POLLIN, POLLOUT, or 0: do not wait.
     """
 
     def __init__(
@@ -140,8 +150,8 @@ class Client:
     ) -> None:
         sock.settimeout(TIMEOUT)
         self.sock = sock
-        self.conn: Connection | None = None  # the relay's end, if it is in our own thread
-        self.close_code: int | None = None  # None: no Close frame has come
+        self.conn: Connection | None = None  # of a relay in this thread
+        self.close_code: int | None = None  # of the Close frame, if one has come
         self._wait = wait or (lambda client, events: None)
 
     def __enter__(self) -> Client:
@@ -151,11 +161,11 @@ class Client:
         self.close()
 
     def fileno(self) -> int:
-        """For select."""
+        """Return the descriptor, for select."""
         return self.sock.fileno()
 
     def encode(self, *pieces: bytes) -> list[bytes]:
-        """How each piece of a message goes over the wire."""
+        """Return each piece of a message as it is on the wire."""
         return list(pieces)
 
     def send(self, *pieces: bytes) -> None:
@@ -163,19 +173,19 @@ class Client:
         self.send_wire(b"".join(self.encode(*pieces)))
 
     def send_wire(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send bytes that are encoded already."""
         rest = memoryview(data)
         while rest:
             self._wait(self, select.POLLOUT)
             rest = rest[self.sock.send(rest) :]
 
     def read(self, size: int) -> bytes:
-        """Some payload, at most so many bytes; none at the end."""
+        """Return some payload, at most `size` bytes; b"" at the end."""
         self._wait(self, select.POLLIN)
         return self.sock.recv(size)
 
     def receive(self, size: int) -> bytes:
-        """The next `size` bytes of payload. An end before that is an error."""
+        """Return the next `size` bytes of payload. An earlier end is an error."""
         data = bytearray()
         while len(data) < size:
             part = self.read(size - len(data))
@@ -184,22 +194,22 @@ class Client:
         return bytes(data)
 
     def receive_now(self) -> bytes:
-        """All payload that is there, without waiting for more."""
+        """Return the payload that has come, without waiting for more."""
         data = bytearray()
         while self._is_readable() and (part := self.read(1 << 16)):
             data += part
         return bytes(data)
 
     def _is_readable(self) -> bool:
-        """Whether there is something, or the end, now that the relay has worked."""
+        """Let the relay work. Return whether payload, or the end, can be read."""
         self._wait(self, 0)
         return is_readable(self.sock)
 
     def read_to_end(self, code: int | None = 1000) -> bytes:
-        """All payload until the orderly end. Over WebSocket that is a Close with `code`.
+        """Return all payload until the orderly end: over WebSocket a Close with `code`.
 
-        1005 stands for a Close without a code, None for an end without a Close (RFC 6455 7.1.5
-        calls that 1006). A reset is an error.
+        1005: a Close without a code. None: an end without a Close (1006 in RFC 6455 7.1.5). A
+        reset is an error.
         """
         parts = []
         while part := self.read(1 << 16):
@@ -207,15 +217,15 @@ class Client:
         return b"".join(parts)
 
     def half_close(self, code: int = 1000) -> None:
-        """Say that nothing more will come; over WebSocket with a Close frame."""
+        """Send the end of this direction; over WebSocket a Close frame."""
         self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Be gone, without a word."""
+        """Close the socket, without a Close frame."""
         self.sock.close()
 
     def reset(self) -> None:
-        """Be gone with a reset (over a unix socket: just gone)."""
+        """Close the socket with a reset. (A unix socket is only closed.)"""
         reset(self.sock)
 
 
@@ -226,7 +236,7 @@ LONGEST_MESSAGE = 32 * 1024  # from the relay: a Go client takes no longer ones
 def frame(
     opcode: int, payload: bytes = b"", fin: bool = True, key: bytes | None = b"\x1b\xad\xf0\x0d"
 ) -> bytes:
-    """A frame as a client spells it. Without a `key` it is not masked, as no client's is."""
+    """Return a frame, masked with `key` as a client must. Without a key it is not masked."""
     size = len(payload)
     first, masked = opcode | (0x80 if fin else 0), 0x80 if key else 0
     if size < 126:
@@ -242,7 +252,7 @@ def frame(
 
 
 def message(*pieces: bytes, ended: bool = True) -> bytes:
-    """On the wire; each piece is a fragment. Unless it is `ended`, more are to come."""
+    """Return a message of which each piece is a fragment. Without `ended`, the last is missing."""
     last = len(pieces) - 1
     return b"".join(
         frame(CONTINUATION if n else BINARY, piece, ended and n == last)
@@ -251,14 +261,14 @@ def message(*pieces: bytes, ended: bool = True) -> bytes:
 
 
 def close_payload(code: int | None, reason: bytes = b"") -> bytes:
-    """What is in a Close frame."""
+    """Return the payload of a Close frame."""
     return b"" if code is None else struct.pack("!H", code) + reason
 
 
 class WebSocketClient(Client):
-    """The same over WebSocket. Knows nothing of ws_frames: a mistake of both would be hidden.
+    """A client over WebSocket. It does not use ws_frames, whose mistakes it would hide.
 
-    Pings are noted in `pings` and not answered; Pongs are noted in `pongs`.
+    Pings are kept in `pings` and not answered. Pongs are kept in `pongs`.
     """
 
     def __init__(
@@ -268,9 +278,9 @@ class WebSocketClient(Client):
         upgrade: bool = True,
         seed: int = 0,
     ) -> None:
-        """Ask for the upgrade, unless the caller wants to send `request` himself.
+        """Ask for the upgrade. Without `upgrade`, the caller sends `request`.
 
-        With another `seed` it masks with other keys.
+        The masking keys depend on `seed`.
         """
         super().__init__(sock, wait)
         self._chance = random.Random(seed)
@@ -283,8 +293,8 @@ class WebSocketClient(Client):
         digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
         self._accept = base64.b64encode(digest)
         self._upgraded = False  # the answer to the request was read
-        self._bytes = bytearray()  # read, but not yet a whole frame
-        self._payload = bytearray()  # of binary messages, and not yet asked for
+        self._bytes = bytearray()  # read, but not a whole frame yet
+        self._payload = bytearray()  # of binary messages, not returned yet
         self.pings: list[bytes] = []
         self.pongs: list[bytes] = []
         if upgrade:
@@ -298,7 +308,7 @@ class WebSocketClient(Client):
         ]
 
     def next_frame(self) -> tuple[int, bytes] | None:
-        """The relay's next frame: opcode and payload. None: its orderly end."""
+        """Return the relay's next frame, opcode and payload; None at its orderly end."""
         if not self._upgraded:
             self._read_answer()
         if not self._fill(2):
@@ -354,14 +364,14 @@ class WebSocketClient(Client):
         return part
 
     def _read_frame(self) -> bool:
-        """Read a frame and keep its payload. False: there is none, only the end."""
+        """Read a frame and keep its payload. Return False at the end."""
         found = self.next_frame()
         if found is not None and found[0] == BINARY:
             self._payload += found[1]
         return found is not None
 
     def _read_answer(self) -> None:
-        """What answers the request: the upgrade, or else it is an error."""
+        """Read the answer to the request, which must be the upgrade."""
         while b"\r\n\r\n" not in self._bytes:
             assert self._fill(len(self._bytes) + 1), bytes(self._bytes)
         head, _, rest = bytes(self._bytes).partition(b"\r\n\r\n")
@@ -375,7 +385,7 @@ class WebSocketClient(Client):
         self._upgraded = True
 
     def _fill(self, size: int) -> bool:
-        """Read until so many bytes are there. False: the end came first."""
+        """Read until there are `size` bytes. Return False if the end came first."""
         while len(self._bytes) < size:
             self._wait(self, select.POLLIN)
             part = self.sock.recv(1 << 18)
@@ -386,7 +396,7 @@ class WebSocketClient(Client):
 
 
 def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
-    """The status of an HTTP answer and its headers, each of which is there once."""
+    """Return the status of an HTTP answer and its headers. No header may be repeated."""
     line, *lines = head.decode("ascii").split("\r\n")
     version, status, _ = line.split(" ", 2)
     assert version == "HTTP/1.1"
@@ -397,7 +407,7 @@ def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
 
 
 class Loop:
-    """A Server without listeners, in this thread, with clocks that stand still."""
+    """A Server in this thread. Its clocks stand still unless the test moves them."""
 
     def __init__(self, limits: Limits | None = None, max_pipes: int = 0) -> None:
         self.clock = FakeClock(1_000.0)  # monotonic
@@ -407,6 +417,7 @@ class Loop:
         clocks = self.clock, self.wallclock
         self.server = Server([], self.recorder, limits, *clocks, max_pipes=max_pipes)
         self.server.start()
+        self._max_pipes = max_pipes
         self._clients: list[socket.socket] = []
         self._over_tcp: list[tuple[socket.socket, socket.socket]] = []  # both ends of each
 
@@ -416,10 +427,29 @@ class Loop:
             client.close()
         self.server.close()
 
-    def connect(self, tcp: bool = False, role: Role = Role.PORT) -> socket.socket:
-        """A new client; its other end is the server's. Over TCP there are resets.
+    def restart(
+        self,
+        *listeners: Listener,
+        limits: Limits | None = None,
+        max_connections: int | None = None,
+    ) -> None:
+        """Replace the server with one that has these listeners and limits."""
+        self.server.close()
+        self.server = Server(
+            listeners,
+            self.recorder,
+            limits or Limits(),
+            self.clock,
+            self.wallclock,
+            max_pipes=self._max_pipes,
+            max_connections=max_connections,
+        )
+        self.server.start()
 
-        `role`: of the listener that it comes to.
+    def connect(self, tcp: bool = False, role: Role = Role.PORT) -> socket.socket:
+        """Return the socket of a new client. Over TCP there are resets.
+
+        `role`: of the listener that accepts it.
         """
         ours, its = tcp_pair() if tcp else socket.socketpair()
         ours.settimeout(TIMEOUT)
@@ -432,17 +462,17 @@ class Loop:
     def connect_both(
         self, tcp: bool = False, role: Role = Role.PORT
     ) -> tuple[socket.socket, Connection]:
-        """A new client, and the relay's end of it."""
+        """Return the socket of a new client, and the relay's connection to it."""
         before = set(self.server.connections)
         client = self.connect(tcp, role)
         (conn,) = self.server.connections - before
         return client, conn
 
     def client(self, kind: str = "tcp", role: Role | None = None, upgrade: bool = True) -> Client:
-        """A new client of that kind: tcp, unix, ws (over TCP) or ws-unix.
+        """Return a new client of a kind: tcp, unix, ws (over TCP) or ws-unix.
 
-        `role`: of the listener that it comes to; by default that of its kind.
-        `upgrade`: a WebSocket client asks for it at once.
+        `role`: of the listener that accepts it; by default that of its kind.
+        `upgrade`: a WebSocket client asks for the upgrade at once.
         """
         spells = kind.startswith("ws")
         role = role or (Role.WEBSOCKET if spells else Role.PORT)
@@ -456,7 +486,7 @@ class Loop:
         return client
 
     def wait(self, client: Client, event: int) -> None:
-        """Work, and until the client can read or write if that is the event."""
+        """Let the relay work. With an event: until the client can read or write."""
         self.pump()
         reading = [client] if event == select.POLLIN else []
         writing = [client] if event == select.POLLOUT else []
@@ -468,33 +498,33 @@ class Loop:
             self.pump()
 
     def pump(self) -> None:
-        """Take turns until nothing is ready, nor on its way. Checks the books after each."""
+        """Run turns until nothing is ready or on its way. Check the server after each."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
         while self.server._bulk_queue or self.server._selector.select(0):
             self.server.run_once(0)
             check_server(self.server)
             self.wait_for_arrivals()
-            assert time.monotonic() < deadline, "the loop is busy for ever"
-        self.server.run_once(0)  # the timers, and whoever they doomed
+            assert time.monotonic() < deadline, "the loop does not come to rest"
+        self.server.run_once(0)  # the timers, and the connections that they doom
         check_server(self.server)
 
     def wait_for_arrivals(self) -> None:
-        """Wait, and take no turn, until nothing is on its way between the clients and the relay."""
+        """Wait until nothing is on its way between clients and relay. Run no turn."""
         deadline = time.monotonic() + TIMEOUT
         for one, other in self._over_tcp:
             while is_under_way(one, other) or is_under_way(other, one):
                 assert time.monotonic() < deadline, "it does not arrive"
 
     def advance(self, seconds: float) -> None:
-        """Let time pass from when all is there that was sent, then take turns."""
+        """Let sent bytes arrive, move the clocks, then run turns."""
         self.wait_for_arrivals()
         self.clock.advance(seconds)
         self.wallclock.advance(seconds)
         self.pump()
 
     def pair(self, tcp: bool = False) -> tuple[socket.socket, socket.socket]:
-        """Two clients that have met and have read their `ok`."""
+        """Return two clients that have met and have read their `ok`."""
         one, other = self.connect(tcp), self.connect(tcp)
         one.sendall(handshake("pair", "one"))
         self.pump()
@@ -504,7 +534,7 @@ class Loop:
         return one, other
 
     def meet(self, first: str = "tcp", second: str = "tcp") -> tuple[Client, Client]:
-        """The same, as clients of these kinds."""
+        """Return two clients of these kinds that have met and have read their `ok`."""
         one, other = self.client(first), self.client(second)
         one.send(handshake("pair", "one"))
         other.send(handshake("pair", "other"))
@@ -513,22 +543,22 @@ class Loop:
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a TCP connection over the loopback."""
+    """Return both ends of a TCP connection over the loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
-    for sock in (one, other):  # as a Listener's; and no test waits for a delayed acknowledgement
+    for sock in (one, other):  # as the relay does; no test must wait for a delayed acknowledgement
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return one, other
 
 
 def is_readable(sock: socket.socket) -> bool:
-    """Whether something has come that was not yet read, or the end."""
+    """Return whether unread bytes, or the end, have come."""
     return bool(select.select([sock], [], [], 0)[0])
 
 
 class Flow(NamedTuple):
-    """What a kernel knows of its end of a TCP connection: struct tcp_info, linux/tcp.h."""
+    """The kernel's state of one end of a TCP connection: struct tcp_info, linux/tcp.h."""
 
     state: int
     received: int  # bytes
@@ -537,20 +567,20 @@ class Flow(NamedTuple):
 
     @classmethod
     def of(cls, sock: socket.socket) -> Flow:
-        """Ask it. What an old kernel does not tell is 0."""
+        """Return the state of `sock`. Fields that an old kernel does not have are 0."""
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216).ljust(216, b"\0")
         return cls(*struct.unpack("=B127xQ64xQQ", info))
 
 
-FIN_UNDER_WAY = {4, 9, 11}  # FIN_WAIT1, LAST_ACK, CLOSING: it is not yet acknowledged
+FIN_UNDER_WAY = {4, 9, 11}  # FIN_WAIT1, LAST_ACK, CLOSING: the end is not yet acknowledged
 GONE = 7  # CLOSE: reset, or ended both ways
 
 
 def is_under_way(sender: socket.socket, receiver: socket.socket) -> bool:
-    """Whether bytes between the ends of a TCP connection, or the sender's end, have not arrived.
+    """Return whether sent bytes, or the sender's end, have not arrived yet.
 
-    Loopback too may take its time. Where something waits to be read, the rest does not count:
-    it may have to wait for room.
+    The loopback has a delay too. If the receiver has unread bytes, the others do not count: they
+    may have to wait for room.
     """
     is_open = receiver.fileno() >= 0
     if is_open and is_readable(receiver):
@@ -566,36 +596,36 @@ def is_under_way(sender: socket.socket, receiver: socket.socket) -> bool:
 
 
 def wait_for_hang_up(conn: Connection) -> None:
-    """Until the relay's kernel knows that this client is gone."""
+    """Wait until the relay's kernel reports that this client is gone."""
     poll = select.poll()
     poll.register(conn.fd, 0)
     assert poll.poll(TIMEOUT * 1000)
 
 
 def reset(sock: socket.socket) -> None:
-    """Close a TCP connection with a reset: all that is queued here is thrown away."""
+    """Close a TCP connection with a reset. The bytes in its send queue are discarded."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     sock.close()
 
 
 def fill_pipe(fd: int) -> int:
-    """Fill an empty pipe: give how many bytes it took. A blocking write blocks now."""
+    """Fill an empty pipe. Return how many bytes it accepted. A blocking write blocks now."""
     size = fcntl.fcntl(fd, 1032)  # F_GETPIPE_SZ, which Python 3.9 has no name for
     return os.write(fd, b"\n" * size)
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
-    """The next `size` bytes. An end before that is an error."""
+    """Return the next `size` bytes. An earlier end is an error."""
     return Client(sock).receive(size)
 
 
 def read_to_end(sock: socket.socket) -> bytes:
-    """Everything until the other end's end. A reset is an error."""
+    """Return all bytes until the end. A reset is an error."""
     return Client(sock).read_to_end()
 
 
 class RelayProcess:
-    """A real relay, as an operator would start it. Ends it, whatever happens, on leaving."""
+    """A real relay, as an operator starts it. The end of the `with` block kills it."""
 
     def __init__(
         self,
@@ -616,7 +646,7 @@ class RelayProcess:
         )
         self.pid = self.process.pid
         self.stderr = b""
-        self._seeds = count()  # each of its clients masks with other keys
+        self._seeds = count()  # of its clients' masking keys
 
     def __enter__(self) -> RelayProcess:
         return self
@@ -630,7 +660,7 @@ class RelayProcess:
                 stream.close()
 
     def wait_for(self, pattern: str, stream: str = "stderr") -> re.Match[str]:
-        """Read messages until a line matches; fail with all that was said if none does."""
+        """Read messages until a line matches, and return the match. Else fail with all messages."""
         source = getattr(self.process, stream)
         deadline = time.monotonic() + TIMEOUT
         said = b""
@@ -649,23 +679,23 @@ class RelayProcess:
                 self.stderr += more
 
     def started(self) -> RelayProcess:
-        """Wait until it listens."""
+        """Wait until the relay listens."""
         self.wait_for("Transit starting on")
         return self
 
     @property
     def port(self) -> int:
-        """The port of its (first) tcp endpoint."""
+        """Return the port of the first tcp endpoint."""
         match = re.search(rb"Transit starting on tcp:(\d+)", self.stderr)
         assert match, self.stderr
         return int(match[1])
 
     def connect(self, host: str = "127.0.0.1") -> socket.socket:
-        """A client of its."""
+        """Return a socket connected to the relay."""
         return socket.create_connection((host, self.port), timeout=TIMEOUT)
 
     def pair(self, token: str = "pair") -> tuple[socket.socket, socket.socket]:
-        """Two clients that have met and have read their `ok`."""
+        """Return two clients that have met and have read their `ok`."""
         one, other = self.connect(), self.connect()
         one.sendall(handshake(token, "one"))
         other.sendall(handshake(token, "other"))
@@ -674,13 +704,13 @@ class RelayProcess:
 
     @property
     def web_port(self) -> int:
-        """The port of its (first) tcp endpoint for WebSocket."""
+        """Return the port of the first tcp endpoint for WebSocket."""
         match = re.search(rb"tcp:(\d+)[^ ]* \(websocket\)", self.stderr)
         assert match, self.stderr
         return int(match[1])
 
     def client(self, kind: str = "tcp") -> Client:
-        """A client of that kind, tcp or ws, at the endpoint that is meant for it."""
+        """Return a new client of a kind, tcp or ws, at the endpoint for that kind."""
         port = self.web_port if kind == "ws" else self.port
         sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
         if kind == "ws":
@@ -690,7 +720,7 @@ class RelayProcess:
     def meet(
         self, first: str = "tcp", second: str = "tcp", token: str = "pair"
     ) -> tuple[Client, Client]:
-        """Two clients of these kinds that have met and have read their `ok`."""
+        """Return two clients of these kinds that have met and have read their `ok`."""
         one, other = self.client(first), self.client(second)
         one.send(handshake(token, "one"))
         other.send(handshake(token, "other"))
@@ -698,37 +728,37 @@ class RelayProcess:
         return one, other
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
-        """Ask it to stop, and give its exit code. What it said is in `stderr` then."""
+        """Send a signal, and return the exit code. All messages are in `stderr` then."""
         self.process.send_signal(signal_number)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for its end, and give its exit code."""
+        """Wait for the end of the process, and return the exit code."""
         _, rest = self.process.communicate(timeout=4 * TIMEOUT)
         self.stderr += rest
         return self.process.returncode
 
     def stop_cleanly(self) -> None:
-        """Stop it, and see that it had nothing to complain about in all its life."""
+        """Stop the relay. Fail if it has ever logged a warning or an error."""
         assert self.stop() == 0, self.stderr
         for word in (b"warning:", b"error:", b"critical:", b"Traceback"):
             assert word not in self.stderr, self.stderr.decode()
 
     def descriptors(self) -> int:
-        """How many files it has open."""
+        """Return how many files the relay has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def resident_bytes(self) -> int:
-        """What it has in memory."""
+        """Return the size of its memory."""
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def peak_bytes(self) -> int:
-        """The most that it ever had in memory, or had since `forget_peak`."""
+        """Return the largest size of its memory, since the start or since `forget_peak`."""
         (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
         return int(line) * 1024
 
     def forget_peak(self) -> None:
-        """Start anew, where the kernel allows it (proc(5), clear_refs)."""
+        """Reset the peak, if the kernel allows it: proc(5), clear_refs."""
         with contextlib.suppress(OSError):
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""What must hold between two turns of a Server: its books agree with each other and the kernel."""
+"""Invariants between two turns of a Server: its fields agree with each other and the kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transit_relay import (
     IDLE_PIPES,
     MAX_BACKLOG_BYTES,
     PIPE_BYTES,
+    Phase,
     Pipe,
     PipePool,
     Rendezvous,
@@ -33,7 +34,7 @@ def check_pool(pool: PipePool, lent: Sequence[Pipe]) -> None:
 
 
 def check_rendezvous(rendezvous: Rendezvous) -> None:
-    """Raise AssertionError if a client waits wrongly, or a pair is not mutual."""
+    """Raise AssertionError if a waiting client or a pair is not as it must be."""
     for token, crowd in rendezvous.waiting.items():
         assert crowd, "a token without clients"
         for session in crowd:
@@ -52,13 +53,14 @@ def check_rendezvous(rendezvous: Rendezvous) -> None:
 
 
 def check_server(server: Server) -> None:
-    """Raise AssertionError if the books of a Server contradict each other."""
+    """Raise AssertionError if the fields of a Server contradict each other or the kernel."""
     check_rendezvous(server.rendezvous)
     assert server._selector is not None
     others = {server.signals._sockets[0].fileno(), *server._acceptor.descriptors()}
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
+    lingering = server._timers.lingering.connections()
     for conn in server.connections:
         assert conn.mask == conn.interest(), conn
         assert conn.backlog is None or len(conn.backlog) > 0, conn
@@ -66,6 +68,11 @@ def check_server(server: Server) -> None:
         assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn
         assert conn.session.pair in (None, *server.rendezvous.pairs), conn
         assert not conn.is_unpolled or conn in server._bulk_queue, conn
+        assert conn.phase is not Phase.CLOSED, conn
+        assert (conn.phase is Phase.OPEN) == (conn.session.state is not State.DONE), conn
+        assert conn.phase is not Phase.FLUSHING or conn.backlog is not None, conn
+        is_polled = conn in lingering
+        assert (conn.phase is Phase.LINGERING) == is_polled, conn
     backlogs = [conn.backlog for conn in server.connections]
     check_pool(server.pipes, [one for one in backlogs if isinstance(one, Pipe)])
     for queue in server._timers._queues:

@@ -1,4 +1,4 @@
-"""A receiver that does not read costs the sender its speed, and the relay no memory."""
+"""A receiver that does not read slows its sender down, and costs the relay no memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BETWEEN = pytest.mark.parametrize(("first", "second"), DIRECTIONS)
 
 
 class Flood:
-    """Blocks on their way from one client to the other, as many as are taken."""
+    """Blocks that one client sends to the other, as many as are accepted."""
 
     def __init__(self, sender: Client, receiver: Client) -> None:
         self.sender, self.receiver = sender, receiver
-        self.blocks = 0  # begun, perhaps not yet sent to their last byte
-        self.rest = memoryview(b"")  # of the last one
+        self.blocks = 0  # begun; the last one may not be sent whole
+        self.rest = memoryview(b"")  # of the last block
         sender.sock.setblocking(False)
 
     def fileno(self) -> int:
-        """For select."""
+        """Return the descriptor, for select."""
         return self.sender.fileno()
 
     def send(self) -> bool:
-        """Send some. Says whether anything was taken."""
+        """Send some bytes. Return whether any were accepted."""
         if not self.rest:
             (wire,) = self.sender.encode(BLOCK)
             self.rest = memoryview(wire)
@@ -44,7 +44,7 @@ class Flood:
         return True
 
     def read_all(self) -> None:
-        """Send what is left of the last block, and see that all arrives as it was sent."""
+        """Send the rest of the last block, and check that all blocks arrive unchanged."""
         self.sender.sock.settimeout(TIMEOUT)
         self.receiver.sock.settimeout(TIMEOUT)
         rest = threading.Thread(target=self.sender.send_wire, args=(self.rest,))
@@ -54,11 +54,11 @@ class Flood:
         assert received == {digest(BLOCK)}
 
 
-def send_all_they_take(*floods: Flood) -> None:
-    """Send until nothing more is taken; the relay has stopped reading then.
+def send_all_that_is_accepted(*floods: Flood) -> None:
+    """Send until nothing is accepted for a while: the relay has stopped reading then.
 
-    No event tells that nobody makes room any more: it passes as none was made for a while. A
-    relay that is slower than that has been sent less than it would take.
+    No event reports that there will be no more room. A very slow relay may be sent less than it
+    would accept.
     """
     while ready := select.select([], floods, [], TIMEOUT / 10)[1]:
         for flood in ready:
@@ -70,10 +70,10 @@ def send_all_they_take(*floods: Flood) -> None:
 def test_memory_is_bounded_and_every_byte_arrives(
     relay: Callable[..., RelayProcess], first: str, second: str, both_ways: bool
 ) -> None:
-    """The issue's proof: a receiver that never reads, a sender that sends all it can."""
+    """A receiver that never reads, and a sender that sends as much as it can."""
     running = relay(*WEB)
     one, other = running.meet(first, second, "warmup")
-    with one, other:  # what a first pair costs is no part of the question
+    with one, other:  # the memory of a first pair is not measured
         for sender, receiver in ((one, other), (other, one)):
             sender.send(BLOCK)
             assert digest(receiver.receive(len(BLOCK))) == digest(BLOCK)
@@ -83,7 +83,7 @@ def test_memory_is_bounded_and_every_byte_arrives(
         floods = [Flood(one, other)]
         if both_ways:
             floods.append(Flood(other, one))
-        send_all_they_take(*floods)
+        send_all_that_is_accepted(*floods)
         grown = running.resident_bytes() - before
         taken = sum(flood.blocks for flood in floods) * len(BLOCK)
         print(f"{first} to {second}: accepted {taken} bytes, the relay grew by {grown}")
@@ -94,7 +94,7 @@ def test_memory_is_bounded_and_every_byte_arrives(
 
 @BETWEEN
 def test_the_backlog_is_at_most_one_read(loop: Loop, first: str, second: str) -> None:
-    """However much is offered, however often: what is queued came from a single read."""
+    """No backlog is larger than one read, however much is sent."""
     one, other = loop.meet(first, second)
     flood = Flood(one, other)
     longest = 0
@@ -112,13 +112,12 @@ def test_the_backlog_is_at_most_one_read(loop: Loop, first: str, second: str) ->
 
 
 @BETWEEN
-def test_a_stalled_pair_does_not_hinder_another(
+def test_a_stalled_pair_does_not_block_another(
     relay: Callable[..., RelayProcess], first: str, second: str
 ) -> None:
-    """Each pair waits for itself alone."""
     running = relay(*WEB)
     clients = [running.meet(first, second, "stalled"), running.meet(first, second, "good")]
-    send_all_they_take(Flood(*clients[0]))
+    send_all_that_is_accepted(Flood(*clients[0]))
     for sender, receiver in (clients[1], clients[1][::-1]):
         sender.send(BLOCK)
         assert digest(receiver.receive(len(BLOCK))) == digest(BLOCK)

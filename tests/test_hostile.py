@@ -1,7 +1,7 @@
-"""WebSocket clients that break the rules or strain them: what they get, and what it costs.
+"""WebSocket clients that break the rules or stretch them: the answers, and the costs.
 
-Each of the strong ones meets a relay process of its own, where the memory is measured, and a
-pair beside it that must not notice.
+Each attack has a relay process of its own, whose memory is measured. A pair beside it must go on
+undisturbed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FOUR_GIB = 1 << 32
 KEY = b"\1\2\3\4"
 PINGS = 10_000
 
-# Frames that no client may send. Some are only the head, which is enough.
+# Frames that no client may send. Of some only the head is sent.
 
 BAD_FRAMES: dict[str, tuple[bytes, int]] = {
     "text": (frame(TEXT, b"hello"), 1003),
@@ -83,7 +83,7 @@ BAD = pytest.mark.parametrize(("wire", "code"), BAD_FRAMES.values(), ids=BAD_FRA
 @BAD
 @pytest.mark.parametrize("second", ["tcp", "ws"])
 def test_a_bad_frame_in_a_pair(loop: Loop, wire: bytes, code: int, second: str) -> None:
-    """What came before it, in the same segment, is delivered; and the pair ends in order."""
+    """The bytes before it, in the same segment, are delivered, and the pair ends in order."""
     one, other = loop.meet("ws", second)
     one.send_wire(frame(BINARY, b"be") + frame(BINARY, b"fore") + wire + frame(BINARY, b"after"))
     assert other.read_to_end(1000) == b"before"
@@ -94,7 +94,7 @@ def test_a_bad_frame_in_a_pair(loop: Loop, wire: bytes, code: int, second: str) 
 
 @BAD
 def test_a_bad_frame_byte_by_byte(loop: Loop, wire: bytes, code: int) -> None:
-    """It is judged where it goes wrong; what comes behind that is not read as anything."""
+    """It is refused at its first wrong byte. The bytes after that are discarded."""
     one, other = loop.meet("ws", "tcp")
     for byte in frame(BINARY, b"before") + wire + frame(PING) + frame(CLOSE):
         one.send_wire(bytes([byte]))
@@ -109,7 +109,7 @@ def test_a_bad_frame_byte_by_byte(loop: Loop, wire: bytes, code: int) -> None:
     [(b"", "empty"), (frame(BINARY, handshake()), "lonely")],
     ids=["", "waiting"],
 )
-def test_a_bad_frame_of_one_alone(
+def test_a_bad_frame_without_a_partner(
     loop: Loop, wire: bytes, code: int, before: bytes, mood: str
 ) -> None:
     client = loop.client("ws")
@@ -119,7 +119,7 @@ def test_a_bad_frame_of_one_alone(
 
 
 def test_a_close_in_the_middle_of_a_message(loop: Loop) -> None:
-    """Which is allowed: control frames may stand between fragments."""
+    """Control frames are allowed between fragments."""
     one, other = loop.meet("ws", "ws")
     one.send_wire(frame(BINARY, b"half", fin=False) + frame(CLOSE, close_payload(1001)))
     one.send_wire(frame(CONTINUATION, b"the rest"))
@@ -127,11 +127,11 @@ def test_a_close_in_the_middle_of_a_message(loop: Loop) -> None:
     assert one.read_to_end(1001) == b""
 
 
-# The strong ones.
+# Attacks.
 
 
 class Neighbours(threading.Thread):
-    """A pair beside the attack: random blocks both ways, each byte checked, until we leave."""
+    """A pair beside the attack: sends random blocks both ways and checks them, in a thread."""
 
     def __init__(self, relay: RelayProcess) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ class Neighbours(threading.Thread):
         self.rounds = 0
         self.progress = threading.Condition()
         self.stopping = False
-        self.trouble: BaseException | None = None
+        self.error: BaseException | None = None
         self.pair = relay.meet("tcp", "ws", "neighbours")
-        self.exchange()  # what a first pair costs is no part of the question
+        self.exchange()  # the memory of a first pair is not measured
         relay.forget_peak()
         self.before = relay.peak_bytes()
 
@@ -155,11 +155,11 @@ class Neighbours(threading.Thread):
         self.join()
         for client in self.pair:
             client.close()
-        if self.trouble is not None:
-            raise self.trouble
+        if self.error is not None:
+            raise self.error
 
     def exchange(self) -> None:
-        """A block each way."""
+        """Send a block each way."""
         for sender, receiver in (self.pair, self.pair[::-1]):
             block = self.chance.randbytes(50_000)
             sender.send(block)
@@ -173,13 +173,13 @@ class Neighbours(threading.Thread):
                     self.rounds += 1
                     self.progress.notify()
         except BaseException as error:
-            self.trouble = error
+            self.error = error
 
     def check(self) -> None:
-        """See that they get through a whole round that begins now, and the relay is no fatter."""
+        """Check that a whole round from now on succeeds, and that the relay has not grown."""
         with self.progress:
-            goal = self.rounds + 2  # one has begun already
-            assert self.progress.wait_for(lambda: self.rounds >= goal, TIMEOUT), self.trouble
+            goal = self.rounds + 2  # the current round began earlier
+            assert self.progress.wait_for(lambda: self.rounds >= goal, TIMEOUT), self.error
         grown = self.relay.peak_bytes() - self.before
         print(f"the relay grew by {grown} bytes")
         assert grown < BOUND_BYTES
@@ -187,20 +187,20 @@ class Neighbours(threading.Thread):
 
 @pytest.fixture
 def running(relay: Callable[..., RelayProcess]) -> RelayProcess:
-    """A relay that takes WebSocket clients."""
+    """Return a relay that accepts WebSocket clients."""
     return relay(*WEB)
 
 
 @pytest.fixture
 def neighbours(running: RelayProcess) -> Iterator[Neighbours]:
-    """A healthy pair of its, at work. At the end all is well, or the test fails."""
+    """Return a pair at work. The test fails if it is disturbed until the end."""
     with Neighbours(running) as pair:
         yield pair
         pair.check()
 
 
 def pour(sender: Client, wire: bytes, receiver: Client, data: bytes) -> None:
-    """Send more than may be on the way at once, and see that it arrives as `data`."""
+    """Send more than fits into the buffers, and check that it arrives as `data`."""
     thread = threading.Thread(target=sender.send_wire, args=(wire,))
     thread.start()
     received = receiver.receive(len(data))
@@ -209,7 +209,7 @@ def pour(sender: Client, wire: bytes, receiver: Client, data: bytes) -> None:
 
 
 def inside(data: bytes, offset: int) -> bytes:
-    """Payload of a long frame, from that place on, as it is on the wire."""
+    """Return payload of a long frame as it is on the wire, from `offset` on."""
     return frame(BINARY, data, key=KEY[offset % 4 :] + KEY[: offset % 4])[-len(data) :]
 
 
@@ -217,7 +217,7 @@ def inside(data: bytes, offset: int) -> bytes:
 def test_a_frame_of_four_gib_that_trickles(
     running: RelayProcess, neighbours: Neighbours, second: str
 ) -> None:
-    """The handshake and all that follows is in the one frame. Nothing waits for its end."""
+    """One frame has the handshake and all that follows. No byte waits for its end."""
     one, other = running.client("ws"), running.client(second)
     with one, other:
         line = handshake("long", "one")
@@ -241,7 +241,7 @@ def test_a_frame_of_four_gib_that_trickles(
 
 
 @pytest.mark.parametrize("second", ["tcp", "ws"])
-def test_frames_of_one_byte_as_fast_as_can_be(
+def test_frames_of_one_byte_at_full_speed(
     running: RelayProcess, neighbours: Neighbours, second: str
 ) -> None:
     one, other = running.meet("ws", second, "bytes")
@@ -259,8 +259,8 @@ def test_frames_of_one_byte_as_fast_as_can_be(
 
 
 @pytest.mark.parametrize("second", ["unix", "ws-unix"])
-def test_frames_of_one_byte_to_one_who_does_not_read(loop: Loop, second: str) -> None:
-    """They are no more to hold than the same bytes in one frame."""
+def test_frames_of_one_byte_to_a_client_that_does_not_read(loop: Loop, second: str) -> None:
+    """Their backlog is no larger than that of the same bytes in one frame."""
     one, other = loop.meet("ws-unix", second)
     assert other.conn is not None
     size = len(frame(BINARY, b"x"))
@@ -282,11 +282,11 @@ def test_frames_of_one_byte_to_one_who_does_not_read(loop: Loop, second: str) ->
 def test_as_many_small_frames_behind_the_head_as_a_kernel_holds(
     relay: Callable[..., RelayProcess], tmp_path: Path, opcode: int, family: str
 ) -> None:
-    """All of it is there at once when the relay comes to read the head."""
+    """All of them are in the kernel when the relay reads the head."""
     running = relay(*WEB, "--websocket", f"unix:{tmp_path}/s")
     with Neighbours(running) as neighbours, running.client("ws") as other:
         other.send(handshake("first", "other"))
-        neighbours.check()  # it waits by now
+        neighbours.check()  # the client waits by now
         address = ("127.0.0.1", running.web_port) if family == "tcp" else f"{tmp_path}/s"
         sock = socket.socket(socket.AF_INET if family == "tcp" else socket.AF_UNIX)
         with WebSocketClient(sock, upgrade=False) as one:
@@ -306,7 +306,7 @@ def test_as_many_small_frames_behind_the_head_as_a_kernel_holds(
 
 @contextlib.contextmanager
 def stopped(running: RelayProcess) -> Iterator[None]:
-    """The relay does nothing, until it is told to go on."""
+    """Suspend the relay for the `with` block."""
     os.kill(running.pid, signal.SIGSTOP)
     try:
         yield
@@ -314,8 +314,10 @@ def stopped(running: RelayProcess) -> Iterator[None]:
         os.kill(running.pid, signal.SIGCONT)
 
 
-def test_who_never_reads_its_pongs(running: RelayProcess, neighbours: Neighbours) -> None:
-    """Some are left out, but not the newest; and it is still served when it comes to its senses."""
+def test_a_client_that_does_not_read_its_pongs(
+    running: RelayProcess, neighbours: Neighbours
+) -> None:
+    """Some Pongs are left out, but not the newest. The client is served when it reads again."""
     with running.client("ws") as one:
         assert isinstance(one, WebSocketClient)
         one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
@@ -335,7 +337,7 @@ def test_who_never_reads_its_pongs(running: RelayProcess, neighbours: Neighbours
 
 
 def test_ten_thousand_pings_in_one_segment(running: RelayProcess, neighbours: Neighbours) -> None:
-    """Their Pongs are less than who does not read may leave: so each is answered."""
+    """Their Pongs are fewer bytes than a client may leave unread, so each Ping is answered."""
     with running.client("ws") as one:
         assert isinstance(one, WebSocketClient)
         one.send_wire(b"".join(frame(PING, bytes([n % 256])) for n in range(PINGS)))
@@ -350,7 +352,7 @@ def test_ten_thousand_pings_in_one_segment(running: RelayProcess, neighbours: Ne
 def test_a_head_that_never_ends(
     running: RelayProcess, neighbours: Neighbours, kind: str, end_of_line: bytes
 ) -> None:
-    """It is told, and then nobody listens: but what it sends is taken, so that it hears it."""
+    """It is refused. What it sends after that is read and discarded, so that it gets the answer."""
     port = running.web_port if kind == "ws" else running.port
     with Client(socket.create_connection(("127.0.0.1", port))) as one:
         one.send(b"GET / HTTP/1.1\r\n")

@@ -1,4 +1,4 @@
-"""Time limits: each is enforced, not too early, and on nobody else; and none keeps the dead."""
+"""Time limits: each is enforced in time, on the right clients, and closed ones are forgotten."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import socket
 import pytest
 from helpers import Loop, handshake, read_to_end
 
-from transit_relay import Limits, Server, TimeLimit
+from transit_relay import Limits, TimeLimit
 
 
 def connect(loop: Loop, seconds: float = 60) -> socket.socket:
     """A client of a relay with that handshake limit."""
-    loop.server.close()
-    limits = Limits(handshake_seconds=seconds)
-    loop.server = Server([], loop.recorder, limits, loop.clock, loop.wallclock)
+    loop.restart(limits=Limits(handshake_seconds=seconds))
     return loop.connect()
 
 
@@ -65,7 +63,7 @@ def test_trickled_bytes_do_not_extend_it(loop: Loop) -> None:
     assert read_to_end(client) == b""
 
 
-def test_each_has_its_own_minute(loop: Loop) -> None:
+def test_each_client_has_its_own_minute(loop: Loop) -> None:
     early = connect(loop)
     loop.advance(30)
     late = loop.connect()
@@ -78,7 +76,7 @@ def test_each_has_its_own_minute(loop: Loop) -> None:
     assert loop.recorder.moods() == ["empty"]
 
 
-def test_whoever_waits_may_wait(loop: Loop) -> None:
+def test_waiting_has_no_limit(loop: Loop) -> None:
     connect(loop).sendall(handshake())
     loop.pump()
     loop.advance(1_000_000)
@@ -103,7 +101,7 @@ def test_zero_switches_it_off(loop: Loop) -> None:
     assert loop.server.snapshot().current().waiting_tokens == 1
 
 
-def test_the_loop_sleeps_no_longer_than_the_limit(loop: Loop) -> None:
+def test_the_loop_sleeps_until_the_limit(loop: Loop) -> None:
     loop.pump()
     loop.advance(1)
     connect(loop, 7)
@@ -111,55 +109,72 @@ def test_the_loop_sleeps_no_longer_than_the_limit(loop: Loop) -> None:
     assert loop.server._timeout() == 7
 
 
-def test_the_loop_looks_after_held_ones_once_a_second(loop: Loop) -> None:
+def test_lingering_connections_are_checked_once_a_second(loop: Loop) -> None:
     loop.connect().sendall(b"junk\n")
     loop.pump()
     assert loop.server._timeout() == 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"junk\n", handshake()], ids=["empty", "junk", "waiting"])
-def test_who_is_gone_is_forgotten(loop: Loop, sent: bytes) -> None:
+def test_a_client_that_is_gone_is_forgotten(loop: Loop, sent: bytes) -> None:
     client = loop.connect()
     client.sendall(sent)
     loop.pump()
     client.close()
     loop.pump()
-    assert_nobody_is_due(loop)
+    assert_no_limit_runs(loop)
 
 
 def test_a_pair_that_is_gone_is_forgotten(loop: Loop) -> None:
     one, other = loop.pair()
     one.close()
     loop.pump()
-    assert loop.server._timers.holding.next_due() < float("inf")  # the one that stayed
+    assert loop.server._timers.lingering.next_due() < float("inf")  # the client that stayed
     other.close()
     loop.pump()
-    assert_nobody_is_due(loop)
+    assert_no_limit_runs(loop)
 
 
-def test_who_was_thrown_out_is_forgotten(loop: Loop) -> None:
+def test_a_client_that_was_refused_is_forgotten(loop: Loop) -> None:
     loop.connect()
     loop.advance(60)
-    for _ in range(10):  # held, then closed
+    for _ in range(10):  # it lingers, and is closed then
         loop.advance(1)
     assert loop.server.connections == set()
-    assert_nobody_is_due(loop)
+    assert_no_limit_runs(loop)
 
 
-def assert_nobody_is_due(loop: Loop) -> None:
+def assert_no_limit_runs(loop: Loop) -> None:
     for queue in loop.server._timers._queues:
-        assert not queue.waiting() and queue.next_due() == float("inf")
+        assert not queue.connections() and queue.next_due() == float("inf")
 
 
-def test_due_in_the_order_of_their_starts() -> None:
+def test_limits_expire_in_the_order_of_their_starts() -> None:
     limit = TimeLimit(10)
     limit.start("a", 0)
     limit.start("b", 1)
     limit.start("c", 2)
-    limit.start("a", 3)  # anew: now it is the last
+    limit.start("a", 3)  # again: it is the last one now
     limit.cancel("c")
     limit.cancel("never started")
     assert limit.next_due() == 11
     assert limit.take_expired(10.9) == []
     assert limit.take_expired(13) == ["b", "a"]
     assert limit.next_due() == float("inf")
+
+
+def test_a_postponed_limit_expires_later() -> None:
+    limit = TimeLimit(10)
+    limit.start("a", 0)
+    limit.postpone(5)
+    limit.start("b", 6)
+    assert limit.take_expired(14.9) == []
+    assert limit.take_expired(15) == ["a"]
+    assert limit.take_expired(16) == ["b"]
+
+
+def test_a_limit_of_zero_never_expires() -> None:
+    limit = TimeLimit(0)
+    limit.start("a", 0)
+    assert limit.next_due() == float("inf")
+    assert not limit.connections()

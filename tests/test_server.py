@@ -1,54 +1,83 @@
-"""The loop: newcomers, deferred closing, the numbers of the moment, signals, and the stop."""
+"""The loop: newcomers, deferred closing, faults, the state of the relay, signals, and the stop."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import random
 import resource
 import signal
 import socket
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE
+from typing import Any
 
 import pytest
-from helpers import TIMEOUT, Loop, handshake, read_to_end
+from helpers import (
+    PONG,
+    TIMEOUT,
+    Loop,
+    frame,
+    handshake,
+    read_to_end,
+)
 from invariants import check_server
 
 import transit_relay
 from transit_relay import (
+    ACCEPT_RETRY_SECONDS,
+    IGNORED_SIGNALS,
     MAX_BACKLOG_BYTES,
+    MEMORY_RESERVE_BYTES,
+    PING_SECONDS,
+    RESERVED_FDS,
+    STOP_SIGNALS,
+    Connection,
     Current,
+    Drain,
+    Endpoint,
     Limits,
     Listener,
-    Server,
+    Pair,
+    Phase,
+    Rendezvous,
     ServerPhase,
+    Session,
     State,
+    descriptor_budget,
+    prepare_socket,
+    socket_options,
 )
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
 
 
-class Door(socket.socket):
-    """A listening socket that gives an error for each number in `refusals`, then accepts."""
+class ListeningSocket(socket.socket):
+    """A unix socket whose accept raises each number in `refusals` once, then accepts."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(socket.AF_UNIX)
         self.path = str(path)
         self.refusals: list[int] = []
         self.clients: list[socket.socket] = []
+        self.accepts = 0  # calls
         self.bind(self.path)
         self.listen()
 
     def accept(self) -> tuple[socket.socket, object]:
+        self.accepts += 1
         if self.refusals:
             number = self.refusals.pop(0)
             raise OSError(number, os.strerror(number))
         return super().accept()
 
-    def knock(self) -> socket.socket:
-        """A newcomer, whom nobody has accepted yet."""
+    def new_client(self) -> socket.socket:
+        """Connect a client, which is not accepted yet."""
         client = socket.socket(socket.AF_UNIX)
         self.clients.append(client)
         client.settimeout(TIMEOUT)
@@ -57,27 +86,25 @@ class Door(socket.socket):
 
 
 @pytest.fixture
-def door(loop: Loop, tmp_path: Path) -> Iterator[Door]:
-    """Gives the loop a listener."""
-    door = Door(tmp_path / "s")
-    loop.server.close()
-    listener = Listener(door, "door")
-    loop.server = Server([listener], loop.recorder, Limits(), loop.clock, loop.wallclock)
-    yield door
-    for client in door.clients:
+def listening(loop: Loop, tmp_path: Path) -> Iterator[ListeningSocket]:
+    """Return a socket on which the loop listens."""
+    listening = ListeningSocket(tmp_path / "s")
+    loop.restart(Listener(listening, Endpoint("unix:listening", "unix")))
+    yield listening
+    for client in listening.clients:
         client.close()
 
 
 @pytest.fixture
 def currents(loop: Loop) -> list[Current]:
-    """All that is told of `current`."""
+    """Return the list to which all values of `current` go."""
     told: list[Current] = []
     loop.recorder.update = told.append  # type: ignore[method-assign]
     return told
 
 
 def stuff(loop: Loop, sender: socket.socket) -> int:
-    """Send to one who does not read until the relay queues, and takes no more: so many bytes."""
+    """Send to a client that does not read, as much as is accepted. Return how many bytes."""
     sender.setblocking(False)
     sent = 0
     with pytest.raises(BlockingIOError):
@@ -94,13 +121,23 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 # Newcomers.
 
+RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# accept(2) of Linux: errors that are already pending on the new socket, and a firewall's refusal.
+LOST = (
+    *(errno.ENETDOWN, errno.EPROTO, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET),
+    *(errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.ECONNABORTED, errno.EPERM),
+    *(errno.ENOSR, errno.ESOCKTNOSUPPORT, errno.EPROTONOSUPPORT, errno.ETIMEDOUT),
+    *(errno.ECONNRESET, errno.EINTR),
+)
+UNKNOWN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EIO, errno.ENOSPC, errno.EACCES)
 
-def test_a_flood_of_newcomers_comes_in_by_and_by(
-    loop: Loop, door: Door, monkeypatch: pytest.MonkeyPatch
+
+def test_a_flood_of_newcomers_is_accepted_in_portions(
+    loop: Loop, listening: ListeningSocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transit_relay, "ACCEPTS_PER_WAKEUP", 2)
     for _ in range(5):
-        door.knock()
+        listening.new_client()
     inside = []
     for _ in range(4):
         loop.server.run_once(0)
@@ -108,17 +145,17 @@ def test_a_flood_of_newcomers_comes_in_by_and_by(
     assert inside == [2, 4, 5, 5]
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_without_descriptors_newcomers_wait_a_second(
-    loop: Loop, door: Door, caplog: pytest.LogCaptureFixture, number: int
+@pytest.mark.parametrize("number", RESOURCES)
+def test_without_resources_newcomers_wait_a_second(
+    loop: Loop, listening: ListeningSocket, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     loop.pump()
-    door.refusals = [number]
-    door.knock()
+    listening.refusals = [number]
+    listening.new_client()
     loop.pump()
     assert warnings(caplog) == [f"newcomers have to wait: {os.strerror(number)}"]
-    assert loop.server._selector.select(0) == []  # not busy, though somebody knocks ...
-    assert loop.server._timeout() == 1  # ... and yet not asleep
+    assert loop.server._selector.select(0) == []  # not busy, although a newcomer waits,
+    assert loop.server._timeout() == 1  # and it wakes up in time
     loop.advance(0.5)
     loop.pump()
     assert len(loop.server.connections) == 0
@@ -127,11 +164,14 @@ def test_without_descriptors_newcomers_wait_a_second(
     assert len(loop.server.connections) == 1
 
 
-def test_without_descriptors_until_somebody_leaves(loop: Loop, door: Door) -> None:
-    leaver = door.knock()
+@pytest.mark.parametrize("number", RESOURCES)
+def test_a_closed_connection_frees_resources_for_a_newcomer(
+    loop: Loop, listening: ListeningSocket, number: int
+) -> None:
+    leaver = listening.new_client()
     loop.pump()
-    door.refusals = [errno.EMFILE]
-    newcomer = door.knock()
+    listening.refusals = [number]
+    newcomer = listening.new_client()
     loop.pump()
     leaver.close()
     loop.pump()
@@ -140,11 +180,11 @@ def test_without_descriptors_until_somebody_leaves(loop: Loop, door: Door) -> No
     assert read_to_end(newcomer) == b"bad handshake\n"
 
 
-def test_without_descriptors_for_long_is_said_once_a_minute(
-    loop: Loop, door: Door, caplog: pytest.LogCaptureFixture
+def test_a_lack_of_descriptors_is_logged_once_a_minute(
+    loop: Loop, listening: ListeningSocket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    door.refusals = [errno.EMFILE] * 100
-    door.knock()
+    listening.refusals = [errno.EMFILE] * 100
+    listening.new_client()
     loop.pump()
     for _ in range(59):
         loop.advance(1)
@@ -153,8 +193,8 @@ def test_without_descriptors_for_long_is_said_once_a_minute(
     assert len(warnings(caplog)) == 2
 
 
-def test_the_real_limit_of_descriptors(loop: Loop, door: Door) -> None:
-    door.knock()
+def test_the_real_limit_of_descriptors(loop: Loop, listening: ListeningSocket) -> None:
+    listening.new_client()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)  # the lowest number that is free: now none is
@@ -170,23 +210,98 @@ def test_the_real_limit_of_descriptors(loop: Loop, door: Door) -> None:
     assert len(loop.server.connections) == 1
 
 
-def test_who_hung_up_before_we_came_is_skipped(
-    loop: Loop, door: Door, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("number", LOST, ids=errno.errorcode.get)
+def test_a_newcomer_that_is_lost_does_not_pause_the_listener(
+    loop: Loop, listening: ListeningSocket, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    door.refusals = [errno.ECONNABORTED]
-    door.knock()
+    listening.refusals = [number] * 3
+    listening.new_client()
     loop.server.run_once(0)
     assert len(loop.server.connections) == 1
     assert warnings(caplog) == []
 
 
+def test_all_other_errors_of_accept_are_unknown() -> None:
+    assert set(LOST) == transit_relay.NEWCOMER_LOST
+    assert set(RESOURCES) == transit_relay.OUT_OF_RESOURCES
+
+
+@pytest.mark.parametrize("number", UNKNOWN, ids=errno.errorcode.get)
+def test_an_unknown_error_of_accept_pauses_for_a_second_and_is_named(
+    loop: Loop, listening: ListeningSocket, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """A listener that is broken for ever must not keep the loop busy."""
+    leavers = [listening.new_client() for _ in range(3)]
+    loop.pump()
+    listening.refusals = [number] * 2
+    listening.new_client()
+    loop.pump()
+    text = f"accept: {errno.errorcode[number]}, {os.strerror(number)}"
+    assert warnings(caplog) == [f"newcomers have to wait: {text}"]
+    accepts = listening.accepts
+    for leaver in leavers:  # closed connections do not end this pause
+        leaver.close()
+        loop.pump()
+    assert listening.accepts == accepts
+    loop.advance(ACCEPT_RETRY_SECONDS)
+    loop.pump()
+    assert listening.accepts == accepts + 1  # refused again
+    loop.advance(ACCEPT_RETRY_SECONDS / 2)
+    loop.pump()
+    assert listening.accepts == accepts + 1
+    loop.advance(ACCEPT_RETRY_SECONDS / 2)
+    loop.pump()
+    assert len(loop.server.connections) == 1
+    assert len(warnings(caplog)) == 1
+
+
+def test_the_most_connections(loop: Loop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listening = ListeningSocket(tmp_path / "s")
+    loop.restart(Listener(listening, Endpoint("unix:listening", "unix")), max_connections=2)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(listening.new_client()) for _ in range(4)]
+        loop.pump()
+        assert len(loop.server.connections) == 2
+        assert loop.server._selector.select(0) == []
+        for _ in range(100):  # time makes no room
+            loop.advance(0.3)
+            assert len(loop.server.connections) == 2
+        assert loop.server._timeout() > 0
+        assert warnings(caplog) == [
+            "newcomers have to wait: 2 connections, the most that can be open"
+        ]
+        for client in clients[:2]:
+            client.close()
+            loop.pump()
+            assert len(loop.server.connections) == 2
+        clients[3].sendall(handshake())
+        loop.pump()
+        assert loop.server.snapshot().waiting_clients == 1
+        clients[2].close()
+        loop.pump()
+        assert len(loop.server.connections) == 1
+        assert loop.server._acceptor._is_accepting
+
+
+@pytest.mark.parametrize("pipes", [0, 32])
+@pytest.mark.parametrize("limit", [20, 80, 1024, 1 << 20])
+def test_descriptors_are_kept_for_records_and_pipes(
+    monkeypatch: pytest.MonkeyPatch, limit: int, pipes: int
+) -> None:
+    monkeypatch.setattr(transit_relay, "affordable_pipes", lambda: pipes)
+    connections, pipes_lent = descriptor_budget(limit, open_now=10)
+    assert 0 <= pipes_lent <= pipes and 2 * pipes_lent <= limit / 8
+    assert connections >= 1
+    if limit > 40:
+        assert connections + 2 * pipes_lent + 10 + RESERVED_FDS == limit
+    assert pipes_lent == pipes or limit < 1024
+
+
 def test_options_of_accepted_sockets(loop: Loop) -> None:
-    """Of all: this one is there before the relay, as whoever makes systemd start it."""
+    """They are set for a client that came before the relay listened, too (systemd)."""
     listening = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listening.getsockname()):
-        loop.server.close()
-        listener = Listener(listening, "tcp")
-        loop.server = Server([listener], loop.recorder, Limits(), loop.clock, loop.wallclock)
+        loop.restart(Listener(listening, Endpoint("tcp", "tcp")))
         loop.pump()
         (conn,) = loop.server.connections
         assert not conn.sock.getblocking()
@@ -195,17 +310,333 @@ def test_options_of_accepted_sockets(loop: Loop) -> None:
         assert conn.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def keepalive_times(sock: socket.socket) -> list[int]:
+    """Return the silence before the first probe, the time between probes, and their number."""
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    return [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times"),
+    [
+        (None, [200, 15, 4]),  # the default
+        (10, [10, 15, 4]),
+        (0.1, [1, 15, 4]),
+        (1_000_000, [32767, 15, 4]),  # the kernel's maximum
+        (0, None),  # the system's
+    ],
+)
+def test_keepalive(loop: Loop, seconds: float | None, times: list[int] | None) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    limits = Limits() if seconds is None else Limits(keepalive_seconds=seconds)
+    loop.restart(Listener(listening, Endpoint("tcp", "tcp")), limits=limits)
+    with socket.create_connection(listening.getsockname()) as client:
+        loop.pump()
+        (conn,) = loop.server.connections
+        assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert keepalive_times(conn.sock) == (times or keepalive_times(client))
+
+
+class RefusingOptions:
+    """A socket that refuses each option, and notes it."""
+
+    def __init__(self, family: int) -> None:
+        self.family = family
+        self.asked: list[tuple[int, int, int]] = []
+
+    def setblocking(self, flag: bool) -> None:
+        assert not flag
+
+    def setsockopt(self, *option: int) -> None:
+        self.asked.append(option)  # type: ignore[arg-type]
+        raise OSError(errno.EOPNOTSUPP, "injected")
+
+
+def test_one_refused_option_does_not_skip_the_others() -> None:
+    options = socket_options(200)
+    assert len(options) == 6
+    sock: Any = RefusingOptions(socket.AF_INET6)
+    prepare_socket(sock, options)
+    assert sock.asked == options
+
+
+def test_a_unix_socket_is_asked_for_no_tcp_option() -> None:
+    sock: Any = RefusingOptions(socket.AF_UNIX)
+    prepare_socket(sock, socket_options(200))
+    assert sock.asked == []
+
+
+# A selector that refuses. Another process of the same user can use up all epoll watches.
+
+
+@contextlib.contextmanager
+def full_selector(loop: Loop, method: str, fd: int | None = None) -> Iterator[list[int]]:
+    """Let registrations fail with ENOSPC: of `fd`, or of all descriptors. Yield which failed."""
+    selector = loop.server._selector
+    real = getattr(selector, method)
+    refused: list[int] = []
+
+    def refuse(target: int, *others: object) -> object:
+        number = target if isinstance(target, int) else target.fileno()
+        if fd not in (None, number):
+            return real(target, *others)
+        refused.append(number)
+        if method == "modify":  # as selectors.EpollSelector does
+            selector.unregister(target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selector, method, refuse)
+        yield refused
+
+
+REFUSED = "the selector refused a connection: No space left on device"
+
+
+def check_that_one_pair_ended(loop: Loop, beside: tuple[socket.socket, socket.socket]) -> None:
+    """Check that the pair `beside` runs on, and that the other one has its record."""
+    assert loop.recorder.moods() == ["happy"]
+    assert loop.server.faults.count == 1
+    for sender, receiver in (beside, beside[::-1]):
+        sender.sendall(b"still here")
+        loop.pump()
+        assert receiver.recv(100) == b"still here"
+
+
+def test_a_change_of_interest_that_is_refused_costs_one_pair(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = loop.pair()
+    (sender, _), (receiver, conn) = paired = [loop.connect_both() for _ in range(2)]
+    for client, _ in paired:
+        client.sendall(handshake())
+    loop.pump()
+    with full_selector(loop, "modify", conn.fd) as refused:
+        sender.setblocking(False)
+        while not refused:  # until the receiver has a backlog
+            with contextlib.suppress(BlockingIOError):
+                sender.send(bytes(10_000))
+            loop.pump()
+    loop.pump()
+    assert refused == [conn.fd] and conn not in loop.server.connections
+    sender.settimeout(TIMEOUT)
+    assert read_to_end(sender) == b"ok\n"
+    assert read_to_end(receiver)[:3] == b"ok\n"
+    assert warnings(caplog) == [REFUSED]
+    check_that_one_pair_ended(loop, beside)
+
+
+def test_a_registration_that_is_refused_costs_one_pair(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that was not read, because its partner had a backlog."""
+    beside = loop.pair()
+    (sender, conn), (receiver, _) = paired = [loop.connect_both() for _ in range(2)]
+    for client, _ in paired:
+        client.sendall(handshake())
+    loop.pump()
+    stuff(loop, sender)
+    assert conn.mask == 0
+    relayed = conn.read_bytes - len(handshake())
+    size = 0
+    with full_selector(loop, "register", conn.fd) as refused:
+        while part := receiver.recv(1 << 16):
+            size += len(part)
+            loop.pump()
+    assert refused == [conn.fd] and conn not in loop.server.connections
+    assert size == 3 + relayed
+    assert warnings(caplog) == [REFUSED]
+    check_that_one_pair_ended(loop, beside)
+
+
+def test_a_newcomer_that_the_selector_refuses_pauses_accepting(
+    loop: Loop, listening: ListeningSocket, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = loop.pair()
+    refused_client = listening.new_client()
+    listening.new_client()  # stays in the kernel's queue
+    with full_selector(loop, "register") as refused:
+        loop.pump()
+        assert len(refused) == listening.accepts == 1
+        assert read_to_end(refused_client) == b""
+        assert len(loop.server.connections) == 2
+        assert warnings(caplog) == [REFUSED, "newcomers have to wait: the selector is full"]
+        loop.advance(ACCEPT_RETRY_SECONDS)
+        assert refused[1:] == [listening.fileno()]  # the listener is refused as well
+        assert loop.server._timeout() == ACCEPT_RETRY_SECONDS
+    running[0].sendall(b"still here")
+    loop.advance(ACCEPT_RETRY_SECONDS)
+    assert running[1].recv(100) == b"still here"
+    assert len(loop.server.connections) == 3
+    assert loop.recorder.moods() == ["empty"]
+
+
+# Faults.
+
+
+def raise_once(
+    patch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException
+) -> list[object]:
+    """Let a method raise at its first call. Return a list that has an entry then."""
+    real = getattr(owner, name)
+    calls: list[object] = []
+
+    def method(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise error
+        return real(*arguments, **named)
+
+    patch.setattr(owner, name, method)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["_drain", "_receive"])
+def test_a_fault_in_a_bulk_turn_leaves_the_backlog_to_its_client(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The connection was not polled while it was queued, and must be polled again."""
+    (sender, sending), (receiver, conn) = clients = [loop.connect_both() for _ in range(2)]
+    for client, _ in clients:
+        client.sendall(handshake())
+    loop.pump()
+    stuff(loop, sender)
+    relayed = sending.read_bytes - len(handshake())
+    receiver.sendall(b"x")  # both methods have something to do
+    with monkeypatch.context() as patch:
+        patch.setattr(transit_relay, "POLLED_BULK", 0)
+        calls = raise_once(patch, Connection, method, AssertionError("injected"))
+        loop.server.queue_bulk(conn, EVENT_READ | EVENT_WRITE)
+        assert conn.is_unpolled
+        loop.server.run_once(0)
+        assert calls and loop.server.faults.count == 1
+        assert conn.phase is Phase.FLUSHING
+    loop.pump()
+    size = 0
+    while part := receiver.recv(1 << 16):
+        size += len(part)
+        loop.pump()
+    assert size == 3 + relayed
+    receiver.close()
+    loop.pump()
+    assert conn not in loop.server.connections
+    assert loop.recorder.moods() == ["happy"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        *((Connection, name) for name in ("finish", "advance", "check_linger", "_set_backlog")),
+        (transit_relay.RawFraming, "closing_bytes"),
+        *((Session, name) for name in ("client_ended", "partner_left", "end_sent", "_end")),
+        *((Rendezvous, "pair_ended"), (Pair, "remove"), (Pair, "record")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+@pytest.mark.parametrize("has_backlog", [False, True])
+def test_a_fault_at_the_end_of_a_pair_ends_both_clients(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, has_backlog: bool
+) -> None:
+    """It does so not only for the client that left, whose event was served."""
+    leaver, stayed = loop.pair()
+    if has_backlog:
+        stuff(loop, stayed)
+    with monkeypatch.context() as patch:
+        calls = raise_once(patch, owner, method, AssertionError("injected"))
+        leaver.close()
+        loop.pump()
+        with contextlib.suppress(ConnectionResetError):  # its own end is not in order either
+            while stayed.recv(1 << 16):
+                loop.pump()
+    assert calls and loop.server.faults.count == 1
+    loop.advance(1)  # the stayed client does not close its socket
+    assert not loop.server.rendezvous.pairs
+    stayed.close()
+    loop.pump()
+    assert loop.server.connections == set()
+    assert len(loop.recorder.records) <= 1
+
+
+def test_a_memory_error_costs_one_connection(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reserve is free while the connection is ended, and is allocated again after that."""
+    faults = loop.server.faults
+    one, other = loop.pair()
+    client, conn = loop.connect_both()
+    loop.pump()
+    reserves = []
+    real_finish = Connection.finish
+
+    def finish(self: Connection, *arguments: Any) -> None:
+        reserves.append(faults._memory_reserve)
+        real_finish(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        raise_once(patch, type(conn.framing), "receive", MemoryError())
+        patch.setattr(Connection, "finish", finish)
+        client.sendall(handshake())
+        loop.pump()
+    assert reserves == [None]
+    assert faults._memory_reserve is not None
+    assert len(faults._memory_reserve) == MEMORY_RESERVE_BYTES
+    assert read_to_end(client) == b""
+    assert loop.recorder.moods() == ["empty"]
+    assert loop.server.snapshot().faults == 1
+    (message,) = warnings(caplog)
+    assert message.startswith("contained fault in ") and message.endswith("\nMemoryError")
+    one.sendall(b"still here")
+    loop.pump()
+    assert other.recv(100) == b"still here"
+
+
+def test_the_memory_reserve_waits_until_there_is_room(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(size: int) -> bytearray:
+        raise MemoryError
+
+    faults = loop.server.faults
+    assert len(faults._memory_reserve or b"") == MEMORY_RESERVE_BYTES
+    with monkeypatch.context() as patch:
+        patch.setattr(transit_relay, "bytearray", no_memory, raising=False)
+        try:
+            raise MemoryError
+        except MemoryError:
+            faults.contain(None)
+        faults.restore_memory_reserve()
+        assert faults._memory_reserve is None
+    faults.restore_memory_reserve()
+    assert len(faults._memory_reserve or b"") == MEMORY_RESERVE_BYTES
+
+
+def test_a_fault_of_one_place_is_logged_once_a_minute(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault() -> None:
+        raise AssertionError("injected")
+
+    loop.server.every(1, fault)
+    for _ in range(61):
+        loop.advance(1)
+    first, second = warnings(caplog)
+    assert first.splitlines()[0].startswith("contained fault in fault, line ")
+    assert first.endswith("\nAssertionError: injected")
+    assert second.endswith("\nAssertionError: injected (59 more since the last message)")
+    assert loop.server.snapshot().faults == 61
+
+
 # Deferred closing.
 
 
-def test_a_number_is_not_used_again_within_a_batch(
-    loop: Loop, door: Door, monkeypatch: pytest.MonkeyPatch
+def test_a_descriptor_is_not_reused_within_a_batch(
+    loop: Loop, listening: ListeningSocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One leaves and another comes in the same batch, which then names the first again."""
+    """A client leaves and another comes in one batch, which then has the first one again."""
     leaver, old = loop.connect_both()
     loop.pump()
     leaver.close()
-    newcomer = door.knock()
+    newcomer = listening.new_client()
     batch = loop.server._selector.select(0)
     batch.sort(key=lambda event: event[0].fd != old.fd)
     with monkeypatch.context() as patch:
@@ -219,16 +650,19 @@ def test_a_number_is_not_used_again_within_a_batch(
     assert loop.recorder.moods() == ["empty"]
 
 
-def test_who_has_the_number_of_a_dead_one_gets_none_of_its_events(loop: Loop) -> None:
+def test_a_reused_descriptor_gets_no_event_of_a_closed_connection(loop: Loop) -> None:
     leaver, old = loop.connect_both()
     client, its = socket.socketpair()
     leaver.close()
     loop.pump()
     with client, its:
-        new = loop.server.admit(socket.socket(fileno=os.dup2(its.fileno(), old.fd)))
+        loop.server.admit(socket.socket(fileno=os.dup2(its.fileno(), old.fd)))
         its.close()
+        (new,) = loop.server.connections
+        assert new.fd == old.fd
         client.sendall(handshake())
         old.on_ready(EVENT_READ | EVENT_WRITE)
+        old.on_bulk_turn(EVENT_READ | EVENT_WRITE)
         assert new.session.state is State.WAIT_HANDSHAKE
         loop.pump()
         assert loop.server.snapshot().current().waiting_tokens == 1
@@ -242,13 +676,13 @@ def test_both_of_a_pair_leave_in_one_batch(loop: Loop) -> None:
     one.close()
     other.close()
     loop.server.run_once(0)
-    loop.server.run_once(0)  # for who has lined up with bulk
+    loop.server.run_once(0)  # if it was queued for bulk
     assert loop.server.connections == set()
     (record,) = loop.recorder.records
     assert (record.mood, record.total_bytes) == ("happy", 3)
 
 
-def test_the_doomed_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> None:
+def test_doomed_connections_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> None:
     _, newcomer = loop.connect_both()
     client, waiter = loop.connect_both()
     client.sendall(handshake())
@@ -262,7 +696,7 @@ def test_the_doomed_are_closed_at_the_end_of_the_turn_in_order(loop: Loop) -> No
     assert loop.recorder.moods() == ["lonely", "empty"]
 
 
-def test_the_partner_of_a_doomed_one_hears_of_it_in_the_same_turn(loop: Loop) -> None:
+def test_the_partner_of_a_doomed_connection_is_ended_in_the_same_turn(loop: Loop) -> None:
     one, other = loop.pair()
     conn = next(iter(loop.server.connections))
     conn.doom()
@@ -271,7 +705,7 @@ def test_the_partner_of_a_doomed_one_hears_of_it_in_the_same_turn(loop: Loop) ->
     assert loop.recorder.moods() == ["happy"]
 
 
-# The numbers of the moment.
+# The state of the relay.
 
 
 def test_current_through_a_day(loop: Loop) -> None:
@@ -324,6 +758,18 @@ def test_rebooted_stays_and_updated_goes_on(loop: Loop) -> None:
     assert loop.server.snapshot().current()[:2] == (1_700_000_000, 1_700_000_100)
 
 
+@pytest.mark.parametrize("seconds", [1_000_000, -1_000_000])
+def test_rebooted_follows_a_clock_that_was_set_after_the_start(loop: Loop, seconds: float) -> None:
+    loop.advance(100)
+    loop.wallclock.advance(seconds)  # the monotonic clock does not see that
+    loop.advance(50)
+    current = loop.server.snapshot().current()
+    assert (current.rebooted, current.updated) == (
+        1_700_000_000 + seconds,
+        1_700_000_150 + seconds,
+    )
+
+
 def test_current_is_told_every_half_minute_when_idle(
     loop: Loop, currents: list[Current], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,10 +793,92 @@ def test_current_is_told_every_half_minute_when_busy(loop: Loop, currents: list[
     assert [now.incomplete_bytes for now in currents] == [0, 30, 60, 90]
 
 
+# A suspended process (SIGSTOP, a paused container): select returns late, and empty.
+
+
+def run_suspended(loop: Loop, seconds: float, timeout: float = 1) -> None:
+    """Run one turn in which select returns nothing, `seconds` after its `timeout`."""
+    real = loop.server._selector.select
+    calls: list[float] = []
+
+    def select(timeout: float) -> list[Any]:
+        calls.append(timeout)
+        if len(calls) > 1:
+            return real(timeout)
+        loop.clock.advance(timeout + seconds)
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.server._selector, "select", select)
+        loop.server.run_once(timeout)
+
+
+def test_after_a_suspension_a_handshake_that_has_come_counts(loop: Loop) -> None:
+    client = loop.connect()
+    loop.advance(30)
+    client.sendall(handshake())
+    run_suspended(loop, 55)
+    assert loop.server.snapshot().waiting_clients == 1
+    assert loop.recorder.moods() == []
+
+
+def test_a_suspension_does_not_count_as_time_for_the_handshake(loop: Loop) -> None:
+    client = loop.connect()
+    loop.advance(30)
+    run_suspended(loop, 55)
+    loop.advance(28.9)
+    assert loop.recorder.moods() == []
+    loop.advance(0.1)
+    assert loop.recorder.moods() == ["empty"]
+    assert read_to_end(client) == b""
+
+
+def test_a_late_select_is_no_suspension(loop: Loop) -> None:
+    """A busy machine must not make the limits longer."""
+    loop.connect()
+    for _ in range(10):
+        run_suspended(loop, 0.75)
+    loop.advance(60 - 10 * 1.75)
+    assert loop.recorder.moods() == ["empty"]
+
+
+@pytest.mark.parametrize("seconds", [55, 3_600])
+def test_after_a_suspension_a_waiting_websocket_is_asked_for_a_pong(
+    loop: Loop, seconds: float
+) -> None:
+    """It is not closed before it could answer."""
+    client = loop.client("ws")
+    client.send(handshake("waits", "one"))
+    loop.pump()
+    for _ in range(4):
+        for _ in range(10):  # during which no Ping was sent
+            run_suspended(loop, seconds)
+        loop.advance(PING_SECONDS)
+        client.send_wire(frame(PONG))
+        loop.pump()
+        assert loop.server.snapshot().waiting_clients == 1
+    partner = loop.client("ws")
+    partner.send(handshake("waits", "other"))
+    assert client.receive(3) == partner.receive(3) == b"ok\n"
+    assert client.pings
+
+
+def test_a_suspension_does_not_count_as_time_for_a_stop(loop: Loop) -> None:
+    one, _ = loop.pair()
+    stuff(loop, one)
+    loop.server.stop()
+    run_suspended(loop, 55)
+    assert loop.server.phase is ServerPhase.STOPPING_BYTES
+    loop.advance(0.9)
+    assert loop.server.phase is ServerPhase.STOPPING_BYTES
+    loop.advance(0.1)
+    assert loop.server.phase is ServerPhase.OVER
+
+
 # The stop.
 
 
-def test_a_stop_ends_everybody_with_the_right_mood(loop: Loop) -> None:
+def test_a_stop_ends_all_clients_with_the_right_mood(loop: Loop) -> None:
     clients = [*loop.pair(), loop.connect(), loop.connect()]
     clients[-1].sendall(handshake())
     loop.pump()
@@ -362,20 +890,20 @@ def test_a_stop_ends_everybody_with_the_right_mood(loop: Loop) -> None:
     assert loop.server.connections == set()
 
 
-def test_a_stop_shuts_the_door(loop: Loop, door: Door) -> None:
-    door.knock()
+def test_a_stop_closes_the_listeners(loop: Loop, listening: ListeningSocket) -> None:
+    listening.new_client()
     loop.pump()
     loop.server.stop()
     loop.pump()
     with pytest.raises(ConnectionRefusedError):
-        door.knock()
+        listening.new_client()
 
 
-def test_a_stop_shuts_the_door_that_is_not_watched(loop: Loop, door: Door) -> None:
-    leaver = door.knock()
+def test_a_stop_closes_a_listener_that_is_paused(loop: Loop, listening: ListeningSocket) -> None:
+    leaver = listening.new_client()
     loop.pump()
-    door.refusals = [errno.EMFILE]
-    door.knock()
+    listening.refusals = [errno.EMFILE]
+    listening.new_client()
     loop.pump()
     loop.server.stop()
     leaver.close()
@@ -396,7 +924,7 @@ def test_queued_bytes_get_two_seconds(loop: Loop) -> None:
 
 
 def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
-    """Nor is anything lost that had reached the relay's kernel, though it was not read yet."""
+    """Bytes that had reached the relay's kernel are delivered too, although not read yet."""
     one, other = loop.pair()
     sent = stuff(loop, one)
     assert sent > loop.server.snapshot().current().incomplete_bytes
@@ -412,7 +940,7 @@ def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
 
 
 def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
-    """What comes after the signal is no longer owed to anybody."""
+    """Bytes that come after the signal may be lost."""
     one, other = loop.pair()
     one.sendall(b"before")
     loop.server.stop()
@@ -424,7 +952,9 @@ def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("has_all", [True, False], ids=["acknowledged", "not acknowledged"])
-def test_a_stop_waits_for_no_held_one_that_has_all(loop: Loop, has_all: bool) -> None:
+def test_a_stop_waits_for_a_lingering_connection_until_it_has_everything(
+    loop: Loop, has_all: bool
+) -> None:
     client = loop.connect()
     client.sendall(b"junk\n")
     loop.pump()
@@ -432,7 +962,7 @@ def test_a_stop_waits_for_no_held_one_that_has_all(loop: Loop, has_all: bool) ->
         assert read_to_end(client) == b"bad handshake\n"
     loop.server.stop()
     loop.pump()
-    assert loop.server.phase is ServerPhase.OVER == has_all
+    assert (loop.server.phase is ServerPhase.OVER) == has_all
     loop.advance(2)
     assert loop.server.phase is ServerPhase.OVER
 
@@ -459,7 +989,7 @@ def test_a_stop_waits_ten_seconds_for_the_records(
     assert loop.server.phase is ServerPhase.OVER
 
 
-def test_the_last_that_the_recorder_hears(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_calls_of_the_recorder(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.pair()
     told: list[object] = []
     monkeypatch.setattr(loop.server.rendezvous, "record", lambda record: told.append(record.mood))
@@ -470,46 +1000,116 @@ def test_the_last_that_the_recorder_hears(loop: Loop, monkeypatch: pytest.Monkey
     assert told == ["happy", (0, 0, 0), "stop"]
 
 
+# A stop is linear in the number of connections.
+
+
+class FakeConnection:
+    """A connection without a partner, which counts how often it is asked."""
+
+    session = type("FakeSession", (), {"pair": None})
+    partner = None
+
+    def __init__(self) -> None:
+        self.has_everything = False
+        self.asked = 0
+
+    def is_delivered(self) -> bool:
+        self.asked += 1
+        return self.has_everything
+
+
+def test_a_stop_asks_a_connection_until_it_has_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All looks together ask each of them once, and each look asks one more."""
+    monkeypatch.setattr(transit_relay, "is_delivered", FakeConnection.is_delivered)
+    conns = [FakeConnection() for _ in range(2_000)]
+    drain = Drain(conns)  # type: ignore[arg-type]
+    looks = 0
+    order = random.Random(1).sample(conns, len(conns))
+    for conn in order:
+        assert not drain.is_complete()
+        looks += 1
+        conn.has_everything = True
+    assert drain.is_complete() and drain.is_complete()
+    assert sum(conn.asked for conn in conns) <= looks + len(conns)
+
+
+def test_a_turn_of_a_stop_looks_only_at_connections_that_were_served(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [loop.pair() for _ in range(20)]
+    for one, _ in pairs:
+        stuff(loop, one)
+    loop.server.stop()
+    for _ in range(3):
+        loop.server.run_once(0)
+    looked_at: list[int] = []
+    asked: list[Connection] = []
+    real_finished, real_delivered = Drain.finished_pairs, transit_relay.is_delivered
+
+    def finished_pairs(self: Drain, conns: Any) -> Any:
+        looked_at.append(len(conns))
+        return real_finished(self, conns)
+
+    def is_delivered(conn: Connection) -> bool:
+        asked.append(conn)
+        return real_delivered(conn)
+
+    monkeypatch.setattr(Drain, "finished_pairs", finished_pairs)
+    monkeypatch.setattr(transit_relay, "is_delivered", is_delivered)
+    for _ in range(10):
+        loop.server.run_once(0)
+    assert looked_at == [0] * 10 and len(asked) == 10
+    pairs[0][1].recv(1 << 20)
+    loop.server.run_once(0)
+    assert 0 < looked_at[-1] <= 2
+
+
 # Signals.
 
 
 @pytest.fixture
-def run(loop: Loop) -> Iterator[Callable[..., list[int]]]:
-    """Send signals to the loop and run it to its end. Gives those that it had no handler for."""
-    unhandled: list[int] = []
+def run(loop: Loop) -> Iterator[Callable[..., None]]:
+    """Return a function that runs the loop to its end, with signals sent to it."""
+    numbers = {*STOP_SIGNALS, *IGNORED_SIGNALS}
+    before = {number: signal.getsignal(number) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    fired: list[bool] = []
 
-    def note(number: int, _: object) -> None:
-        unhandled.append(number)
+    def give_up() -> None:
+        fired.append(True)
+        for number in (signal.SIGQUIT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
 
-    def give_up(*_: object) -> None:
-        raise AssertionError("it does not end")
+    watchdog = threading.Timer(TIMEOUT, give_up)
 
-    def run(*numbers: int) -> list[int]:
+    def run(*numbers: int, blocked: int | None = None) -> None:
         told: list[str] = []
 
         def ready() -> None:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {blocked})
+        watchdog.start()
         loop.server.run(ready, stopping=lambda: told.append("stopping"))
+        assert not fired, "the loop did not end"
         assert told == ["stopping"]
-        return unhandled
 
-    handlers = {signal.SIGTERM: note, signal.SIGINT: note, signal.SIGHUP: note}
-    handlers[signal.SIGALRM] = give_up
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
     yield run
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    watchdog.cancel()
     signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_stops_it(
     loop: Loop,
-    run: Callable[..., list[int]],
+    run: Callable[..., None],
     caplog: pytest.LogCaptureFixture,
     number: signal.Signals,
 ) -> None:
@@ -521,24 +1121,70 @@ def test_a_signal_stops_it(
 
 
 def test_a_second_signal_ends_it_at_once(
-    loop: Loop, run: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
+    loop: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     one, _ = loop.pair()
-    stuff(loop, one)  # it would wait for these two seconds, and this clock stands still
+    stuff(loop, one)  # the stop would wait two seconds for these bytes, and this clock stands still
     run(signal.SIGTERM, signal.SIGINT)
     assert caplog.messages == ["SIGTERM: stopping", "SIGINT again: ending at once"]
 
 
-def test_a_hang_up_signal_is_ignored(loop: Loop, run: Callable[..., list[int]]) -> None:
-    assert run(signal.SIGHUP, signal.SIGTERM) == []
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_was_blocked_at_the_start_stops_it(
+    loop: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    caplog.set_level(logging.INFO)
+    run(number, blocked=number)
+    assert caplog.messages == [f"{number.name}: stopping"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR"],
+)
+def test_a_signal_without_a_meaning_is_ignored(
+    loop: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    number = getattr(signal, name)
+    handled: list[int] = []
+    signal.signal(number, lambda number, _: handled.append(number))
+    run(number, signal.SIGTERM)
+    assert handled == []
+    assert signal.getsignal(number) is signal.SIG_IGN
+    assert caplog.messages == ["SIGTERM: stopping"]
+
+
+def test_an_action_of_a_signal_runs_in_the_loop_and_its_faults_are_contained(
+    loop: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    story: list[str] = []
+    real_wait = loop.server._wait
+
+    def wait(timeout: float) -> Any:
+        story.append("wait")
+        return real_wait(timeout)
+
+    def fail() -> None:
+        story.append("fails")
+        raise AssertionError("injected")
+
+    loop.server._wait = wait  # type: ignore[method-assign]
+    loop.server.signals.handle(signal.SIGUSR1, lambda: story.append("acts"))
+    loop.server.signals.handle(signal.SIGUSR2, fail)
+    run(signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
+    assert story[:3] == ["wait", "fails", "acts"]
+    assert [message.splitlines()[-1] for message in warnings(caplog)] == [
+        "AssertionError: injected"
+    ]
 
 
 # The self-check must be able to fail.
 
 
 class World:
-    """A pair with a backlog, one waiting, one without handshake: and all their books."""
+    """A pair with a backlog, a waiting client, a newcomer, and a lingering connection."""
 
     def __init__(self, loop: Loop) -> None:
         one, _ = loop.pair()
@@ -547,10 +1193,13 @@ class World:
         self.rendezvous = loop.server.rendezvous
         (self.queueing,) = (conn for conn in self.server.connections if conn.backlog)
         self.paired = self.queueing.session
+        (self.pair,) = self.rendezvous.pairs
         client, self.waiter = loop.connect_both()
         client.sendall(handshake())
         self.newcomer = loop.connect_both()[1]
+        loop.connect().sendall(b"junk\n")
         loop.pump()
+        self.lingering = self.server._timers.lingering
         ((self.token, self.crowd),) = self.rendezvous.waiting.items()
 
 
@@ -564,21 +1213,27 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
     ),
     "empty backlog": lambda w: (w.queueing, "backlog", bytearray()),
     "backlog too long": lambda w: (w.queueing, "backlog", bytearray(MAX_BACKLOG_BYTES + 1)),
-    "partner not mutual": lambda w: (w.paired, "partner", w.waiter.session),
-    "no partner": lambda w: (w.paired, "partner", None),
-    "pair forgotten": lambda w: (w.rendezvous, "paired", {w.paired}),
-    "paired and waiting": lambda w: (
-        w.rendezvous,
-        "paired",
-        w.rendezvous.paired | {w.waiter.session},
-    ),
+    "partner not mutual": lambda w: (w.pair, "sessions", (w.paired, w.waiter.session)),
+    "no pair": lambda w: (w.paired, "pair", None),
+    "pair forgotten": lambda w: (w.rendezvous, "pairs", set()),
+    "pair of a session that has not ended": lambda w: (w.pair, "sessions", (w.paired,)),
+    "relaying without a pair": lambda w: (w.newcomer.session, "state", State.RELAYING),
     "waiter forgotten": lambda w: (w.rendezvous, "waiting", {}),
-    "waiter twice": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd * 2}),
+    "waiters counted wrong": lambda w: (w.rendezvous, "waiting_clients", 2),
     "waiter under another token": lambda w: (w.rendezvous, "waiting", {b"0" * 64: w.crowd}),
-    "token nobody waits under": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd, b"": []}),
+    "token without clients": lambda w: (w.rendezvous, "waiting", {w.token: w.crowd, b"": {}}),
     "waits in another state": lambda w: (w.waiter.session, "state", State.WAIT_HANDSHAKE),
-    "time limit for nobody": lambda w: (w.server._timers.quiet, "_due", {"nobody": 0.0}),
     "waits without handshake": lambda w: (w.waiter.session, "handshake", None),
+    "time limit of no connection": lambda w: (
+        w.server._timers.silent,
+        "_since",
+        OrderedDict({"no connection": 0.0}),
+    ),
+    "flushing without a backlog": lambda w: (w.newcomer, "phase", Phase.FLUSHING),
+    "ended but open": lambda w: (w.newcomer.session, "state", State.DONE),
+    "lingering but never checked": lambda w: (w.lingering, "_since", OrderedDict()),
+    "closed but not forgotten": lambda w: (w.newcomer, "phase", Phase.CLOSED),
+    "unpolled but not queued": lambda w: (w.newcomer, "is_unpolled", True),
 }
 
 

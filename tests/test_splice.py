@@ -1,7 +1,8 @@
-"""Bulk: when it is spliced, what a pipe may hold and for whom, and where all is copied instead."""
+"""Bulk: when it is spliced, and when copied; the pool of pipes; the bulk queue and its turns."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -12,9 +13,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
+from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
-from helpers import RELAY, TIMEOUT, Loop, RelayProcess, digest, handshake, receive, reset
+from helpers import (
+    RELAY,
+    TIMEOUT,
+    FakeClock,
+    Loop,
+    RelayProcess,
+    digest,
+    handshake,
+    receive,
+    reset,
+)
 from invariants import check_pipe, check_pool, check_server
 from processes import patched
 
@@ -25,6 +37,8 @@ from transit_relay import (
     MAX_PIPES,
     PIPE_BYTES,
     PIPES_PAUSE_SECONDS,
+    POLLED_BULK,
+    TURN_BULK_SECONDS,
     Connection,
     Pipe,
     PipePool,
@@ -38,43 +52,34 @@ needs_splice = pytest.mark.skipif(
 )
 
 
-# The pool. It makes pipes that can be made anywhere, splice or not.
-
-
-class Clock:
-    """Monotonic seconds, as a test says."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+# The pool. Its pipes need no splice.
 
 
 def fill(pipe: Pipe, data: bytes = b"left behind") -> None:
-    """Have bytes in a pipe, as if they had been spliced."""
+    """Write bytes into a pipe, as if they had been spliced."""
     os.write(pipe._write_fd, data)
     pipe._filled = len(data)
 
 
 @pytest.fixture
 def pool() -> Iterator[PipePool]:
-    """A pool that may have twelve pipes; at the end nothing is left open."""
+    """Return a pool that may have twelve pipes. At the end no pipe is left open."""
     before = set(os.listdir("/proc/self/fd"))
-    pool = PipePool(12, Clock())
+    pool = PipePool(12, FakeClock(0))
     yield pool
-    pool.close()
+    pool.close_idle()
     assert set(os.listdir("/proc/self/fd")) == before
 
 
 def lend_all(pool: PipePool) -> list[Pipe]:
-    """All pipes that it has to lend."""
+    """Return all pipes that the pool lends."""
     pipes = []
     while (pipe := pool.lend()) is not None:
         pipes.append(pipe)
     return pipes
 
 
-def test_the_pool_lends_so_many_and_no_more(pool: PipePool) -> None:
+def test_the_pool_lends_no_more_than_its_maximum(pool: PipePool) -> None:
     pipes = lend_all(pool)
     assert len(pipes) == 12
     pool.give_back(pipes[0])
@@ -84,7 +89,7 @@ def test_the_pool_lends_so_many_and_no_more(pool: PipePool) -> None:
     check_pool(pool, [])
 
 
-def test_a_pool_of_none_lends_none() -> None:
+def test_a_pool_of_no_pipes_lends_none() -> None:
     assert PipePool(0).lend() is None
 
 
@@ -103,7 +108,7 @@ def test_a_pipe_with_bytes_in_it_is_never_lent_again(pool: PipePool) -> None:
     others = lend_all(pool)
     assert len(others) == 12 and used not in others
     for pipe in others:
-        check_pipe(pipe)  # empty, the kernel says so too
+        check_pipe(pipe)  # empty, for the kernel too
         pool.give_back(pipe)
 
 
@@ -116,8 +121,8 @@ def test_a_pipe_is_filled_only_when_it_is_empty(pool: PipePool) -> None:
     pool.give_back(pipe)
 
 
-@pytest.mark.parametrize("trouble", ["poor", "refused"])
-def test_a_system_that_has_none_for_us_is_not_asked_for_a_minute(
+@pytest.mark.parametrize("trouble", ["small", "refused"])
+def test_after_a_refused_or_small_pipe_none_is_made_for_a_minute(
     pool: PipePool, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     asked = []
@@ -131,7 +136,7 @@ def test_a_system_that_has_none_for_us_is_not_asked_for_a_minute(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pipe", pipe)
-        patch.setattr(transit_relay, "F_SETPIPE_SZ", transit_relay.F_GETPIPE_SZ)  # stays small
+        patch.setattr(transit_relay, "F_SETPIPE_SZ", transit_relay.F_GETPIPE_SZ)  # it stays small
         assert pool.lend() is None and pool.lend() is None
         assert len(asked) == 1
         pool._clock.now += PIPES_PAUSE_SECONDS - 1
@@ -151,12 +156,12 @@ def test_a_system_that_has_none_for_us_is_not_asked_for_a_minute(
         (b"16384\n", MAX_PIPES),  # the default
         (b"1000000\n", MAX_PIPES),
         (b"0\n", MAX_PIPES),  # no limit
-        (None, MAX_PIPES),  # hidden: the default is assumed
+        (None, MAX_PIPES),  # not readable: the default is assumed
         (b"1024\n", 2),
         (b"511\n", 0),
     ],
 )
-def test_no_more_than_half_of_what_a_user_may_have(
+def test_the_relay_uses_half_of_a_users_pipes(
     monkeypatch: pytest.MonkeyPatch, pages: bytes | None, most: int
 ) -> None:
     def read(path: str, mode: str) -> BytesIO:
@@ -181,14 +186,14 @@ sys.path.insert(0, sys.argv[1])
 import transit_relay as t
 clock = type("Clock", (), {"now": 0.0, "__call__": lambda self: self.now})()
 if os.geteuid() == 0:
-    os.setuid(54321)  # nobody else's
+    os.setuid(54321)  # a user without other processes
 pool = t.PipePool(t.MAX_PIPES, clock)
 pipes = [pool.lend() for _ in range(t.MAX_PIPES)]
 print("all lent:", None not in pipes)
 for pipe in pipes:
     pool.give_back(pipe)
-pool.close()
-print("one is as good as the last:", all(pipe.is_large for pipe in pipes))
+pool.close_idle()
+print("all are large:", all(pipe.is_large for pipe in pipes))
 
 others, granted = [], t.PIPE_BYTES
 while granted == t.PIPE_BYTES:  # another process of this user
@@ -197,17 +202,17 @@ while granted == t.PIPE_BYTES:  # another process of this user
         granted = fcntl.fcntl(others[-1][1], t.F_SETPIPE_SZ, t.PIPE_BYTES)
     except PermissionError:
         granted = 0
-print("poor ones are refused:", pool.lend() is None)
+print("small ones are refused:", pool.lend() is None)
 for fds in others:
     os.close(fds[0]); os.close(fds[1])
-print("and not asked for again so soon:", pool.lend() is None)
+print("none is made for a while:", pool.lend() is None)
 clock.now += t.PIPES_PAUSE_SECONDS
-print("but later:", pool.lend() is not None)
+print("one is made later:", pool.lend() is not None)
 """
 
 
-def test_an_ordinary_user_has_what_the_pool_lends_and_not_endlessly_more() -> None:
-    """The kernel's own limit, which root is exempt from."""
+def test_an_ordinary_user_may_have_all_pipes_of_the_pool() -> None:
+    """The kernel's own limit. Root is exempt from it."""
     done = subprocess.run(
         [sys.executable, "-c", ORDINARY_USER, str(RELAY.parent)],
         capture_output=True,
@@ -238,20 +243,11 @@ def test_the_self_check_notices(pool: PipePool, trouble: str) -> None:
     pool.give_back(lent)
 
 
-def test_without_descriptors_idle_pipes_make_room(loop: Loop) -> None:
-    pool = loop.server.pipes = PipePool(1, loop.clock)
-    (pipe,) = lend_all(pool)
-    pool.give_back(pipe)
-    before = len(os.listdir("/proc/self/fd"))
-    loop.server._pause_accepting("no descriptors")
-    assert len(os.listdir("/proc/self/fd")) == before - 2
-
-
 # What is spliced, and what is copied.
 
 
 class CountingPool(PipePool):
-    """Counts how often it was asked."""
+    """A pool that counts how often it is asked for a pipe."""
 
     asked = 0
 
@@ -261,13 +257,13 @@ class CountingPool(PipePool):
 
 
 def count_lent(loop: Loop) -> CountingPool:
-    """From now on it is counted."""
+    """Replace the loop's pool with a counting one."""
     loop.server.pipes = CountingPool(affordable_pipes(), loop.clock)
     return loop.server.pipes
 
 
 def carry(loop: Loop, sender: socket.socket, receiver: socket.socket, data: bytes) -> None:
-    """Have `data` relayed, whatever the kernel's buffers hold, and see that it is the same."""
+    """Relay `data`, which may be more than the kernel's buffers hold, and compare it."""
     rest, got = memoryview(data), bytearray()
     sender.setblocking(False)
     while len(got) < len(data):
@@ -292,12 +288,12 @@ def test_short_messages_are_copied_and_bulk_is_spliced(loop: Loop) -> None:
     asked = pool.asked
     for _ in range(100):
         carry(loop, one, other, b"x" * 1400)
-    assert pool.asked <= asked + 1  # the first one found out
+    assert pool.asked <= asked + 1  # only the first read is still taken for bulk
 
 
 @needs_splice
 @pytest.mark.parametrize(("first", "second"), [("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")])
-def test_what_is_spelled_is_never_spliced(loop: Loop, first: str, second: str) -> None:
+def test_bytes_of_a_websocket_are_never_spliced(loop: Loop, first: str, second: str) -> None:
     pool = count_lent(loop)
     for one, other in (loop.meet(first, second), loop.meet(second, first)):
         one.send(BULK)
@@ -306,7 +302,7 @@ def test_what_is_spelled_is_never_spliced(loop: Loop, first: str, second: str) -
 
 
 @needs_splice
-def test_one_alone_and_one_told_to_go_are_never_spliced(loop: Loop) -> None:
+def test_without_a_partner_nothing_is_spliced(loop: Loop) -> None:
     pool = count_lent(loop)
     for line in (handshake("waits"), b"junk\n"):
         client = loop.connect(tcp=True)
@@ -316,7 +312,7 @@ def test_one_alone_and_one_told_to_go_are_never_spliced(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOMEM])
-def test_where_splice_is_refused_all_is_copied(
+def test_where_splice_is_refused_all_bytes_are_copied(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     refused = []
@@ -335,8 +331,7 @@ def test_where_splice_is_refused_all_is_copied(
 
 
 @needs_splice
-def test_what_one_side_has_in_a_pipe_is_what_it_may_have(loop: Loop) -> None:
-    """When the last pipe is out, bulk is copied."""
+def test_bulk_is_copied_when_no_pipe_is_left(loop: Loop) -> None:
     loop.server.pipes = PipePool(1, loop.clock)
     first, second = loop.pair(tcp=True), loop.pair(tcp=True)
     backlogs = [stuff(loop, *pair) for pair in (first, second)]
@@ -344,7 +339,7 @@ def test_what_one_side_has_in_a_pipe_is_what_it_may_have(loop: Loop) -> None:
 
 
 def stuff(loop: Loop, sender: socket.socket, receiver: socket.socket) -> bytearray | Pipe | None:
-    """Send until something stays with the relay, and give what holds it."""
+    """Send until the relay has a new backlog, and return that."""
     before = {conn for conn in loop.server.connections if conn.backlog is not None}
     sender.setblocking(False)
     while True:
@@ -356,91 +351,217 @@ def stuff(loop: Loop, sender: socket.socket, receiver: socket.socket) -> bytearr
                 return conn.backlog
 
 
-# Whoever has bulk lines up.
+# The bulk queue.
 
 
-def senders(loop: Loop, count: int) -> list[Connection]:
-    """Those of so many pairs who have something to be read, and had bulk the last time."""
-    clients, senders = [], []
-    for number in range(count):
-        (one, conn), (other, _) = loop.connect_both(tcp=True), loop.connect_both(tcp=True)
-        for client, side in ((one, "one"), (other, "other")):
-            client.sendall(handshake(str(number), side))
-            loop.pump()
-        clients.append(one)
-        senders.append(conn)
-    for client, conn in zip(clients, senders):
-        client.sendall(b"something")
-        conn._bulk = True
-    loop.wait_for_arrivals()
-    return senders
+class Senders:
+    """Pairs, each with a sender whose last read was bulk and from which bytes can be read."""
+
+    def __init__(self, loop: Loop, count: int) -> None:
+        self.loop = loop
+        self.clients: list[socket.socket] = []
+        self.conns: list[Connection] = []
+        for number in range(count):
+            (one, conn), (other, _) = loop.connect_both(tcp=True), loop.connect_both(tcp=True)
+            for client, side in ((one, "one"), (other, "other")):
+                client.sendall(handshake(str(number), side))
+                loop.pump()
+            self.clients.append(one)
+            self.conns.append(conn)
+        self.send()
+
+    def send(self) -> None:
+        """Let each of them send, as if it had sent bulk before."""
+        self.begun = [conn.read_bytes for conn in self.conns]
+        for client, conn in zip(self.clients, self.conns):
+            client.sendall(b"something")
+            conn._is_bulk = True
+        self.loop.wait_for_arrivals()
+
+    def moved(self) -> list[Connection]:
+        """Return the senders that were read since the last `send`."""
+        pairs = zip(self.conns, self.begun)
+        return [conn for conn, begun in pairs if conn.read_bytes > begun]
 
 
-def has_moved(conn: Connection) -> bool:
-    return conn.session.received_bytes > 0
-
-
-def test_small_ones_do_not_wait_for_all_bulk(loop: Loop) -> None:
-    *others, small = senders(loop, 9)
-    small._bulk = False
+def test_small_reads_do_not_wait_for_all_bulk(loop: Loop) -> None:
+    senders = Senders(loop, 9)
+    small = senders.conns[-1]
+    small._is_bulk = False
     loop.server.run_once(0)
-    assert has_moved(small) and sum(map(has_moved, others)) == 2
+    moved = senders.moved()
+    assert small in moved and len(moved) == 1 + 2
 
 
-def test_bulk_moves_in_the_order_in_which_it_lined_up(loop: Loop) -> None:
-    line = senders(loop, 8)[::-1]
-    for conn in line:
-        loop.server.queue_bulk(conn)
-        loop.server.queue_bulk(conn)  # twice makes no difference
-    moved = []
+def test_bulk_moves_in_the_order_of_the_queue(loop: Loop) -> None:
+    senders = Senders(loop, 8)
+    queue = senders.conns[::-1]
+    for conn in queue:
+        loop.server.queue_bulk(conn, EVENT_READ)
+        loop.server.queue_bulk(conn, EVENT_READ)  # twice makes no difference
+    moved: list[Connection] = []
     while len(moved) < 8:
         loop.server.run_once(0)
-        news = [conn for conn in line if has_moved(conn) and conn not in moved]
-        assert news, "a turn in which nobody moves"
-        moved += news
-    assert moved == line
+        new = [conn for conn in queue if conn in senders.moved() and conn not in moved]
+        assert new, "a turn in which no bulk moves"
+        moved += new
+    assert moved == queue
 
 
-def test_who_leaves_the_line_by_dying_is_not_missed(loop: Loop) -> None:
-    line = senders(loop, 8)
+@pytest.mark.parametrize("turn_bytes", [1, 27])
+def test_a_turn_of_bulk_is_bounded_by_bytes(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, turn_bytes: int
+) -> None:
+    senders = Senders(loop, 40)
+    monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", turn_bytes)
+    for turn in range(1, 5):
+        loop.server.run_once(0)
+        assert len(senders.moved()) == turn * ((turn_bytes + 8) // 9)
+
+
+def test_a_turn_of_bulk_is_bounded_by_time(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    senders = Senders(loop, 40)
+    real = Connection.on_bulk_turn
+
+    def on_bulk_turn(self: Connection, ready: int) -> int:
+        loop.clock.advance(TURN_BULK_SECONDS / 3)
+        return real(self, ready)
+
+    monkeypatch.setattr(Connection, "on_bulk_turn", on_bulk_turn)
+    for turn in range(1, 5):
+        loop.server.run_once(0)
+        # Rounding may make it one more.
+        assert 3 * turn <= len(senders.moved()) <= 4 * turn
+
+
+def test_a_long_bulk_queue_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is polled, and each connection again when its bulk is moved."""
+    senders = Senders(loop, POLLED_BULK + 4)
+    monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)  # one in a turn
     loop.server.run_once(0)
-    for conn in line:
-        conn.doom()
+    check_server(loop.server)
+    unpolled = [conn for conn in senders.conns if conn.is_unpolled]
+    assert len(unpolled) == 4
+    registered = loop.server._selector.get_map()
+    for conn in senders.conns:
+        is_polled = conn not in unpolled
+        assert (conn.fd in registered) == is_polled == (conn.mask == EVENT_READ)
+        assert conn in loop.server._bulk_queue or conn in senders.moved()
+    events = {key.fd for key, _ in loop.server._selector.select(0)}
+    assert not events & {conn.fd for conn in unpolled}
+    for _ in range(len(senders.conns)):
+        loop.server.run_once(0)
+        check_server(loop.server)
+    assert senders.moved() == senders.conns
+    assert not any(conn.is_unpolled for conn in senders.conns)
+    assert all(conn.mask == EVENT_READ for conn in senders.conns)
+    senders.send()
     loop.pump()
-    assert not any(conn in loop.server.connections for conn in line)
-    assert sum(map(has_moved, line)) == 2
+    assert senders.moved() == senders.conns
 
 
-def test_who_may_not_be_read_any_more_is_not_read_on_its_turn(loop: Loop) -> None:
-    (conn,) = senders(loop, 1)
-    loop.server.queue_bulk(conn)
-    assert conn.partner is not None
-    conn.partner._set_backlog(bytearray(b"x"))
-    conn.on_bulk_turn()
-    assert not has_moved(conn)
-
-
-def test_nobody_waits_for_events_while_there_is_a_line(
+def test_as_long_as_reads_are_large_a_connection_stays_unpolled(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (conn,) = senders(loop, 1)
+    """And the others have their turns meanwhile."""
+    senders = Senders(loop, POLLED_BULK + 4)
+    monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)
+    monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)  # all reads are large
+    receivers = len(senders.conns)
+    for _ in range(receivers):
+        loop.server.run_once(0)
+        check_server(loop.server)
+    assert senders.moved() == senders.conns
+    assert any(conn.is_unpolled for conn in senders.conns)
+    for _ in range(2 * receivers):  # their next reads find nothing
+        loop.server.run_once(0)
+        check_server(loop.server)
+    assert not any(conn.is_unpolled for conn in senders.conns)
+    assert not loop.server._bulk_queue
+
+
+def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of many receivers begins to read at the same time."""
+    monkeypatch.setattr(transit_relay, "POLLED_BULK", 1)
+    monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)
+    pairs = [loop.pair() for _ in range(8)]
+    for one, _ in pairs:
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                one.send(BULK)
+                loop.pump()
+    receivers = [conn for conn in loop.server.connections if conn.backlog is not None]
+    assert len(receivers) == 8
+    senders = [conn.partner for conn in receivers]
+    for conn in receivers:
+        assert conn.queued_bytes() >= BULK_BYTES
+    unpolled: set[Connection] = set()
+    for _ in range(100):
+        for _, other in pairs:
+            with contextlib.suppress(BlockingIOError):
+                other.setblocking(False)
+                other.recv(1 << 20)
+        loop.server.run_once(0)
+        check_server(loop.server)
+        unpolled.update(conn for conn in receivers if conn.is_unpolled)
+    assert len(unpolled) > 1
+    assert not any(conn.backlog for conn in receivers)
+    assert all(conn is not None and conn.mask == EVENT_READ for conn in senders)
+
+
+def test_a_queued_connection_that_is_closed_leaves_the_queue(loop: Loop) -> None:
+    senders = Senders(loop, 8)
+    loop.server.run_once(0)
+    assert len(loop.server._bulk_queue) == 6
+    for conn in senders.conns:
+        conn.doom()
+    loop.server._reap()
+    assert not set(senders.conns) & {*loop.server.connections, *loop.server._bulk_queue}
+    loop.pump()
+    assert len(senders.moved()) == 2
+
+
+def test_a_connection_is_queued_once_for_both_events(loop: Loop) -> None:
+    (conn,) = Senders(loop, 1).conns
+    for ready in (EVENT_READ, EVENT_WRITE, EVENT_READ):
+        loop.server.queue_bulk(conn, ready)
+    assert loop.server._bulk_queue == {conn: EVENT_READ | EVENT_WRITE}
+
+
+def test_a_queued_connection_is_not_read_while_its_partner_has_a_backlog(loop: Loop) -> None:
+    senders = Senders(loop, 1)
+    (conn,) = senders.conns
+    loop.server.queue_bulk(conn, EVENT_READ)
+    assert conn.partner is not None
+    conn.partner._set_backlog(bytearray(b"x"))
+    conn.on_bulk_turn(EVENT_READ)
+    assert not senders.moved()
+
+
+def test_the_loop_does_not_wait_while_bulk_is_queued(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (conn,) = Senders(loop, 1).conns
     waited: list[object] = []
     monkeypatch.setattr(
         loop.server._selector, "select", lambda timeout: waited.append(timeout) or []
     )
-    loop.server.queue_bulk(conn)
+    loop.server.queue_bulk(conn, EVENT_READ)
     for _ in range(2):
         loop.server.run_once(60)
     assert waited == [0, 60]
 
 
-# What one pair has in a pipe never reaches another.
+# Bytes of one pair never reach another.
 
-PERIOD = 65_521  # a prime: what is lost or added moves all that follows
+PERIOD = 65_521  # a prime: a lost or added block shifts everything after it
 
 
 class Stream:
-    """A pair, and bytes on their way through it: no two pairs', and no two places', are alike."""
+    """A pair, and the bytes that it sends: each pair and each position has different ones."""
 
     def __init__(self, one: socket.socket, other: socket.socket, seed: int) -> None:
         self.one, self.other = one, other
@@ -450,19 +571,19 @@ class Stream:
             sock.setblocking(False)
 
     def at(self, position: int, size: int) -> bytes:
-        """What is to be there."""
+        """Return the bytes at `position`."""
         start = position % PERIOD
         return self._bytes[start : start + size]
 
     def send(self, size: int) -> None:
-        """Send some, if it is taken."""
+        """Send some bytes, if they are accepted."""
         try:
             self.sent += self.one.send(self.at(self.sent, size))
         except BlockingIOError:
             pass
 
     def receive(self) -> int:
-        """Look at some of what has come. Gives how much that was."""
+        """Read and compare some bytes. Return how many; -1 if none have come."""
         try:
             part = self.other.recv(4 * PERIOD)
         except BlockingIOError:
@@ -472,7 +593,7 @@ class Stream:
         return len(part)
 
     def cut(self, chance: random.Random) -> None:
-        """One of the two leaves, in one way or the other, and then the other one."""
+        """Close or reset both clients, in any order."""
         for sock in chance.sample([self.one, self.other], 2):
             if chance.random() < 0.7:
                 reset(sock)
@@ -484,10 +605,10 @@ Meet = Callable[[int], "tuple[socket.socket, socket.socket]"]
 
 
 def cut_some_while_others_run(meet: Meet, turn: Callable[[], None]) -> None:
-    """64 pairs run, each of whose bytes is looked at, while others come and are cut.
+    """Run 64 pairs and compare each byte, while other pairs come and are cut.
 
-    Some receivers read, some are slow, and those to be cut do not read at all: they are cut with
-    bytes in the relay, and the pipes that these are in are the ones that the others are lent.
+    Some receivers are slow. The receivers of the pairs that are cut do not read at all, so that
+    these pairs have bytes in the relay. Without care, their pipes would be lent to the others.
     """
     chance = random.Random(1)
     streams = [Stream(*meet(seed), seed) for seed in range(64)]
@@ -523,11 +644,11 @@ def cut_some_while_others_run(meet: Meet, turn: Callable[[], None]) -> None:
 
 @needs_splice
 @pytest.mark.parametrize("most", [2, MAX_PIPES])
-def test_cut_pairs_leave_nothing_to_others(
+def test_bytes_of_a_cut_pair_never_reach_another(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """The books are looked at all the time."""
-    monkeypatch.setattr(transit_relay, "BULK_BYTES", 0)
+    """The invariants are checked in each turn."""
+    monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
     loop.server.pipes = PipePool(most, loop.clock)
     closed = []
     monkeypatch.setattr(Pipe, "close", closing(closed))
@@ -546,11 +667,11 @@ def test_cut_pairs_leave_nothing_to_others(
         check_server(loop.server)
 
     cut_some_while_others_run(meet, turn)
-    assert sum(left > 0 for left in closed) > 20, "hardly a pair was cut with bytes in a pipe"
+    assert sum(left > 0 for left in closed) > 20, "few pairs were cut with bytes in a pipe"
 
 
 def closing(closed: list[int]) -> Callable[[Pipe], None]:
-    """Pipe.close, but how much was in it is noted."""
+    """Return a Pipe.close that notes how many bytes were in the pipe."""
     real = Pipe.close
 
     def close(pipe: Pipe) -> None:
@@ -560,10 +681,10 @@ def closing(closed: list[int]) -> Callable[[Pipe], None]:
     return close
 
 
-def test_cut_pairs_leave_nothing_to_others_of_a_real_relay(
+def test_bytes_of_a_cut_pair_never_reach_another_of_a_real_relay(
     relay: Callable[..., RelayProcess],
 ) -> None:
-    running = relay(program=patched(BULK_BYTES=0))
+    running = relay(program=patched(BULK_BYTES=1))
     cut_some_while_others_run(lambda seed: running.pair(str(seed)), lambda: None)
 
 
@@ -571,14 +692,14 @@ def test_cut_pairs_leave_nothing_to_others_of_a_real_relay(
 
 
 def pipes_of(running: RelayProcess) -> int:
-    """How many ends of pipes it has open, besides what it writes its messages to."""
+    """Return how many ends of pipes are open, the standard descriptors aside."""
     folder = f"/proc/{running.pid}/fd"
     links = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder) if int(fd) > 2]
     return sum(link.startswith("pipe:") for link in links)
 
 
 @pytest.mark.parametrize("options", [(), ("--no-splice",)], ids=["default", "--no-splice"])
-def test_a_relay_has_pipes_unless_told_otherwise(
+def test_a_relay_makes_pipes_when_there_is_bulk(
     relay: Callable[..., RelayProcess], options: tuple[str, ...]
 ) -> None:
     running = relay(*options)
@@ -594,11 +715,41 @@ def test_a_relay_has_pipes_unless_told_otherwise(
 
 
 @needs_splice
-def test_a_reset_leaves_what_is_in_the_pipe_to_the_partner(loop: Loop) -> None:
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(transit_relay.Pair, "count"), (Connection, "_flush"), (Connection, "_set_backlog")],
+    ids=["count", "_flush", "_set_backlog"],
+)
+def test_a_fault_while_bulk_is_spliced_costs_no_pipe(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
+    one, _ = loop.pair()
+    real = getattr(owner, method)
+    calls: list[object] = []
+
+    def fault(self: object, *arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise AssertionError("injected")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(owner, method, fault)
+    one.setblocking(False)
+    for _ in range(20):
+        with contextlib.suppress(OSError):  # the pair may have ended
+            one.send(BULK)
+        loop.pump()  # checks the pool
+    assert calls and loop.server.faults.count == 1
+
+
+@needs_splice
+def test_a_reset_does_not_discard_what_is_in_the_pipe(loop: Loop) -> None:
     one, other = loop.pair(tcp=True)
     backlog = stuff(loop, one, other)
     assert isinstance(backlog, Pipe)
-    taken = max(conn.session.received_bytes for conn in loop.server.connections)
+    (pair,) = loop.server.rendezvous.pairs
+    relayed = pair.total_bytes
     reset(one)
     got = bytearray()
     while True:
@@ -608,5 +759,5 @@ def test_a_reset_leaves_what_is_in_the_pipe_to_the_partner(loop: Loop) -> None:
             if not part:
                 break
             got += part
-    assert len(got) >= taken
+    assert len(got) >= relayed
     assert got == (BULK * (len(got) // len(BULK) + 1))[: len(got)]
