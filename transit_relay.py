@@ -1967,16 +1967,15 @@ class Faults:
             for session in pair.sessions:
                 if pair is not session.pair and pair is not session.ended_pair:
                     self.guard(session.abandon)
+            if len(pair.sessions) == 1 and pair.sessions[0].pair is pair:
+                self.guard(partial(pair.sessions[0].partner_left, Reason.ENDED))
         for conn in tuple(loop.connections):
-            session = conn.session
-            if session.pair is not None and len(session.pair.sessions) == 1:
-                self.guard(partial(session.partner_left, Reason.ENDED))
             if conn.phase is Phase.LINGERING:
-                self.guard(session.end_sent)
+                self.guard(conn.session.end_sent)
                 self.guard(partial(conn.check_linger, loop.clock()))
             if conn.phase is Phase.CLOSED and conn.sock.fileno() >= 0:
                 loop.doom(conn)
-            loop.update_interest(conn)
+            self.guard(partial(loop.update_interest, conn))
 
     def note(self, what: str, error: OSError) -> None:
         """Note an error of the system that ends a connection."""
@@ -2136,7 +2135,7 @@ class Server:
             self.faults.guard(action)
         if self._drain is not None:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
-            self._end_pairs(self._drain.finished_pairs(served))
+            self.faults.guard(partial(self._end_pairs, self._drain.finished_pairs(served)))
         self._run_timers(self.clock())
         self._reap()
         if self.faults.need_repair:
@@ -2347,10 +2346,12 @@ class Server:
     def _continue_stop(self, now: float) -> None:
         """Enter the next phase of the stop, if this one is complete or its deadline passed."""
         if self.phase is ServerPhase.STOPPING_BYTES:
-            assert self._drain is not None
-            if now < self._deadline and not self._drain.is_complete():
-                return
-            self._end_pairs(self._drain.all_pairs(self.connections))
+            if self._drain is not None:  # None: `stop` met a fault
+                if now < self._deadline and not self._drain.is_complete():
+                    return
+                self.faults.guard(
+                    partial(self._end_pairs, self._drain.all_pairs(self.connections))
+                )
             self._close_connections()
             self.recorder.update(self.snapshot().current())
             self.recorder.stop()

@@ -1,6 +1,4 @@
-"""What the tests of streams share: what is in one, read in the plainest way, and a relay without
-sockets that is fed with it.
-"""
+"""What the tests of streams share: a simple decoder of frames, and a relay without sockets."""
 
 from __future__ import annotations
 
@@ -33,13 +31,13 @@ SWITCHED = (
     b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
 )
 
-# Frames: what stands in a stream, as the RFC has it and as a FrameParser finds it.
+# Frames: the content of a stream, decoded by this file and by a FrameParser.
 
 Found = list[tuple[int, bytes, bool]]
 
 
 def note(found: Found, opcode: int, payload: bytes, is_last: bool) -> None:
-    """Add to what was found; pieces that stand next to each other in a message switch_user one."""
+    """Append to `found`. Join adjacent pieces of a message."""
     if opcode == BINARY and not payload and not is_last:
         return
     if opcode == BINARY and found and found[-1][0] == BINARY and not found[-1][2]:
@@ -48,9 +46,9 @@ def note(found: Found, opcode: int, payload: bytes, is_last: bool) -> None:
 
 
 def plain_reading(data: bytes, masked: bool) -> tuple[Found, int | None]:
-    """What a whole stream says, read in the plainest way: the events, and the error behind them.
+    """Return the events in a whole stream, and the close code of the error that ends it, if any.
 
-    Not for pieces, not fast, and all in memory. Ends with a Close, as what follows is nothing.
+    This second implementation is simple and slow. It stops after a Close.
     """
     found: Found = []
     at, in_message = 0, False
@@ -100,7 +98,7 @@ def plain_reading(data: bytes, masked: bool) -> tuple[Found, int | None]:
 
 
 def read(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
-    """What a FrameParser finds in them, each in a buffer that others use soon."""
+    """Return the same, found by a FrameParser. Each piece is in a buffer that is overwritten."""
     parser = FrameParser(must_be_masked=masked)
     found: Found = []
     for piece in pieces:
@@ -116,27 +114,27 @@ def read(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
     return found, None
 
 
-# A client as a whole. The Sessions are real, and so are their rules.
+# A client without a socket. Its Session and Framing are real.
 
 
 class FramedTransport(FakeTransport):
-    """A Transport with a real Session and a real Framing. Keeps what is written."""
+    """A Transport with a real Session and a real Framing. It keeps what is written."""
 
     framing: Framing
 
     def __init__(
         self, rendezvous: Rendezvous, role: Role = Role.PORT, journal: list[object] | None = None
     ) -> None:
-        """`role`: of the listener. `journal`: a list that several of these share."""
+        """`role`: of the listener. `journal`: a list that several transports share."""
         super().__init__()
         self.session = Session(self, rendezvous, 0.0, role)
         self.framing = first_framing(self.session, self)
         self.journal = [] if journal is None else journal
-        self.queued = 0  # what the client leaves unread, as the test says
+        self.queued = 0  # bytes that the client leaves unread; set by the test
         self.activities = 0
 
     def feed(self, *pieces: bytes) -> None:
-        """Each comes into the same buffer, which is soon used for others."""
+        """Receive the pieces, each in a buffer that is overwritten afterwards."""
         for piece in pieces:
             buffer = bytearray(piece)
             self.framing.receive(memoryview(buffer))
@@ -149,15 +147,15 @@ class FramedTransport(FakeTransport):
 
     def write(self, data: Bytes, *more: Bytes) -> None:
         written = b"".join((data, *more))
-        assert not self.finished, f"written behind the end: {written!r}"
+        assert not self.finished, f"written after the end: {written!r}"
         assert len(data), "nothing is written"
         self.sent += written
         self.journal.append((self, written))
 
     def finish(self, reason: Reason) -> None:
-        goodbye, self.framing = self.framing.closing_bytes(reason), DISCARD
-        if goodbye:
-            self.write(goodbye)
+        closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
+        if closing_bytes:
+            self.write(closing_bytes)
         super().finish(reason)
 
     def queued_bytes(self) -> int:
@@ -166,13 +164,13 @@ class FramedTransport(FakeTransport):
     def note_activity(self) -> None:
         self.activities += 1
 
-    def said(self) -> list[tuple[int, bytes]]:
-        """The frames that a WebSocket client was sent."""
+    def frames(self) -> list[tuple[int, bytes]]:
+        """Return the frames that a WebSocket client was sent."""
         return read_frames(self.sent)
 
 
 def read_frames(sent: bytes) -> list[tuple[int, bytes]]:
-    """What is in a relay's frames, each of which is whole, and a message."""
+    """Return opcodes and payloads. Each frame must be whole, and a message of its own."""
     found, code = plain_reading(sent, masked=False)
     frames = [(opcode, payload) for opcode, payload, _ in found]
     assert code is None and all(is_last for _, _, is_last in found), found
@@ -182,7 +180,7 @@ def read_frames(sent: bytes) -> list[tuple[int, bytes]]:
 
 
 class Room:
-    """Where clients meet: a Rendezvous, its records, and what was written to all, in order."""
+    """A Rendezvous, its records, and a journal of what was written to all clients, in order."""
 
     def __init__(self) -> None:
         self.records: list[UsageRecord] = []
@@ -190,34 +188,34 @@ class Room:
         self.journal: list[object] = []
 
     def client(self, role: Role = Role.PORT) -> FramedTransport:
-        """Somebody comes."""
+        """Return a new client."""
         return FramedTransport(self.rendezvous, role, self.journal)
 
     def partner(self) -> FramedTransport:
-        """Somebody comes over TCP, and waits under our token."""
-        wire = self.client()
-        wire.feed(handshake("token", "other"))
-        assert wire.session.state == State.WAIT_PARTNER
-        return wire
+        """Return a raw client that waits under our token."""
+        client = self.client()
+        client.feed(handshake("token", "other"))
+        assert client.session.state == State.WAIT_PARTNER
+        return client
 
     def socket(self) -> FramedTransport:
-        """Somebody comes whose upgrade is done."""
-        wire = self.client(role=Role.WEBSOCKET)
-        wire.session.stream_opened()
-        wire.framing = WebSocketFraming(wire.session, wire)
-        return wire
+        """Return a WebSocket client whose upgrade is done."""
+        client = self.client(role=Role.WEBSOCKET)
+        client.session.stream_opened()
+        client.framing = WebSocketFraming(client.session, client)
+        return client
 
     def pair(self) -> tuple[FramedTransport, FramedTransport]:
-        """A WebSocket client and its partner; both have been told `ok`."""
-        partner, wire = self.partner(), self.socket()
-        wire.feed(frame(BINARY, LINE))
-        assert partner.sent == b"ok\n" and wire.said() == [(BINARY, b"ok\n")]
-        for one in (partner, wire):
+        """Return a WebSocket client and its raw partner. Both have received `ok`."""
+        partner, client = self.partner(), self.socket()
+        client.feed(frame(BINARY, LINE))
+        assert partner.sent == b"ok\n" and client.frames() == [(BINARY, b"ok\n")]
+        for one in (partner, client):
             one.sent = b""
             one.activities = 0
         self.journal.clear()
-        return wire, partner
+        return client, partner
 
     def moods(self) -> list[str]:
-        """The moods of all records so far, in order."""
+        """Return the moods of all records so far, in order."""
         return [record.mood for record in self.records]

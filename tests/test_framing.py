@@ -1,4 +1,4 @@
-"""Framings: who comes, where the first line ends, what is data, however the stream is cut."""
+"""Framings: the encoding of a client, the end of its first line, and its data, in every split."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from helpers import (
     PING,
     PONG,
     TEXT,
+    FakeTransport,
     close_payload,
     frame,
     handshake,
@@ -31,6 +32,7 @@ from transit_relay import (
     FRAMES_PER_READ,
     MAX_LINE_BYTES,
     DetectFraming,
+    Discard,
     Framing,
     HttpFraming,
     RawFraming,
@@ -45,10 +47,10 @@ from ws_frames import Reader
 # RawFraming.
 
 
-class Listener:
-    """Takes a Session's place and notes what it is told.
+class SessionStub:
+    """Takes a Session's place and notes its events.
 
-    Behind a line that is no handshake a Session throws all away; so does this.
+    Like a Session, it discards what follows a line that is too long for a handshake.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ class Listener:
 
     def line_received(self, line: bytes) -> None:
         assert self.line is None, "a second line"
-        assert isinstance(line, bytes)  # not a view of a buffer that others will overwrite
+        assert isinstance(line, bytes)  # not a view of a buffer that will be overwritten
         self.line = line
 
     def bytes_received(self, data: bytes | memoryview) -> None:
@@ -68,11 +70,11 @@ class Listener:
 
 
 class Stream:
-    """Feeds a RawFraming as a Connection does: from one buffer, soon used for others."""
+    """Feeds a RawFraming as a Connection does: from a buffer that is overwritten afterwards."""
 
     def __init__(self) -> None:
-        self.told = Listener()
-        self.framing = RawFraming(cast(Session, self.told))
+        self.session = SessionStub()
+        self.framing = RawFraming(cast(Session, self.session), FakeTransport())
 
     def feed(self, *pieces: bytes) -> None:
         for piece in pieces:
@@ -81,11 +83,11 @@ class Stream:
             buffer[:] = b"\n" * len(buffer)
 
     def events(self) -> tuple[bytes | None, bytes]:
-        """The line, if it has come, and what has come behind it."""
-        return self.told.line, self.told.data
+        """Return the line, if it has come, and the data after it."""
+        return self.session.line, self.session.data
 
 
-# A stream; the line that is found in it; the data behind the line.
+# A stream; the line that is found in it; the data after the line.
 VECTORS: dict[str, tuple[bytes, bytes | None, bytes]] = {
     "handshake": (LINE, LINE[:-1], b""),
     "handshake without its newline": (LINE[:-1], None, b""),
@@ -110,7 +112,9 @@ VECTORS: dict[str, tuple[bytes, bytes | None, bytes]] = {
 
 
 @pytest.mark.parametrize(("stream", "line", "data"), VECTORS.values(), ids=VECTORS)
-def test_every_split_gives_the_same(stream: bytes, line: bytes | None, data: bytes) -> None:
+def test_every_split_has_the_same_line_and_data(
+    stream: bytes, line: bytes | None, data: bytes
+) -> None:
     for pieces in splits(stream):
         one = Stream()
         one.feed(*pieces)
@@ -118,50 +122,47 @@ def test_every_split_gives_the_same(stream: bytes, line: bytes | None, data: byt
 
 
 @pytest.mark.parametrize(("stream", "line"), [row[:2] for row in VECTORS.values()], ids=VECTORS)
-def test_the_line_is_told_with_its_last_byte_and_not_before(
-    stream: bytes, line: bytes | None
-) -> None:
+def test_the_line_is_reported_at_its_last_byte(stream: bytes, line: bytes | None) -> None:
     one = Stream()
     for count in range(1, len(stream) + 1):
         one.feed(stream[count - 1 : count])
         newline = stream[:count].find(b"\n", 0, 1024)
-        assert (one.told.line is not None) == (newline >= 0 or count >= 1024), count
-    assert one.told.line == line
+        assert (one.session.line is not None) == (newline >= 0 or count >= 1024), count
+    assert one.session.line == line
 
 
 @pytest.mark.parametrize("stream", [row[0] for row in VECTORS.values()], ids=VECTORS)
-def test_the_place_in_the_stream_is_in_the_fields(stream: bytes) -> None:
-    """Another RawFraming that is given them goes on where the first one was."""
-    fields = [name for name in RawFraming.__slots__ if name != "_session"]
+def test_the_carried_fields_are_the_position_in_the_stream(stream: bytes) -> None:
+    """A second RawFraming with the same fields continues where the first one was."""
     whole = Stream()
     whole.feed(stream)
     for cut in range(1, len(stream)):
         first, second = Stream(), Stream()
         first.feed(stream[:cut])
-        second.told = first.told
-        second.framing = RawFraming(cast(Session, first.told))
-        for name in fields:
+        second.session = first.session
+        second.framing = RawFraming(cast(Session, first.session), FakeTransport())
+        for name in RawFraming.CARRIED:
             setattr(second.framing, name, getattr(first.framing, name))
         second.feed(stream[cut:])
         assert second.events() == whole.events(), cut
 
 
-def test_data_is_handed_on_and_not_copied() -> None:
-    told: list[object] = []
+def test_data_is_passed_on_without_a_copy() -> None:
+    buffers: list[object] = []
 
-    class Receiver(Listener):
+    class Receiver(SessionStub):
         def bytes_received(self, data: bytes | memoryview) -> None:
             assert isinstance(data, memoryview)
-            told.append(data.obj)
+            buffers.append(data.obj)
 
-    framing = RawFraming(cast(Session, Receiver()))
+    framing = RawFraming(cast(Session, Receiver()), FakeTransport())
     buffer = bytearray(LINE + b"early")
     framing.receive(memoryview(buffer))
     framing.receive(memoryview(buffer)[:7])
-    assert told[0] is buffer and told[1] is buffer
+    assert buffers[0] is buffer and buffers[1] is buffer
 
 
-# A client as a whole: who comes, by what bytes.
+# Clients without a socket.
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def room() -> Room:
 
 # DetectFraming.
 
-# A row: the listener; what comes there; who that is; behind how many bytes it is clear.
+# A row: the listener; the first bytes; the Framing that they decide; how many bytes decide it.
 BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
     *(
         ("--port", method + b" / HTTP/1.1", HttpFraming, len(method) + 1)
@@ -210,34 +211,34 @@ BEGINNINGS: list[tuple[str, bytes, type[Framing], int]] = [
     BEGINNINGS,
     ids=[f"{listener[2:]} {stream!r}".replace("\\", "") for listener, stream, _, _ in BEGINNINGS],
 )
-def test_who_comes_is_told_by_the_first_bytes(
+def test_the_first_bytes_decide_the_framing(
     room: Room, listener: str, stream: bytes, kind: type[Framing], size: int
 ) -> None:
     role = Role.WEBSOCKET if listener == "--websocket" else Role.PORT
     clear = State.WAIT_HANDSHAKE if kind is RawFraming else State.WAIT_UPGRADE
     unclear = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
     for pieces in splits(stream):
-        wire = room.client(role)
+        client = room.client(role)
         came = 0
         for piece in pieces:
-            wire.feed(piece)
+            client.feed(piece)
             came += len(piece)
             is_clear = kind is not DetectFraming and came >= size
-            assert type(wire.framing) is (kind if is_clear else DetectFraming), pieces
-            assert wire.session.state == (clear if is_clear else unclear), pieces
-        framing = wire.framing
+            assert type(client.framing) is (kind if is_clear else DetectFraming), pieces
+            assert client.session.state == (clear if is_clear else unclear), pieces
+        framing = client.framing
         kept = {
             RawFraming: lambda framing=framing: framing._line,
             HttpFraming: lambda framing=framing: framing._reader.place()["_head"],
             DetectFraming: lambda framing=framing: framing._start,
         }[kind]()
         assert kept == stream, pieces
-        assert not wire.sent and not room.records
+        assert not client.sent and not room.records
 
 
 @pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
-def test_what_came_to_be_told_by_is_heard(room: Room, role: Role) -> None:
-    """Whole streams, each with bytes behind what decides, come to the same in every split."""
+def test_the_bytes_that_decide_are_passed_on(room: Room, role: Role) -> None:
+    """In every split, a stream with bytes after those that decide has the same answer."""
     streams: dict[bytes, tuple[bytes, list[str]]] = {
         LINE + b"?": (b"impatient\n", ["impatient"]),
         UPGRADE + frame(BINARY, LINE) + frame(CLOSE): (SWITCHED + b"\x88\0", ["lonely"]),
@@ -254,57 +255,57 @@ def test_what_came_to_be_told_by_is_heard(room: Room, role: Role) -> None:
         streams[b"GET\n"] = (b"bad handshake\n", ["errory"])
     for stream, (answer, moods) in streams.items():
         for pieces in splits(stream):
-            wire = room.client(role)
-            wire.feed(*pieces)
-            assert wire.sent.startswith(answer) and wire.finished, pieces
+            client = room.client(role)
+            client.feed(*pieces)
+            assert client.sent.startswith(answer) and client.finished, pieces
             assert room.moods() == moods, pieces
             room.records.clear()
 
 
 @pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
 @pytest.mark.parametrize("stream", [b"", b"GET", b"please rela", b"GET / HTTP/1.1\r\n"])
-def test_who_leaves_before_the_stream_begins(room: Room, role: Role, stream: bytes) -> None:
-    """Is recorded where it began at once: who came over TCP, as far as one could tell."""
-    wire = room.client(role)
-    wire.feed(stream)
-    wire.session.client_ended()
-    assert wire.finished and wire.sent == b""
+def test_leaving_before_the_stream_begins(room: Room, role: Role, stream: bytes) -> None:
+    """A client of --port is recorded, unless its first bytes are HTTP."""
+    client = room.client(role)
+    client.feed(stream)
+    client.session.client_ended()
+    assert client.finished and client.sent == b""
     assert room.moods() == ([] if role is Role.WEBSOCKET or b" /" in stream else ["empty"])
 
 
 def test_without_ws_frames_all_is_raw(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(room.client().framing) is DetectFraming
     monkeypatch.setattr(transit_relay, "ws_frames", None)
-    wire = room.client()
-    assert type(wire.framing) is RawFraming
-    wire.feed(b"GET / HTTP/1.1\r\n")
-    assert wire.sent == b"bad handshake\n" and wire.finished and room.moods() == ["errory"]
+    client = room.client()
+    assert type(client.framing) is RawFraming
+    client.feed(b"GET / HTTP/1.1\r\n")
+    assert client.sent == b"bad handshake\n" and client.finished and room.moods() == ["errory"]
 
 
 # HttpFraming. What is answered to which head is test_ws_upgrade's.
 
 
 @pytest.mark.parametrize(
-    "behind", [b"", LINE, frame(BINARY, LINE)], ids=["nothing", "a handshake", "a frame"]
+    "rest", [b"", LINE, frame(BINARY, LINE)], ids=["nothing", "a handshake", "a frame"]
 )
-def test_who_wants_no_upgrade_is_answered_and_let_go(room: Room, behind: bytes) -> None:
+def test_a_request_without_upgrade_is_answered_and_the_client_ends(room: Room, rest: bytes) -> None:
     stream = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n"
-    for pieces in splits(stream + behind):
-        wire = room.client()
-        wire.feed(*pieces)
-        head, _, body = wire.sent.partition(b"\r\n\r\n")
+    for pieces in splits(stream + rest):
+        client = room.client()
+        client.feed(*pieces)
+        head, _, body = client.sent.partition(b"\r\n\r\n")
         status, headers = parse_head(head)
         assert status == "200" and headers["connection"] == "close"
         assert headers["content-length"] == str(len(body)) and b"transit-relay" in body
-        assert wire.finished and wire.session.state == State.DONE and not room.records
+        assert client.finished and client.session.state == State.DONE and not room.records
 
 
-def test_an_upgrade_is_answered_before_the_frames_behind_it(room: Room) -> None:
+def test_an_upgrade_is_answered_before_the_frames_after_it(room: Room) -> None:
     for pieces in splits(UPGRADE + frame(PING, b"p") + frame(BINARY, LINE) + frame(BINARY, b"?")):
-        wire = room.client(role=Role.WEBSOCKET)
-        wire.feed(*pieces)
-        assert wire.sent.startswith(SWITCHED), pieces
-        assert read_frames(wire.sent[len(SWITCHED) :]) == [
+        client = room.client(role=Role.WEBSOCKET)
+        client.feed(*pieces)
+        assert client.sent.startswith(SWITCHED), pieces
+        assert read_frames(client.sent[len(SWITCHED) :]) == [
             (PONG, b"p"),
             (BINARY, b"impatient\n"),
             (CLOSE, close_payload(1000)),
@@ -313,27 +314,31 @@ def test_an_upgrade_is_answered_before_the_frames_behind_it(room: Room) -> None:
         room.records.clear()
 
 
-def test_an_upgrade_opens_the_session_and_is_heard(room: Room) -> None:
-    wire = room.client()
-    wire.feed(UPGRADE[:-1])
-    assert (wire.session.state, wire.sent, wire.stirs) == (State.WAIT_UPGRADE, b"", [])
-    wire.feed(UPGRADE[-1:])
-    assert (wire.session.state, wire.sent, wire.stirs) == (State.WAIT_HANDSHAKE, SWITCHED, [True])
-    assert type(wire.framing) is WebSocketFraming
-    wire.session.client_ended()
-    assert wire.sent == SWITCHED + frame(CLOSE, close_payload(1000), key=None)
+def test_an_upgrade_opens_the_stream_and_is_activity(room: Room) -> None:
+    client = room.client()
+    client.feed(UPGRADE[:-1])
+    assert (client.session.state, client.sent, client.activities) == (State.WAIT_UPGRADE, b"", 0)
+    client.feed(UPGRADE[-1:])
+    assert (client.session.state, client.sent, client.activities) == (
+        State.WAIT_HANDSHAKE,
+        SWITCHED,
+        1,
+    )
+    assert type(client.framing) is WebSocketFraming
+    client.session.client_ended()
+    assert client.sent == SWITCHED + frame(CLOSE, close_payload(1000), key=None)
     assert room.moods() == ["empty"]
 
 
 # WebSocketFraming: the handshake rule. A partner waits under the token. A row: the frames; whether
-# the handshake is good (None: it is not whole); the data behind it.
+# the handshake is good (None: it is not whole); the data after it.
 
 BARE = LINE[:-1]
 OLDER = handshake("token")[:-1]  # a handshake without a side, which could go on
 
 
 def messages(*payloads: bytes) -> bytes:
-    """Each as a message of one frame."""
+    """Return each payload as a message of one frame."""
     return b"".join(frame(BINARY, payload) for payload in payloads)
 
 
@@ -387,22 +392,22 @@ LINES: dict[str, tuple[bytes, bool | None, bytes]] = {
 def test_the_handshake_rule(stream: bytes, good: bool | None, data: bytes) -> None:
     for pieces in splits(stream):
         room = Room()
-        partner, wire = room.partner(), room.socket()
-        wire.feed(*pieces)
-        said = [one for one in wire.said() if one != (PONG, b"")]
+        partner, client = room.partner(), room.socket()
+        client.feed(*pieces)
+        said = [one for one in client.frames() if one != (PONG, b"")]
         if good is None:
-            assert (wire.session.state, said) == (State.WAIT_HANDSHAKE, []), pieces
+            assert (client.session.state, said) == (State.WAIT_HANDSHAKE, []), pieces
         elif good:
-            assert (wire.session.state, said) == (State.RELAYING, [(BINARY, b"ok\n")]), pieces
+            assert (client.session.state, said) == (State.RELAYING, [(BINARY, b"ok\n")]), pieces
             assert partner.sent == b"ok\n" + data, pieces
-            assert wire.session.received_bytes == len(data), pieces
+            assert room.rendezvous.incomplete_bytes() == len(data), pieces
         else:
             assert said == [(BINARY, b"bad handshake\n"), (CLOSE, close_payload(1000))], pieces
-            assert wire.session.state == State.DONE and room.moods() == ["errory"], pieces
+            assert client.session.state == State.DONE and room.moods() == ["errory"], pieces
 
 
-# Alone: what comes behind the handshake.
-BEHIND: dict[str, tuple[bytes, bool]] = {
+# Without a partner: frames after the handshake, and whether they are impatient.
+AFTER: dict[str, tuple[bytes, bool]] = {
     "nothing": (b"", False),
     "empty messages": (messages(b"", b""), False),
     "empty fragments": (message(b"", b"", b""), False),
@@ -419,17 +424,17 @@ BEHIND: dict[str, tuple[bytes, bool]] = {
     [messages(LINE), messages(BARE), message(b"", LINE, b"")],
     ids=["with its newline", "without", "in fragments"],
 )
-@pytest.mark.parametrize(("behind", "impatient"), BEHIND.values(), ids=BEHIND)
-def test_only_payload_is_impatient(line: bytes, behind: bytes, impatient: bool) -> None:
-    for pieces in splits(line + behind):
+@pytest.mark.parametrize(("rest", "impatient"), AFTER.values(), ids=AFTER)
+def test_only_payload_is_impatient(line: bytes, rest: bytes, impatient: bool) -> None:
+    for pieces in splits(line + rest):
         room = Room()
-        wire = room.socket()
-        wire.feed(*pieces)
-        said = [one for one in wire.said() if one[0] != PONG]
+        client = room.socket()
+        client.feed(*pieces)
+        said = [one for one in client.frames() if one[0] != PONG]
         if impatient:
             assert said == [(BINARY, b"impatient\n"), (CLOSE, close_payload(1000))], pieces
         assert room.moods() == ["impatient"] * impatient, pieces
-        assert wire.session.state == (State.DONE if impatient else State.WAIT_PARTNER), pieces
+        assert client.session.state == (State.DONE if impatient else State.WAIT_PARTNER), pieces
 
 
 REFUSED = {
@@ -441,7 +446,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("refused", "reply"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize(
-    "behind",
+    "rest",
     [
         frame(CLOSE, close_payload(1001)),
         frame(TEXT, b""),
@@ -451,21 +456,21 @@ REFUSED = {
     ],
     ids=["Close", "text", "not masked", "Ping", "junk"],
 )
-def test_a_refusal_ends_with_1000_whatever_is_behind_it(
-    refused: bytes, reply: bytes, behind: bytes
+def test_a_refusal_ends_with_1000_and_later_frames_are_ignored(
+    refused: bytes, reply: bytes, rest: bytes
 ) -> None:
-    for pieces in splits(refused + behind):
-        wire = Room().socket()
-        wire.feed(*pieces)
-        assert wire.said() == [(BINARY, reply), (CLOSE, close_payload(1000))], pieces
+    for pieces in splits(refused + rest):
+        client = Room().socket()
+        client.feed(*pieces)
+        assert client.frames() == [(BINARY, reply), (CLOSE, close_payload(1000))], pieces
 
 
-# What comes, in a pair.
+# Frames from a client, in a pair.
 
 
-def test_payload_of_one_read_is_handed_on_at_once_and_pongs_go_before_it(room: Room) -> None:
-    wire, partner = room.pair()
-    wire.feed(
+def test_the_payload_of_one_read_is_sent_at_once_after_its_pongs(room: Room) -> None:
+    client, partner = room.pair()
+    client.feed(
         frame(BINARY, b"a")
         + frame(PING, b"1")
         + message(b"b", b"", b"c")
@@ -475,81 +480,83 @@ def test_payload_of_one_read_is_handed_on_at_once_and_pongs_go_before_it(room: R
         + frame(BINARY, b"defg")[:-2]
     )
     pongs = frame(PONG, b"1", key=None) + frame(PONG, b"2", key=None)
-    assert room.journal == [(wire, pongs), (partner, b"abcde")]
-    wire.feed(frame(BINARY, b"defg")[-2:])
+    assert room.journal == [(client, pongs), (partner, b"abcde")]
+    client.feed(frame(BINARY, b"defg")[-2:])
     assert room.journal[2:] == [(partner, b"fg")]
-    assert wire.session.received_bytes == 7
+    assert room.rendezvous.incomplete_bytes() == 7
 
 
-def test_nothing_is_written_where_nothing_came(room: Room) -> None:
-    wire, _ = room.pair()
-    wire.feed(frame(BINARY), message(b"", b"", b""), frame(PONG, b"?"), frame(BINARY, b"x")[:-1])
+def test_frames_without_payload_write_nothing(room: Room) -> None:
+    client, _ = room.pair()
+    client.feed(frame(BINARY), message(b"", b"", b""), frame(PONG, b"?"), frame(BINARY, b"x")[:-1])
     assert room.journal == []
 
 
-def test_a_piece_of_a_frame_is_handed_on_before_the_rest_is_there(room: Room) -> None:
-    wire, partner = room.pair()
-    wire.feed(frame(BINARY, b"x" * (1 << 16))[:-1])
+def test_a_part_of_a_frame_is_sent_before_the_rest_has_come(room: Room) -> None:
+    client, partner = room.pair()
+    client.feed(frame(BINARY, b"x" * (1 << 16))[:-1])
     assert partner.sent == b"x" * 65535
-    wire.feed(frame(BINARY, b"x" * (1 << 16))[-1:])
+    client.feed(frame(BINARY, b"x" * (1 << 16))[-1:])
     assert partner.sent == b"x" * 65536
 
 
 def test_every_ping_is_answered(room: Room) -> None:
-    wire, _ = room.pair()
+    client, _ = room.pair()
     pings = [b"", b"p", b"p", b"q" * 125]
-    wire.feed(*[frame(PING, ping) for ping in pings], b"".join(frame(PING, ping) for ping in pings))
-    assert wire.said() == [(PONG, ping) for ping in pings * 2]
+    client.feed(
+        *[frame(PING, ping) for ping in pings], b"".join(frame(PING, ping) for ping in pings)
+    )
+    assert client.frames() == [(PONG, ping) for ping in pings * 2]
 
 
-def test_who_leaves_much_unread_gets_the_newest_pong_only(room: Room) -> None:
-    wire, partner = room.pair()
-    wire.queued = 64 * 1024
-    wire.feed(frame(PING, b"1") + frame(PING, b"2"))
-    assert wire.said() == [(PONG, b"1"), (PONG, b"2")]
-    wire.queued += 1
-    wire.feed(frame(PING, b"3") + frame(BINARY, b"data") + frame(PING, b"4"))
-    wire.feed(frame(PING, b"5") + frame(PING, b"6"))
-    assert wire.said() == [(PONG, b"1"), (PONG, b"2")] and partner.sent == b"data"
-    wire.queued = 0
-    wire.framing.drained()
-    wire.framing.drained()
-    assert wire.said() == [(PONG, b"1"), (PONG, b"2"), (PONG, b"6")]
+def test_a_client_with_much_unread_gets_the_newest_pong_only(room: Room) -> None:
+    client, partner = room.pair()
+    client.queued = 64 * 1024
+    client.feed(frame(PING, b"1") + frame(PING, b"2"))
+    assert client.frames() == [(PONG, b"1"), (PONG, b"2")]
+    client.queued += 1
+    client.feed(frame(PING, b"3") + frame(BINARY, b"data") + frame(PING, b"4"))
+    client.feed(frame(PING, b"5") + frame(PING, b"6"))
+    assert client.frames() == [(PONG, b"1"), (PONG, b"2")] and partner.sent == b"data"
+    client.queued = 0
+    client.framing.drained()
+    client.framing.drained()
+    assert client.frames() == [(PONG, b"1"), (PONG, b"2"), (PONG, b"6")]
 
 
-def test_a_pong_that_waits_gives_way_to_a_newer_one(room: Room) -> None:
-    wire, _ = room.pair()
-    wire.queued = 64 * 1024 + 1
-    wire.feed(frame(PING, b"old"))
-    wire.queued = 1
-    wire.feed(frame(PING, b"new"))
-    wire.framing.drained()
-    assert wire.said() == [(PONG, b"new")]
+def test_a_newer_pong_replaces_one_that_waits(room: Room) -> None:
+    client, _ = room.pair()
+    client.queued = 64 * 1024 + 1
+    client.feed(frame(PING, b"old"))
+    client.queued = 1
+    client.feed(frame(PING, b"new"))
+    client.framing.drained()
+    assert client.frames() == [(PONG, b"new")]
 
 
-def test_a_pong_that_waits_goes_before_the_close(room: Room) -> None:
-    wire, _ = room.pair()
-    wire.queued = 64 * 1024 + 1
-    wire.feed(frame(PING, b"p"))
-    wire.feed(frame(CLOSE))
-    wire.framing.drained()
-    assert wire.said() == [(PONG, b"p"), (CLOSE, b"")]
+def test_a_pong_that_waits_is_sent_before_the_close(room: Room) -> None:
+    client, _ = room.pair()
+    client.queued = 64 * 1024 + 1
+    client.feed(frame(PING, b"p"))
+    client.feed(frame(CLOSE))
+    client.framing.drained()
+    assert client.frames() == [(PONG, b"p"), (CLOSE, b"")]
 
 
 def test_reads_grow_while_frames_are_few(room: Room) -> None:
-    """From a size that cannot hold many, step by step."""
+    """They begin small, and grow step by step."""
     assert room.client().framing.max_read_bytes == FIRST_READ_BYTES
-    wire = room.client(role=Role.WEBSOCKET)
-    wire.feed(UPGRADE[:-1])
-    assert wire.framing.max_read_bytes == room.socket().framing.max_read_bytes == FIRST_READ_BYTES
+    client = room.client(role=Role.WEBSOCKET)
+    client.feed(UPGRADE[:-1])
+    assert client.framing.max_read_bytes == room.socket().framing.max_read_bytes == FIRST_READ_BYTES
     stream = frame(BINARY, b"x" * (1 << 20))
     sizes = [FIRST_READ_BYTES]
-    wire, _ = room.pair()
+    client, _ = room.pair()
     while sizes[-1] < FRAMED_READ_BYTES:
-        assert wire.framing.max_read_bytes == sizes[-1]
-        wire.feed(stream[: sizes[-1]])
+        assert client.framing.max_read_bytes == sizes[-1]
+        client.feed(stream[: sizes[-1]])
         stream = stream[sizes[-1] :]
-        sizes.append(wire.framing.max_read_bytes)
+        sizes.append(client.framing.max_read_bytes)
         assert sizes[-2] < sizes[-1] <= min(4 * sizes[-2], FRAMED_READ_BYTES)
 
 
@@ -558,22 +565,22 @@ def test_reads_grow_while_frames_are_few(room: Room) -> None:
     [frame(PING), frame(BINARY), frame(CONTINUATION, b"x", False), frame(BINARY, b"x" * 30)],
     ids=["Pings", "messages", "fragments", "records"],
 )
-def test_a_read_never_holds_much_more_frames_than_a_move_should(room: Room, small: bytes) -> None:
-    """Nor does it, when it could be large before."""
-    wire, _ = room.pair()
-    wire.feed(frame(BINARY, b"x" * 60_000, False))
-    assert wire.framing.max_read_bytes == FRAMED_READ_BYTES
+def test_reads_shrink_when_frames_are_many(room: Room, small: bytes) -> None:
+    """The size of a read is at most that of FRAMES_PER_READ such frames."""
+    client, _ = room.pair()
+    client.feed(frame(BINARY, b"x" * 60_000, False))
+    assert client.framing.max_read_bytes == FRAMED_READ_BYTES
     if small[0] & 0x0F == BINARY:
-        wire.feed(frame(CONTINUATION))
-        wire.feed(frame(BINARY, b"x" * 60_000))
+        client.feed(frame(CONTINUATION))
+        client.feed(frame(BINARY, b"x" * 60_000))
     for _ in range(6):
-        frames = wire.framing.max_read_bytes // len(small)
-        wire.feed(small * frames)
-        size = wire.framing.max_read_bytes
+        frames = client.framing.max_read_bytes // len(small)
+        client.feed(small * frames)
+        size = client.framing.max_read_bytes
         assert FIRST_READ_BYTES <= size <= max(FIRST_READ_BYTES, FRAMES_PER_READ * len(small))
 
 
-# How it ends.
+# Ends.
 
 ENDS: dict[str, tuple[bytes, bytes]] = {
     "an empty Close": (frame(CLOSE), b""),
@@ -591,24 +598,24 @@ ENDS: dict[str, tuple[bytes, bytes]] = {
 
 @pytest.mark.parametrize(("end", "answer"), ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize(
-    "behind",
+    "rest",
     [b"", frame(BINARY, b"late"), frame(CLOSE), b"\0\0"],
     ids=["nothing more", "a message", "Close", "junk"],
 )
-def test_the_end_of_a_pair(end: bytes, answer: bytes, behind: bytes) -> None:
-    """What came before it is delivered, what comes behind it is not heard."""
-    stream = frame(BINARY, b"before") + frame(PING, b"p") + end + behind
+def test_the_end_of_a_pair(end: bytes, answer: bytes, rest: bytes) -> None:
+    """Payload before the end is delivered. What follows the end is discarded."""
+    stream = frame(BINARY, b"before") + frame(PING, b"p") + end + rest
     for pieces in splits(stream):
         room = Room()
-        wire, partner = room.pair()
-        wire.feed(*pieces)
-        assert wire.said() == [(PONG, b"p"), (CLOSE, answer)], pieces
+        client, partner = room.pair()
+        client.feed(*pieces)
+        assert client.frames() == [(PONG, b"p"), (CLOSE, answer)], pieces
         assert partner.sent == b"before", pieces
         assert (
-            wire.finished
-            and wire.why == Reason.ENDED
+            client.finished
+            and client.reason is Reason.ENDED
             and partner.finished
-            and partner.why == Reason.ENDED
+            and partner.reason is Reason.ENDED
         )
         partner.session.end_sent()
         assert [(one.mood, one.total_bytes) for one in room.records] == [("happy", 6)], pieces
@@ -618,45 +625,49 @@ def test_the_end_of_a_pair(end: bytes, answer: bytes, behind: bytes) -> None:
 @pytest.mark.parametrize(
     ("before", "mood"),
     [(b"", "empty"), (messages(BARE[:-1]), "empty"), (messages(LINE), "lonely")],
-    ids=["before the line", "within the line", "behind the line"],
+    ids=["before the line", "within the line", "after the line"],
 )
-def test_the_end_of_who_is_alone(end: bytes, answer: bytes, before: bytes, mood: str) -> None:
+def test_the_end_of_a_client_without_a_partner(
+    end: bytes, answer: bytes, before: bytes, mood: str
+) -> None:
     for pieces in splits(before + end):
         room = Room()
-        wire = room.socket()
-        wire.feed(*pieces)
-        assert wire.said() == [(CLOSE, answer)] and wire.finished, pieces
+        client = room.socket()
+        client.feed(*pieces)
+        assert client.frames() == [(CLOSE, answer)] and client.finished, pieces
         assert room.moods() == [mood], pieces
 
 
 @pytest.mark.parametrize("line", [b"", LINE], ids=["empty", "lonely"])
-@pytest.mark.parametrize(("why", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
-def test_the_relay_ends_it(room: Room, line: bytes, why: str, code: int) -> None:
-    wire = room.socket()
-    wire.feed(frame(BINARY, line))
-    wire.session.client_ended(why)
-    assert wire.said() == [(CLOSE, close_payload(code))]
+@pytest.mark.parametrize(("reason", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
+def test_the_relay_ends_a_client(room: Room, line: bytes, reason: Reason, code: int) -> None:
+    client = room.socket()
+    client.feed(frame(BINARY, line))
+    client.session.client_ended(reason)
+    assert client.frames() == [(CLOSE, close_payload(code))]
 
 
-@pytest.mark.parametrize(("why", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
+@pytest.mark.parametrize(("reason", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
 @pytest.mark.parametrize("leaver", [0, 1])
-def test_the_partner_is_over(room: Room, why: str, code: int, leaver: int) -> None:
-    """Or our own connection is, without a Close of ours; or both are, as we stop."""
+def test_the_end_of_a_pair_closes_a_websocket(
+    room: Room, reason: Reason, code: int, leaver: int
+) -> None:
+    """Its side of the pair does not matter."""
     pair = room.pair()
-    pair[leaver].session.client_ended(why)
-    assert pair[0].said() == [(CLOSE, close_payload(code))] and pair[1].sent == b""
+    pair[leaver].session.client_ended(reason)
+    assert pair[0].frames() == [(CLOSE, close_payload(code))] and pair[1].sent == b""
 
 
-def test_a_displaced_one_is_told_nothing_but_the_end(room: Room) -> None:
+def test_a_redundant_client_gets_only_a_close(room: Room) -> None:
     older, newer = room.socket(), room.socket()
-    for wire in (older, newer):
-        wire.feed(frame(BINARY, LINE))
+    for client in (older, newer):
+        client.feed(frame(BINARY, LINE))
     room.client().feed(handshake("token", "other"))
-    assert older.said() == [(CLOSE, close_payload(1000))] and room.moods() == ["redundant"]
-    assert newer.said() == [(BINARY, b"ok\n")]
+    assert older.frames() == [(CLOSE, close_payload(1000))] and room.moods() == ["redundant"]
+    assert newer.frames() == [(BINARY, b"ok\n")]
 
 
-# What is sent.
+# Payload to a client.
 
 
 @pytest.mark.parametrize(
@@ -672,104 +683,179 @@ def test_a_displaced_one_is_told_nothing_but_the_end(room: Room) -> None:
         (262145, [32768] * 8 + [1]),
     ],
 )
-def test_long_messages_are_cut_and_not_copied(room: Room, size: int, sizes: list[int]) -> None:
-    wire, partner = room.pair()
+def test_long_messages_are_cut_without_a_copy(room: Room, size: int, sizes: list[int]) -> None:
+    client, partner = room.pair()
     data = bytearray(range(256)) * 1025
     del data[size:]
-    parts = wire.framing.encode(memoryview(data))
+    parts = client.framing.encode(memoryview(data))
     assert [len(part) for part in parts[1::2]] == sizes and max(sizes) <= LONGEST_MESSAGE
     assert all(memoryview(part).obj is data for part in parts[1::2])
     assert all(len(header) <= 4 for header in parts[::2])
     partner.feed(data)
-    said = wire.said()
+    said = client.frames()
     assert [len(payload) for _, payload in said] == sizes
     assert b"".join(payload for _, payload in said) == data
 
 
 def test_ok_is_a_message_of_its_own(room: Room) -> None:
-    wire = room.socket()
-    wire.feed(frame(BINARY, LINE))
+    client = room.socket()
+    client.feed(frame(BINARY, LINE))
     room.client().feed(handshake("token", "other") + b"data")
-    assert wire.said() == [(BINARY, b"ok\n"), (BINARY, b"data")]
+    assert client.frames() == [(BINARY, b"ok\n"), (BINARY, b"data")]
 
 
-def test_the_silent_are_pinged_but_not_on_top_of_a_backlog(room: Room) -> None:
-    wire, _ = room.pair()
-    wire.framing.keep_alive()
-    assert (wire.said(), wire.stirs) == ([(PING, b"")], [False])
-    wire.queued = 1
-    wire.framing.keep_alive()
-    assert (wire.said(), wire.stirs) == ([(PING, b"")], [False, False])
+def test_a_silent_client_is_sent_a_ping_unless_it_has_a_backlog(room: Room) -> None:
+    client, _ = room.pair()
+    client.framing.keep_alive()
+    assert (client.frames(), client.activities) == ([(PING, b"")], 1)
+    client.queued = 1
+    client.framing.keep_alive()
+    assert (client.frames(), client.activities) == ([(PING, b"")], 2)
 
 
-def test_it_tells_when_it_is_not_silent(room: Room) -> None:
-    """Heard: whatever came, once for each read. Not heard: what was sent, or could be."""
-    wire, partner = room.pair()
-    wire.feed(frame(BINARY, b"x")[:1])
-    wire.feed(frame(BINARY, b"x")[1:] + frame(PONG))
-    assert wire.stirs == [True, True] and partner.stirs == []
-    wire.stirs.clear()
+def test_activity_is_noted(room: Room) -> None:
+    """Once for each read, each message to the client, and each backlog that is sent."""
+    client, partner = room.pair()
+    client.feed(frame(BINARY, b"x")[:1])
+    client.feed(frame(BINARY, b"x")[1:] + frame(PONG))
+    assert client.activities == 2 and partner.activities == 0
     partner.feed(b"data")
-    wire.framing.drained()
-    assert wire.stirs == [False, False]
+    client.framing.drained()
+    assert client.activities == 4
 
 
-def test_plain_bytes_need_none_of_it(room: Room) -> None:
-    for wire in (room.client(), room.partner()):
-        framing = wire.framing
+def waiting(room: Room) -> FramedTransport:
+    """Return a WebSocket client that waits for a partner."""
+    client = room.socket()
+    client.feed(messages(LINE))
+    assert client.session.state is State.WAIT_PARTNER and client.sent == b""
+    return client
+
+
+def test_a_waiting_client_ends_after_three_unanswered_pings(room: Room) -> None:
+    """The fourth time of silence ends it, so that the last Ping had its time as well."""
+    client = waiting(room)
+    for count in range(1, 4):
+        client.framing.keep_alive()
+        assert client.frames() == [(PING, b"")] * count and not client.finished
+    client.framing.keep_alive()
+    assert client.finished and client.reason is Reason.ENDED
+    assert client.frames() == [(PING, b"")] * 3 + [(CLOSE, close_payload(1000))]
+    assert room.moods() == ["lonely"]
+
+
+@pytest.mark.parametrize(
+    "sent_bytes",
+    [frame(PONG), frame(PING), messages(b""), b"\x82", messages(b"")[:-1]],
+    ids=["Pong", "Ping", "empty message", "a byte", "half a frame"],
+)
+@pytest.mark.parametrize("pings", [1, 2, 3])
+def test_any_byte_of_a_waiting_client_counts_as_an_answer(
+    room: Room, sent_bytes: bytes, pings: int
+) -> None:
+    client = waiting(room)
+    for _ in range(pings):
+        client.framing.keep_alive()
+    client.feed(sent_bytes)
+    for _ in range(3):
+        assert not client.finished
+        client.framing.keep_alive()
+    assert not client.finished
+    client.framing.keep_alive()
+    assert client.finished and room.moods() == ["lonely"]
+
+
+def test_a_ping_that_could_not_be_sent_is_not_counted(room: Room) -> None:
+    client = waiting(room)
+    client.queued = 1
+    for _ in range(10):
+        client.framing.keep_alive()
+    assert not client.finished and client.sent == b""
+    client.queued = 0
+    for _ in range(3):
+        client.framing.keep_alive()
+    assert not client.finished
+    client.framing.keep_alive()
+    assert client.finished
+
+
+def test_a_paired_client_does_not_end_for_unanswered_pings(room: Room) -> None:
+    """Even if it answered none while it waited."""
+    client = waiting(room)
+    for _ in range(3):
+        client.framing.keep_alive()
+    partner = room.client()
+    partner.feed(handshake("token", "other"))
+    for _ in range(10):
+        client.framing.keep_alive()
+    assert not client.finished and not partner.finished
+    assert client.frames().count((PING, b"")) == 13 and room.moods() == []
+
+
+def test_a_raw_client_is_sent_nothing_but_its_data(room: Room) -> None:
+    for client in (room.client(), room.partner()):
+        framing = client.framing
         framing.keep_alive()
         framing.drained()
         assert framing.closing_bytes(Reason.ENDED) == framing.closing_bytes(Reason.STOPPING) == b""
         assert list(framing.encode(b"data")) == [b"data"]
-        assert wire.sent == b"" and wire.stirs == []
+        assert client.sent == b"" and client.activities == 0
 
 
 @pytest.mark.parametrize("kind", ["partner", "socket"])
-def test_silent_hears_and_says_nothing(room: Room, kind: str) -> None:
-    """Whoever it stands in for: all is as it was when the end was said."""
-    wire: FramedTransport = {"partner": room.partner, "socket": room.socket}[kind]()
-    wire.queued = 64 * 1024 + 1
+def test_discard_writes_and_reports_nothing(room: Room, kind: str) -> None:
+    """It takes the place of a Framing when the Session ends. Then nothing changes any more."""
+    client: FramedTransport = {"partner": room.partner, "socket": room.socket}[kind]()
+    client.queued = 64 * 1024 + 1
     if kind == "socket":
-        wire.feed(frame(PING, b"p"))  # and its Pong waits
-    wire.session.client_ended(Reason.STOPPING)
-    assert wire.framing is DISCARD
+        client.feed(frame(PING, b"p"))  # its Pong waits for the backlog
+    client.session.client_ended(Reason.STOPPING)
+    assert client.framing is DISCARD
 
-    def all_of_it() -> tuple[object, ...]:
-        """What can be told of it."""
-        moods, stirs = room.moods(), list(wire.stirs)
-        return wire.sent, stirs, wire.session.state, moods, len(room.journal)
+    def observed() -> tuple[object, ...]:
+        """Return all that can be observed of the client."""
+        state = client.session.state
+        return client.sent, client.activities, state, room.moods(), len(room.journal)
 
-    before = all_of_it()
-    wire.queued = 0
+    before = observed()
+    client.queued = 0
     for data in (b"anything\n", LINE, UPGRADE, frame(BINARY, LINE), frame(PING), frame(CLOSE)):
-        wire.feed(data)
-        wire.framing.drained()
-        wire.framing.keep_alive()
-        assert all_of_it() == before and wire.framing is DISCARD
+        client.feed(data)
+        client.framing.drained()
+        client.framing.keep_alive()
+        assert observed() == before and client.framing is DISCARD
     assert DISCARD.closing_bytes(Reason.ENDED) == DISCARD.closing_bytes(Reason.STOPPING) == b""
     assert list(DISCARD.encode(b"data")) == [b"data"]
 
 
-# Its place.
+# The position in the stream.
+
+
+@pytest.mark.parametrize(
+    "kind", [RawFraming, DetectFraming, HttpFraming, WebSocketFraming, Discard]
+)
+def test_every_field_of_a_framing_is_carried_or_a_link(kind: type[Framing]) -> None:
+    slots = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
+    assert slots == {*kind.CARRIED, "_session", "_transport"}
 
 
 def take_out(framing: Framing) -> dict[str, Any]:
-    """What is in the named fields of a Framing, and of what it is made of."""
+    """Return the carried fields of a Framing, and of its parts, as plain values."""
     fields: dict[str, Any] = {}
-    for name in type(framing).__slots__:
+    for name in type(framing).CARRIED:
         value = getattr(framing, name)
         if isinstance(value, Framing):
             fields[name] = take_out(value)
         elif isinstance(value, Reader):
             fields[name] = dict(value.place())
-        elif name not in ("_session", "_wire"):
+        else:
             assert isinstance(value, (bytes, int)), name
             fields[name] = value
     return fields
 
 
 def put_back(framing: Framing, fields: dict[str, Any]) -> None:
-    """The other way round."""
+    """Set the carried fields of a new Framing."""
     for name, value in fields.items():
         part = getattr(framing, name)
         if isinstance(part, Framing):
@@ -780,29 +866,21 @@ def put_back(framing: Framing, fields: dict[str, Any]) -> None:
             setattr(framing, name, value)
 
 
-def carry(wire: FramedTransport) -> None:
-    """Its Framing gives way to another of its kind, which knows nothing but the fields."""
-    old, session = wire.framing, wire.session
+def carry(client: FramedTransport) -> None:
+    """Replace the client's Framing by a new one that has nothing but the carried fields."""
+    old = client.framing
     if old is DISCARD:
         return
-    new: Framing
-    if isinstance(old, RawFraming):
-        new = RawFraming(session, session.transport)
-    elif isinstance(old, DetectFraming):
-        new = DetectFraming(session, wire)
-    elif isinstance(old, HttpFraming):
-        new = HttpFraming(session, wire)
-    else:
-        new = WebSocketFraming(session, wire)
+    new = type(old)(client.session, client)
     put_back(new, marshal.loads(marshal.dumps(take_out(old))))
     assert take_out(new) == take_out(old)
-    wire.framing = new
+    client.framing = new
 
 
-CARRIED: dict[str, bytes] = {
+STREAMS: dict[str, bytes] = {
     "raw": LINE + b"data\n",
     "raw, too long": b"please relay " * 100,
-    "a visitor": b"HEAD / HTTP/1.1\r\n\r\n",
+    "a health check": b"HEAD / HTTP/1.1\r\n\r\n",
     "an upgrade that is none": UPGRADE.replace(b"13", b"8"),
     "junk in a head": UPGRADE.replace(b"Host:", b"Host"),
     "a WebSocket": UPGRADE
@@ -822,29 +900,29 @@ CARRIED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
-@pytest.mark.parametrize("stream", CARRIED.values(), ids=CARRIED)
-def test_a_framing_goes_on_where_another_was(stream: bytes, role: Role) -> None:
-    """Carried elsewhere after every byte, it comes to the same."""
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_a_carried_framing_continues_where_the_old_one_was(stream: bytes, role: Role) -> None:
+    """A stream that is carried after every byte has the same outcome."""
     outcomes = []
     for is_carried in (False, True):
         room = Room()
-        partner, wire = room.partner(), room.client(role)
+        partner, client = room.partner(), room.client(role)
         for n in range(len(stream)):
-            wire.feed(stream[n : n + 1])
+            client.feed(stream[n : n + 1])
             if is_carried:
-                carry(wire)
-        state = wire.session.state
+                carry(client)
+        state = client.session.state
         partner.session.connection_lost()
-        wire.session.connection_lost()
-        outcomes.append((state, wire.sent, partner.sent, room.records))
+        client.session.connection_lost()
+        outcomes.append((state, client.sent, partner.sent, room.records))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1]
 
 
-def test_a_pong_that_waits_is_carried_along(room: Room) -> None:
-    wire, _ = room.pair()
-    wire.queued = 64 * 1024 + 1
-    wire.feed(frame(PING, b"waits"))
-    carry(wire)
-    wire.framing.drained()
-    assert wire.said() == [(PONG, b"waits")]
+def test_a_pong_that_waits_is_carried(room: Room) -> None:
+    client, _ = room.pair()
+    client.queued = 64 * 1024 + 1
+    client.feed(frame(PING, b"waits"))
+    carry(client)
+    client.framing.drained()
+    assert client.frames() == [(PONG, b"waits")]

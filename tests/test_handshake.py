@@ -1,4 +1,4 @@
-"""Which first lines are handshakes, and what they say."""
+"""Which first lines are handshakes, and their token and side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz_0123456789"  
 GOOD = {
     "token and side": (b"please relay %s for side %s" % (TOKEN, SIDE), TOKEN, SIDE),
     "token alone": (b"please relay %s" % TOKEN, TOKEN, None),
-    "all that a token may hold": (b"please relay %s" % ALPHABET, ALPHABET, None),
+    "all bytes of a token": (b"please relay %s" % ALPHABET, ALPHABET, None),
     "capitals stay capitals": (
         b"please relay %s for side %s" % (TOKEN.upper(), SIDE.upper()),
         TOKEN.upper(),
@@ -86,16 +86,16 @@ def test_bad(line: bytes) -> None:
 
 
 @pytest.mark.parametrize("side", [None, "side"])
-def test_every_proper_beginning_and_any_byte_more_is_bad(side: str | None) -> None:
+def test_a_prefix_and_any_byte_more_is_bad(side: str | None) -> None:
     line = handshake("token", side)[:-1]
     assert parse_handshake(line)
-    unsided = len(handshake("token")[:-1])  # the one beginning that is whole in itself
+    unsided = len(handshake("token")[:-1])  # the one prefix that is a whole handshake
     assert not [n for n in range(len(line)) if n != unsided and parse_handshake(line[:n])]
     assert not [byte for byte in range(256) if parse_handshake(line + bytes([byte]))]
 
 
 @pytest.mark.parametrize("place", [13, 76, 87, 102], ids=lambda place: f"byte {place}")
-def test_token_and_side_are_made_of_these_63_bytes_alone(place: int) -> None:
+def test_token_and_side_have_only_these_63_bytes(place: int) -> None:
     line = bytearray(handshake("token", "side")[:-1])
     taken = set()
     for byte in range(256):

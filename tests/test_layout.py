@@ -1,8 +1,9 @@
-"""What must stay true of the program's text: sections that build upon each other, and no more."""
+"""The text of the program: its sections, their order and sizes, and the calls between them."""
 
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import subprocess
 import symtable
@@ -19,7 +20,7 @@ SOURCE = RELAY.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "-" * 93
-HEAD = "(head)"  # what comes before the first section
+HEAD = "(head)"  # the lines before the first section
 
 
 class Section(NamedTuple):
@@ -31,7 +32,7 @@ class Section(NamedTuple):
 
 
 def find_sections() -> list[Section]:
-    """The head, then each section that has a banner: a rule, its name, and a rule at the end."""
+    """Return the head, then each section. Its banner begins with a rule and its name."""
     banners = [n for n, (a, b) in enumerate(zip(LINES, LINES[1:]), 1) if a == RULE and b[2:3]]
     banners = [n for n in banners if re.fullmatch("# [A-Z].*", LINES[n])]
     starts = [1, *banners]
@@ -45,12 +46,12 @@ NAMES = [section.name for section in SECTIONS]
 
 
 def statements(section: Section) -> list[ast.stmt]:
-    """The statements of a section."""
+    """Return the statements of a section."""
     return [node for node in TREE.body if section.first <= node.lineno <= section.last]
 
 
 class WithoutAnnotations(ast.NodeTransformer):
-    """Takes out what is never evaluated, because of `from __future__ import annotations`."""
+    """Removes annotations. They are not evaluated (`from __future__ import annotations`)."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         return ast.arg(node.arg)
@@ -67,7 +68,7 @@ class WithoutAnnotations(ast.NodeTransformer):
 
 
 def globals_used(table: symtable.SymbolTable) -> Iterator[str]:
-    """The module's names that are used when this code runs, in all its functions and classes."""
+    """Yield the module's names that this code uses when it runs, functions and classes included."""
     for symbol in table.get_symbols():
         at_the_top = table.get_type() == "module"
         if symbol.is_referenced() and (at_the_top or symbol.is_global()):
@@ -77,14 +78,14 @@ def globals_used(table: symtable.SymbolTable) -> Iterator[str]:
 
 
 def names_used(section: Section) -> set[str]:
-    """The module's names that a section uses at run time."""
-    body = [WithoutAnnotations().visit(node) for node in statements(section)]
+    """Return the module's names that a section uses at run time."""
+    body = [WithoutAnnotations().visit(copy.deepcopy(node)) for node in statements(section)]
     text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
     return set(globals_used(symtable.symtable(text, section.name, "exec")))
 
 
 def names_defined(section: Section) -> set[str]:
-    """The module's names that a section defines."""
+    """Return the module's names that a section defines."""
     text = ast.unparse(ast.Module(statements(section), []))
     table = symtable.symtable(text, section.name, "exec")
     return {
@@ -98,7 +99,7 @@ DEFINED = {section.name: names_defined(section) for section in SECTIONS}
 
 
 def test_the_sections_are_found() -> None:
-    """All else here stands on it."""
+    """The other tests depend on it."""
     assert NAMES[:2] == [HEAD, "Constants and errors"] and NAMES[-1] == "Start and stop"
     assert LINES.count(RULE) == 2 * (len(SECTIONS) - 1)
     assert {"UsageRecord", "Current", "Snapshot", "blur_size"} == DEFINED["Records"]
@@ -106,7 +107,7 @@ def test_the_sections_are_found() -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=NAMES)
-def test_a_section_uses_only_what_stands_above_it(section: Section) -> None:
+def test_a_section_uses_names_of_sections_above_only(section: Section) -> None:
     below = SECTIONS[SECTIONS.index(section) + 1 :]
     used = names_used(section)
     assert {
@@ -125,20 +126,19 @@ def test_a_section_is_short(section: Section) -> None:
 
 
 def test_the_core_and_the_whole_are_short() -> None:
-    first = SECTIONS[NAMES.index("Session and Rendezvous")].first
+    first = SECTIONS[NAMES.index("Session")].first
     last = SECTIONS[NAMES.index("Recorder")].last
     assert last - first + 1 <= 2300
     assert len(LINES) <= 5000
 
 
-def test_the_map_lists_the_sections() -> None:
-    """In their order. A row of the map names a section by its first word."""
+def test_the_module_docstring_lists_the_sections_in_order() -> None:
     rows = re.findall(r"^ {4}(\S.*?) {2,}\S", ast.get_docstring(TREE, clean=False) or "", re.M)
     assert [re.findall(r"\w+", row)[0] for row in rows] == [name.split()[0] for name in NAMES[1:]]
     assert all(row.replace(", ", " and ") in name for row, name in zip(rows, NAMES[1:]))
 
 
-def test_a_banner_says_what_its_section_is() -> None:
+def test_each_banner_describes_its_section() -> None:
     for section in SECTIONS[1:]:
         banner = LINES[section.first - 1 : LINES.index(RULE, section.first) + 1]
         assert banner[2] == "#" and 5 <= len(banner) <= 25, section.name
@@ -146,7 +146,7 @@ def test_a_banner_says_what_its_section_is() -> None:
 
 
 def modules_imported(tree: ast.Module) -> set[str]:
-    """The modules that a program imports, wherever in it that stands."""
+    """Return the modules that a program imports, in functions too."""
     modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -157,28 +157,150 @@ def modules_imported(tree: ast.Module) -> set[str]:
     return modules
 
 
-FRAMER = ast.parse(RELAY.with_name("ws_frames.py").read_text(encoding="utf-8"))
+WS_FRAMES = ast.parse(RELAY.with_name("ws_frames.py").read_text(encoding="utf-8"))
 
 
 def test_imports_are_of_the_standard_library() -> None:
-    """They work in a Python without site-packages. The one that is ours may be missing."""
-    modules = modules_imported(TREE) - {"ws_frames"} | modules_imported(FRAMER)
+    """A Python without site-packages can import them. ws_frames is ours, and may be missing."""
+    modules = modules_imported(TREE) - {"ws_frames"} | modules_imported(WS_FRAMES)
     program = f"import {', '.join(sorted(modules))}"
     subprocess.run([sys.executable, "-ISc", program], cwd="/", timeout=TIMEOUT, check=True)
 
 
-def test_the_framer_is_pure() -> None:
-    """It cannot wait, look at a clock or say anything: it has nothing to do that with."""
-    assert modules_imported(FRAMER) == {
+def test_ws_frames_does_no_input_and_output() -> None:
+    """None of its imports can wait, read a clock or write a message."""
+    assert modules_imported(WS_FRAMES) == {
         *("__future__", "binascii", "collections.abc", "hashlib", "re", "typing")
     }
 
 
-def test_the_framer_is_looked_for_once() -> None:
-    """At the start: later there might be another version's file."""
+def unconditional_imports() -> set[str]:
+    """Return the modules that each start of the program needs."""
+    plain = [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return modules_imported(ast.Module(list(plain), []))
+
+
+def test_modules_that_may_be_missing_or_cost_much_are_imported_when_needed() -> None:
+    """A Python can be built without sqlite3, and one file alone has no ws_frames.
+
+    hashlib needs 3.7 MB, and dataclasses 20 ms on a small machine.
+    """
+    assert unconditional_imports() & {"sqlite3", "ws_frames", "hashlib", "dataclasses"} == set()
+    assert {"sqlite3", "ws_frames"} <= modules_imported(TREE)
+
+
+def test_ws_frames_is_imported_once_at_the_start() -> None:
+    """A later import could find the file of another version."""
     imports = [node for node in ast.walk(TREE) if isinstance(node, ast.Import)]
     (ours,) = (node for node in imports if node.names[0].name == "ws_frames")
     assert any(isinstance(node, ast.Try) and ours in node.body for node in TREE.body)
+
+
+# The calls that go down the file.
+
+
+def class_node(name: str) -> ast.ClassDef:
+    """Return the definition of a class of the program."""
+    (found,) = (node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return found
+
+
+def members(name: str) -> set[str]:
+    """Return the public methods, properties and attributes of a class of the program."""
+    found = set()
+    for node in ast.walk(class_node(name)):
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and name_of(node.value) == "self"
+        ):
+            found.add(node.attr)
+    return {name for name in found if not name.startswith("_")}
+
+
+def name_of(node: ast.expr) -> str | None:
+    """Return the last name of `a.b.name`, or `name` alone."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def attributes_of(names: set[str], nodes: list[ast.stmt]) -> set[str]:
+    """Return each X of `name.X` and `anything.name.X` in the code, for these names."""
+    return {
+        node.attr
+        for top in nodes
+        for node in ast.walk(top)
+        if isinstance(node, ast.Attribute) and name_of(node.value) in names
+    }
+
+
+def section(name: str) -> Section:
+    """Return a section by its name."""
+    return SECTIONS[NAMES.index(name)]
+
+
+def test_what_a_connection_uses_of_the_server_is_the_event_loop_protocol() -> None:
+    """Every member is used, none is missing, and the Server has all of them."""
+    used = attributes_of({"_server"}, [class_node("Connection")])
+    in_constructor = attributes_of({"server"}, [class_node("Connection")])
+    assert used | in_constructor == members("EventLoop")
+    assert members("EventLoop") <= members("Server")
+
+
+def test_a_connection_does_not_pass_the_server_on() -> None:
+    """Each use of it is an attribute. So the test above finds all of them."""
+    nodes = list(ast.walk(class_node("Connection")))
+    bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    others = [
+        node
+        for node in nodes
+        if isinstance(node, (ast.Attribute, ast.Name))
+        and name_of(node) in ("_server", "server")
+        and id(node) not in bases
+    ]
+    # In the constructor: `self._server = server`.
+    assert sorted(str(name_of(node)) for node in others) == ["_server", "server"]
+
+
+TRANSPORT_USERS = ("Session", "Rendezvous", "Framing", "Connection")
+
+
+def test_what_sessions_and_framings_use_of_a_connection_is_the_transport_protocol() -> None:
+    """Every member is used, none is missing, and the Connection has all of them."""
+    nodes = [node for name in TRANSPORT_USERS for node in statements(section(name))]
+    assert attributes_of({"transport", "_transport"}, nodes) == members("Transport")
+    slots = set(transit_relay.Connection.__slots__)
+    assert members("Transport") <= members("Connection") | slots
+
+
+# Names of a section below that annotations mention: the objects that are handed up.
+HANDED_UP = {
+    "Interfaces": {"Framing", "Connection", "Rendezvous"},
+    "Session": {"Pair", "Rendezvous"},
+    "Accepting and draining": {"Listener"},
+    "Server": {"Listener", "Recorder"},
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=NAMES)
+def test_annotations_name_objects_of_sections_above_or_handed_up(section: Section) -> None:
+    """A type in an annotation is not evaluated, so Python accepts a later one."""
+    later_sections = SECTIONS[SECTIONS.index(section) + 1 :]
+    below = {name for later in later_sections for name in DEFINED[later.name]}
+    annotations = [
+        annotation
+        for top in statements(section)
+        for node in ast.walk(top)
+        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if annotation is not None
+    ]
+    named = {node.id for top in annotations for node in ast.walk(top) if isinstance(node, ast.Name)}
+    assert named & below == HANDED_UP.get(section.name, set())
 
 
 def test_the_version_is_that_of_the_news() -> None:

@@ -21,10 +21,10 @@ RIGHT = handshake("t", "right")
 
 
 class Leave(enum.Enum):
-    """How a client goes.
+    """How a client leaves.
 
-    It ends its direction (over WebSocket with a Close), closes, or resets (a plain close if
-    unix). Over WebSocket the latter two are ends without a Close.
+    It ends its direction (over WebSocket with a Close), closes its socket, or resets the
+    connection (a unix socket cannot). Over WebSocket the latter two are ends without a Close.
     """
 
     HALF = "half-close"
@@ -36,19 +36,19 @@ HALF, CLOSE, RESET = Leave
 
 
 class Scenario(NamedTuple):
-    """Who does what, one after the other, and what comes of it.
+    """Steps of clients, one after the other, and their outcome.
 
-    A client arrives when it is first named. Each step takes as long, and waits until the relay
-    has all that was sent. Who is still there at the end leaves (HALF) in the order of arrival.
+    A client connects when it is first named. Each step takes STEP_SECONDS, and waits until the
+    relay has read all. Clients that remain at the end leave (HALF) in the order of arrival.
     """
 
     # Bytes are a message, where there are messages. A list: its pieces, one by one.
     steps: list[tuple[str, bytes | list[bytes] | Leave]]
-    sees: dict[str, bytes]  # every byte that each client gets, before an orderly end
+    sees: dict[str, bytes]  # all bytes that each client receives before an orderly end
     records: list[tuple[str, int, int | None]]  # mood, total_bytes, waiting_time in steps
 
 
-# A handshake that nobody answers, or that is none.
+# Clients without a partner.
 
 ALONE = {
     "nothing": (b"", b"", "empty"),
@@ -66,7 +66,7 @@ ALONE = {
     "a line of junk": (b"junk\n", b"bad handshake\n", "errory"),
     "an empty line": (b"\n", b"bad handshake\n", "errory"),
     "junk in pieces": ([b"j", b"u", b"nk", b"\n"], b"bad handshake\n", "errory"),
-    "junk twice is told once": ([b"junk\n", b"junk\n"], b"bad handshake\n", "errory"),
+    "junk twice is answered once": ([b"junk\n", b"junk\n"], b"bad handshake\n", "errory"),
     "junk, then a handshake": ([b"junk\n", PLAIN], b"bad handshake\n", "errory"),
     "carriage return": (PLAIN[:-1] + b"\r\n", b"bad handshake\n", "errory"),
     "a short token": (b"please relay 0123\n", b"bad handshake\n", "errory"),
@@ -76,11 +76,11 @@ ALONE = {
     "a byte too early": (PLAIN + b"x", b"impatient\n", "impatient"),
     "a newline too early": (PLAIN + b"\n", b"impatient\n", "impatient"),
     "a byte too early, later": ([PLAIN, b"x"], b"impatient\n", "impatient"),
-    "impatient twice is told once": ([PLAIN, b"x", b"x"], b"impatient\n", "impatient"),
+    "impatient twice is answered once": ([PLAIN, b"x", b"x"], b"impatient\n", "impatient"),
     "two handshakes": (PLAIN + PLAIN, b"impatient\n", "impatient"),
 }
 
-# What means something else where there are messages, or cannot be told there.
+# Streams whose meaning depends on messages.
 
 ALONE_RAW = {
     "all but the newline": (PLAIN[:-1], b"", "empty"),
@@ -95,15 +95,15 @@ ALONE_WEB = {
 
 
 def alone(
-    lives: dict[str, tuple[bytes | list[bytes], bytes, str]],
+    rows: dict[str, tuple[bytes | list[bytes], bytes, str]],
 ) -> Iterator[tuple[str, Scenario]]:
-    for name, (sent, reply, mood) in lives.items():
+    for name, (sent, reply, mood) in rows.items():
         for leave in Leave:
             steps = [("a", sent), ("a", leave)]
             yield f"{name}, {leave.value}", Scenario(steps, {"a": reply}, [(mood, 0, None)])
 
 
-# Two that meet.
+# Pairs.
 
 MEETINGS = {
     "no sides": (PLAIN, PLAIN),
@@ -140,7 +140,7 @@ def ends() -> Iterator[tuple[str, Scenario]]:
                 ),
             )
             yield (
-                f"{'first' if who == 'a' else 'second'} leaves, {leave.value}, and is talked to",
+                f"{'first' if who == 'a' else 'second'} leaves, {leave.value}, and is sent bytes",
                 Scenario(
                     [("a", LEFT), ("b", RIGHT), (who, leave), (stays, b"hello?")],
                     {who: b"ok\n", stays: b"ok\n"},
@@ -149,7 +149,7 @@ def ends() -> Iterator[tuple[str, Scenario]]:
             )
 
 
-# All else.
+# Other scenarios.
 
 MORE = {
     "early data": Scenario(
@@ -172,7 +172,7 @@ MORE = {
         {"a": b"ok\n", "b": b"ok\n" + bytes(range(256))},
         [("happy", 256, 1)],
     ),
-    "accepted first, heard last": Scenario(
+    "accepted first, handshake last": Scenario(
         [("a", b""), ("b", RIGHT), ("a", LEFT), ("b", b"1")],
         {"a": b"ok\n1", "b": b"ok\n"},
         [("happy", 1, 1)],
@@ -216,7 +216,7 @@ MORE = {
         {"a": b"", "b": b"ok\nhi", "c": b"ok\n"},
         [("redundant", 0, None), ("happy", 2, 1)],
     ),
-    "what a redundant one says goes nowhere": Scenario(
+    "bytes of a redundant client are discarded": Scenario(
         [("a", LEFT), ("b", LEFT), ("c", RIGHT), ("a", b"me too"), ("b", b"1")],
         {"a": b"", "b": b"ok\n", "c": b"ok\n1"},
         [("redundant", 0, None), ("happy", 1, 1)],
@@ -250,12 +250,12 @@ MORE = {
         {"a": b"ok\n", "b": b"ok\n", "c": b"ok\n", "d": b"ok\n"},
         [("happy", 0, 1), ("happy", 0, 1)],
     ),
-    "nobody meets one that has left": Scenario(
+    "a client that has left is not paired": Scenario(
         [("a", LEFT), ("a", CLOSE), ("b", RIGHT)],
         {"a": b"", "b": b""},
         [("lonely", 0, None), ("lonely", 0, None)],
     ),
-    "nobody meets an impatient one": Scenario(
+    "an impatient client is not paired": Scenario(
         [("a", LEFT + b"x"), ("b", RIGHT)],
         {"a": b"impatient\n", "b": b""},
         [("impatient", 0, None), ("lonely", 0, None)],
@@ -271,7 +271,7 @@ SCENARIOS = {**dict(alone(ALONE)), **dict(meetings()), **dict(ends()), **MORE}
 RAW_SCENARIOS = dict(alone(ALONE_RAW))
 WEB_SCENARIOS = dict(alone(ALONE_WEB))
 
-# What the clients are, in turn.
+# The kinds of the clients, in turn.
 KINDS = {
     "unix": ["unix"],
     "tcp×tcp": ["tcp"],
@@ -296,15 +296,15 @@ def cases() -> Iterator[object]:
 
 
 def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
-    """Go, as `how` says, and wait until the relay knows it. Gives all that the client got."""
+    """Leave as `how` says, and wait until the relay has noticed. Return all that was received."""
     conn = client.conn
     assert conn is not None
     if how is HALF:
-        # Whoever has heard our Close answers with none; else it is answered with its code.
+        # A client that received our Close gets no answer. Otherwise its code is returned.
         code = 1000 if conn.session.state is State.DONE else 4321
         client.half_close(code)
         loop.pump()
-        assert conn.session.state is State.DONE  # by this alone
+        assert conn.session.state is State.DONE  # without the close of the socket
         seen = client.read_to_end(code)
         client.close()
     else:  # nothing can be read afterwards, and closing must not reset
@@ -316,7 +316,7 @@ def leave(loop: Loop, client: Client, how: Leave, expected: bytes) -> bytes:
 
 
 def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False) -> None:
-    """Go through it with clients of these kinds, in turn, and see that all comes as it says."""
+    """Play a scenario with clients of these kinds, in turn, and check its outcome."""
     turns = cycle(kinds)
     clients: dict[str, Client] = {}
     seen: dict[str, bytes] = {}
@@ -338,8 +338,8 @@ def play(loop: Loop, scenario: Scenario, kinds: list[str], swapped: bool = False
             seen[who] = leave(loop, client, HALF, scenario.sees[who])
     assert seen == scenario.sees
     assert [
-        (life.mood, life.total_bytes, life.waiting_time and life.waiting_time / STEP_SECONDS)
-        for life in loop.recorder.records
+        (one.mood, one.total_bytes, one.waiting_time and one.waiting_time / STEP_SECONDS)
+        for one in loop.recorder.records
     ] == scenario.records
     assert loop.server.connections == set()
 
@@ -350,7 +350,7 @@ def test_scenario(loop: Loop, scenario: Scenario, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_scenario_where_each_comes_to_the_others_listener(loop: Loop, name: str) -> None:
+def test_scenario_with_swapped_listeners(loop: Loop, name: str) -> None:
     play(loop, MORE[name], ["tcp", "ws"], swapped=True)
 
 
@@ -363,17 +363,17 @@ def test_the_times_of_a_pair(loop: Loop) -> None:
     loop.advance(5)
     first.close()
     loop.pump()
-    loop.advance(4)  # the other is held: this does not count
+    loop.advance(4)  # the other lingers, which does not count
     assert loop.recorder.records == [UsageRecord(1_700_000_000.0, 10.0, 3.0, 0, "happy")]
 
 
-def test_the_times_of_one_alone(loop: Loop) -> None:
+def test_the_times_of_a_client_without_a_partner(loop: Loop) -> None:
     loop.advance(1)
     client = loop.connect()
     loop.advance(2)
     client.sendall(b"junk\n")
     loop.pump()
-    loop.advance(3)  # held, likewise
+    loop.advance(3)  # it lingers, which does not count
     client.close()
     loop.pump()
     assert loop.recorder.records == [UsageRecord(1_700_000_001.0, 2.0, None, 0, "errory")]

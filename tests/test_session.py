@@ -1,4 +1,4 @@
-"""One client's rules: the table in Session's docstring is run here, then what it cannot say."""
+"""One client's rules: execute the table in Session's docstring, then test what it cannot list."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from helpers import FakeClock, FakeTransport, handshake
 
 from transit_relay import (
+    Pair,
     Reason,
     Rendezvous,
     Role,
@@ -24,7 +25,7 @@ LINE = handshake("token", "side")[:-1]
 PARTNERS_LINE = handshake("token", "other")[:-1]
 
 
-class World:
+class Setup:
     """A Rendezvous with its sessions, its records and its clock."""
 
     def __init__(self) -> None:
@@ -34,77 +35,79 @@ class World:
         self.sessions: list[Session] = []
 
     def accept(self, role: Role = Role.PORT) -> Session:
-        """A client is accepted. The time of day began 1,000,000 s before the clock."""
+        """Return a new client's session. The time of day is the clock plus 1,000,000 s."""
         session = Session(FakeTransport(), self.rendezvous, 1_000_000 + self.clock.now, role)
         self.sessions.append(session)
         return session
 
     def arrive(self, line: bytes = LINE) -> Session:
-        """A client is accepted and sends its first line."""
+        """Return the session of a client that has sent its first line."""
         session = self.accept()
         session.line_received(line)
         return session
 
     def pair(self) -> tuple[Session, Session]:
-        """Two clients that have met."""
+        """Return the sessions of two clients that are paired."""
         return self.arrive(LINE), self.arrive(PARTNERS_LINE)
 
     def moods(self) -> list[str]:
-        """The moods of all records so far, in order."""
+        """Return the moods of all records so far, in order."""
         return [record.mood for record in self.records]
 
-    def story(self) -> list[tuple[object, ...]]:
-        """All that one can see of the sessions from outside, and the records."""
-        seen: list[tuple[object, ...]] = [tuple(self.records)]
+    def observed(self) -> list[tuple[object, ...]]:
+        """Return all that can be observed of the sessions, and the records."""
+        seen: list[tuple[object, ...]] = [
+            (*self.records, self.rendezvous.relayed_bytes(), len(self.rendezvous.pairs))
+        ]
         for session in self.sessions:
-            pipe = session.transport
-            assert isinstance(pipe, FakeTransport)
-            seen.append((session.state, pipe.sent, pipe.finished, session.received_bytes))
+            transport = session.transport
+            assert isinstance(transport, FakeTransport)
+            seen.append((session.state, transport.sent, transport.finished, session.partner))
         return seen
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def setup() -> Setup:
+    return Setup()
 
 
 def sent(session: Session) -> bytes:
-    """All that this client was sent."""
+    """Return all bytes that this client was sent."""
     assert isinstance(session.transport, FakeTransport)
     return session.transport.sent
 
 
-# The inputs, by the names that the table gives them ...
-INPUTS: dict[str, Callable[[World, Session], object]] = {
-    "http": lambda world, session: session.http_detected(),
-    "opened": lambda world, session: session.stream_opened(),
-    "handshake": lambda world, session: session.line_received(LINE),
-    "junk": lambda world, session: session.line_received(b"GET / HTTP/1.1\r"),
-    "bytes": lambda world, session: session.bytes_received(b"some bytes"),
-    "matched": lambda world, session: session.matched(world.sessions[0]),
-    "displaced": lambda world, session: session.displaced(),
-    "end": lambda world, session: session.client_ended(),
-    "left": lambda world, session: session.partner_left(Reason.ENDED),
+# The inputs, by their names in the table ...
+INPUTS: dict[str, Callable[[Setup, Session], object]] = {
+    "http": lambda setup, session: session.http_detected(),
+    "opened": lambda setup, session: session.stream_opened(),
+    "handshake": lambda setup, session: session.line_received(LINE),
+    "junk": lambda setup, session: session.line_received(b"GET / HTTP/1.1\r"),
+    "bytes": lambda setup, session: session.bytes_received(b"some bytes"),
+    "matched": lambda setup, session: session.matched(Pair(session, setup.sessions[0])),
+    "displaced": lambda setup, session: session.displaced(),
+    "end": lambda setup, session: session.client_ended(),
+    "left": lambda setup, session: session.partner_left(Reason.ENDED),
 }
 # ... and what a partner does.
 STEPS = INPUTS | {
-    "partner": lambda world, session: world.arrive(PARTNERS_LINE),
-    "partner ends": lambda world, session: world.sessions[-1].client_ended(),
+    "partner": lambda setup, session: setup.arrive(PARTNERS_LINE),
+    "partner ends": lambda setup, session: setup.sessions[-1].client_ended(),
 }
 
-# Every way into every state, as steps from the accept on.
-WAYS: dict[str, tuple[str, list[str]]] = {
+# Every path to every state, as steps after the accept.
+PATHS: dict[str, tuple[State, list[str]]] = {
     "accepted": (State.WAIT_HANDSHAKE, []),
-    "accepted, web": (State.WAIT_UPGRADE, []),
-    "came by HTTP": (State.WAIT_UPGRADE, ["http"]),
-    "came by HTTP, upgraded": (State.WAIT_HANDSHAKE, ["http", "opened"]),
+    "accepted, HTTP expected": (State.WAIT_UPGRADE, []),
+    "HTTP": (State.WAIT_UPGRADE, ["http"]),
+    "HTTP, upgraded": (State.WAIT_HANDSHAKE, ["http", "opened"]),
     "opened": (State.WAIT_HANDSHAKE, ["opened"]),
     "waiting": (State.WAIT_PARTNER, ["handshake"]),
-    "came first": (State.RELAYING, ["handshake", "partner"]),
-    "came second": (State.RELAYING, ["partner", "handshake"]),
+    "waited": (State.RELAYING, ["handshake", "partner"]),
+    "met a waiting client": (State.RELAYING, ["partner", "handshake"]),
     "errory": (State.DONE, ["junk"]),
     "empty": (State.DONE, ["end"]),
-    "visited": (State.DONE, ["http", "end"]),
+    "HTTP answer": (State.DONE, ["http", "end"]),
     "impatient": (State.DONE, ["handshake", "bytes"]),
     "redundant": (State.DONE, ["handshake", "displaced"]),
     "lonely": (State.DONE, ["handshake", "end"]),
@@ -112,14 +115,16 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "stayed": (State.DONE, ["handshake", "partner", "partner ends"]),
 }
 
+EXPECT_HTTP = ("accepted, HTTP expected", "opened")
 
-def bring(world: World, way: str) -> Session:
-    """A session that has come into its state in this way."""
-    world.accept()  # somebody whom `matched` can name
-    session = world.accept(Role.WEBSOCKET if way in ("accepted, web", "opened") else Role.PORT)
-    for step in WAYS[way][1]:
-        STEPS[step](world, session)
-    assert session.state == WAYS[way][0]
+
+def reach(setup: Setup, path: str) -> Session:
+    """Return a session that has reached its state on this path."""
+    setup.accept()  # the other session of the input `matched`
+    session = setup.accept(Role.WEBSOCKET if path in EXPECT_HTTP else Role.PORT)
+    for step in PATHS[path][1]:
+        STEPS[step](setup, session)
+    assert session.state == PATHS[path][0]
     return session
 
 
@@ -144,7 +149,7 @@ def read_table() -> list[Row]:
 
 
 def dashed(ruler: str) -> list[tuple[int, int | None]]:
-    """Where the columns under a ruler of dashes begin and end; the last one never does."""
+    """Return the start and end of the columns under a ruler of dashes. The last has no end."""
     starts = [n for n, sign in enumerate(ruler) if sign == "-" and ruler[n - 1 : n] != "-"]
     return list(zip(starts, [*starts[1:], None]))
 
@@ -153,7 +158,7 @@ TABLE = read_table()
 LISTED = {(row[0], row[1]) for row in TABLE}
 
 
-def test_the_table_is_read_whole() -> None:
+def test_all_rows_of_the_table_are_read() -> None:
     assert len(TABLE) == len(LISTED) == 13
     assert {row[0] for row in TABLE} == set(STATES) - {State.DONE}
     assert {row[1] for row in TABLE} == set(INPUTS)
@@ -161,87 +166,87 @@ def test_the_table_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "row"),
+    ("path", "row"),
     [
-        pytest.param(way, row, id=f"{way}-{row[1]}")
+        pytest.param(path, row, id=f"{path}-{row[1]}")
         for row in TABLE
-        for way, (state, _) in WAYS.items()
+        for path, (state, _) in PATHS.items()
         if state == row[0]
     ],
 )
-def test_listed(world: World, way: str, row: Row) -> None:
+def test_a_listed_input_does_what_its_row_says(setup: Setup, path: str, row: Row) -> None:
     _, name, next_state, mood, reply = row
-    session = bring(world, way)
+    session = reach(setup, path)
     before = sent(session)
-    INPUTS[name](world, session)
+    INPUTS[name](setup, session)
     assert session.state == next_state
     said = "" if reply == "-" else reply.replace("\\n", "\n")
     assert sent(session)[len(before) :] == said.encode()
     assert isinstance(session.transport, FakeTransport) and session.transport.finished == (
         next_state == State.DONE
     )
-    for other in world.sessions:
+    for other in setup.sessions:
         if other is not session:
-            other.end_sent()  # of a pair, the side that stayed has all
-    assert world.moods() == ([] if mood == "-" else [mood])
+            other.end_sent()  # completes the pair whose other client left
+    assert setup.moods() == ([] if mood == "-" else [mood])
 
 
 @pytest.mark.parametrize(
-    ("way", "name"),
+    ("path", "name"),
     [
-        pytest.param(way, name, id=f"{way}-{name}")
-        for way, (state, _) in WAYS.items()
+        pytest.param(path, name, id=f"{path}-{name}")
+        for path, (state, _) in PATHS.items()
         for name in INPUTS
         if (state, name) not in LISTED
     ],
 )
-def test_not_listed(world: World, way: str, name: str) -> None:
-    """What a client does too late is normal. All else is our mistake. Neither changes a thing."""
-    session = bring(world, way)
-    before = world.story()
+def test_an_unlisted_input_changes_nothing(setup: Setup, path: str, name: str) -> None:
+    """A late event of a client is ignored. Every other unlisted input is a bug and raises."""
+    session = reach(setup, path)
+    before = setup.observed()
     if session.state == State.DONE and name in ("handshake", "junk", "bytes", "end"):
-        INPUTS[name](world, session)
+        INPUTS[name](setup, session)
     else:
         with pytest.raises(AssertionError):
-            INPUTS[name](world, session)
-    assert world.story() == before
+            INPUTS[name](setup, session)
+    assert setup.observed() == before
 
 
 # Records: how many, and when.
 
 
-# Of these the record is a pair's, or there is none.
-OTHERWISE = ("came first", "came second", "left", "stayed")
-UNRECORDED = ("accepted, web", "came by HTTP", "visited")
+# Paths whose record is that of a pair.
+PAIRED = ("waited", "met a waiting client", "left", "stayed")
+UNRECORDED = ("accepted, HTTP expected", "HTTP", "HTTP answer")
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in OTHERWISE])
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in PAIRED])
 @pytest.mark.parametrize(
     "order",
     list(itertools.permutations(["client_ended", "end_sent", "connection_lost"])),
     ids="-".join,
 )
-def test_a_life_without_a_partner_is_recorded_once(
-    world: World, way: str, order: tuple[str, ...]
+def test_a_client_without_a_partner_is_recorded_once(
+    setup: Setup, path: str, order: tuple[str, ...]
 ) -> None:
-    session = bring(world, way)
+    session = reach(setup, path)
     for event in order * 2:
         getattr(session, event)()
-    assert len(world.records) == (way not in UNRECORDED)
-    for record in world.records:
+    assert len(setup.records) == (path not in UNRECORDED)
+    for record in setup.records:
         assert record.waiting_time is None and record.total_bytes == 0
 
 
-def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
-    """In every order of what can happen to the two; after each event, not only at the end."""
+def test_a_pair_is_recorded_once_when_the_side_that_stayed_was_sent_all() -> None:
+    """Try every order of the events of both. Check after each event, not only at the end."""
     events = [
         (side, event)
         for side in (0, 1)
         for event in ("client_ended", "end_sent", "connection_lost")
     ]
     for order in itertools.permutations(events):
-        world = World()
-        pair = world.pair()
+        setup = Setup()
+        pair = setup.pair()
         stayed = None
         expected = 0
         for side, event in order:
@@ -250,100 +255,100 @@ def test_a_pair_is_recorded_once_when_the_side_that_stayed_has_all() -> None:
                 stayed = 1 - side
             elif side == stayed and event != "client_ended":
                 expected = 1
-            assert world.moods() == ["happy"] * expected, order
-            assert len(world.rendezvous.paired) == 2 - 2 * expected, order
+            assert setup.moods() == ["happy"] * expected, order
+            assert len(setup.rendezvous.pairs) == 1 - expected, order
         assert expected == 1
 
 
-def test_a_lost_connection_ends_a_pair_for_both(world: World) -> None:
-    one, other = world.pair()
+def test_a_lost_connection_ends_a_pair_for_both(setup: Setup) -> None:
+    one, other = setup.pair()
     one.connection_lost()
     assert other.state == State.DONE
     assert isinstance(other.transport, FakeTransport) and other.transport.finished
-    assert world.moods() == []
+    assert setup.moods() == []
     other.connection_lost()
-    assert world.moods() == ["happy"]
+    assert setup.moods() == ["happy"]
 
 
 # Records: their numbers.
 
 
-def test_times_of_a_life_without_a_partner(world: World) -> None:
-    session = world.accept()
-    world.clock.advance(2)
+def test_times_of_a_client_without_a_partner(setup: Setup) -> None:
+    session = setup.accept()
+    setup.clock.advance(2)
     session.line_received(LINE)
-    world.clock.advance(5.5)
+    setup.clock.advance(5.5)
     session.client_ended()
-    world.clock.advance(60)  # being held does not count
+    setup.clock.advance(60)  # lingering does not count
     session.connection_lost()
-    assert world.records == [UsageRecord(1_000_100.0, 7.5, None, 0, "lonely")]
+    assert setup.records == [UsageRecord(1_000_100.0, 7.5, None, 0, "lonely")]
 
 
-def test_a_refused_life_ends_with_the_refusal(world: World) -> None:
-    session = world.accept()
-    world.clock.advance(2)
+def test_the_time_of_a_refused_client_ends_with_the_refusal(setup: Setup) -> None:
+    session = setup.accept()
+    setup.clock.advance(2)
     session.line_received(b"junk")
-    world.clock.advance(60)
+    setup.clock.advance(60)
     session.client_ended()
     session.connection_lost()
-    assert world.records == [UsageRecord(1_000_100.0, 2.0, None, 0, "errory")]
+    assert setup.records == [UsageRecord(1_000_100.0, 2.0, None, 0, "errory")]
 
 
 @pytest.mark.parametrize("first_line_from", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("leaver", [0, 1], ids=["first leaves", "second leaves"])
 def test_times_of_a_pair_begin_with_the_earlier_accept(
-    world: World, first_line_from: int, leaver: int
+    setup: Setup, first_line_from: int, leaver: int
 ) -> None:
-    """Whichever handshake came first, and whoever leaves."""
-    first = world.accept()
-    world.clock.advance(7)
-    second = world.accept()
-    world.clock.advance(1)
+    """The order of the handshakes does not matter, nor which client leaves."""
+    first = setup.accept()
+    setup.clock.advance(7)
+    second = setup.accept()
+    setup.clock.advance(1)
     lines = [(first, LINE), (second, PARTNERS_LINE)]
     for session, line in lines if first_line_from == 0 else reversed(lines):
         session.line_received(line)
-        world.clock.advance(2)
+        setup.clock.advance(2)
     (first, second)[leaver].client_ended()
-    world.clock.advance(30)  # the side that stayed takes in what is queued for it
+    setup.clock.advance(30)  # the side that stayed receives what is queued for it
     (first, second)[1 - leaver].end_sent()
-    world.clock.advance(5)  # being held does not count
+    setup.clock.advance(5)  # lingering does not count
     first.connection_lost()
     second.connection_lost()
-    assert world.records == [UsageRecord(1_000_100.0, 42.0, 7.0, 0, "happy")]
+    assert setup.records == [UsageRecord(1_000_100.0, 42.0, 7.0, 0, "happy")]
 
 
-def test_bytes_of_a_pair_are_those_of_both_behind_the_handshakes(world: World) -> None:
-    one, other = world.pair()
+def test_the_bytes_of_a_pair_are_counted_from_both_sides_after_the_handshakes(setup: Setup) -> None:
+    one, other = setup.pair()
     one.bytes_received(b"12345")
     other.bytes_received(memoryview(b"123"))
     other.bytes_received(b"1")
-    assert world.rendezvous.incomplete_bytes() == 9
+    assert setup.rendezvous.incomplete_bytes() == 9
     one.client_ended()
     one.bytes_received(b"late")
     other.bytes_received(b"late too")
-    assert world.rendezvous.incomplete_bytes() == 9
+    assert setup.rendezvous.incomplete_bytes() == 9
     other.end_sent()
-    assert [record.total_bytes for record in world.records] == [9]
-    assert world.rendezvous.incomplete_bytes() == 0
+    assert [record.total_bytes for record in setup.records] == [9]
+    assert setup.rendezvous.incomplete_bytes() == 0
 
 
 # What a client is sent.
 
 
-@pytest.mark.parametrize("why", [Reason.ENDED, Reason.STOPPING])
-@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][0] != State.DONE])
-def test_whoever_goes_is_told_why(world: World, way: str, why: str) -> None:
-    session = bring(world, way)
+@pytest.mark.parametrize("reason", list(Reason))
+@pytest.mark.parametrize("path", [path for path in PATHS if PATHS[path][0] != State.DONE])
+def test_both_transports_get_the_reason(setup: Setup, path: str, reason: Reason) -> None:
+    session = reach(setup, path)
     partner = session.partner
-    session.client_ended(why)
+    session.client_ended(reason)
     for one in (session, partner):
         assert one is None or (
-            isinstance(one.transport, FakeTransport) and one.transport.why == why
+            isinstance(one.transport, FakeTransport) and one.transport.reason is reason
         )
 
 
-def test_bytes_go_to_the_partner_alone_and_in_order(world: World) -> None:
-    one, other = world.pair()
+def test_bytes_are_sent_to_the_partner_only_and_in_order(setup: Setup) -> None:
+    one, other = setup.pair()
     one.bytes_received(b"to the other, ")
     other.bytes_received(b"to the one")
     one.bytes_received(memoryview(b"and more"))
@@ -351,43 +356,92 @@ def test_bytes_go_to_the_partner_alone_and_in_order(world: World) -> None:
     assert sent(other) == b"ok\nto the other, and more"
 
 
-def test_both_are_linked_to_each_other(world: World) -> None:
-    one, other = world.pair()
-    assert isinstance(one.transport, FakeTransport) and one.transport.partner is other.transport
-    assert isinstance(other.transport, FakeTransport) and other.transport.partner is one.transport
+def test_each_is_the_others_partner_when_its_transport_is_notified(setup: Setup) -> None:
+    class ObservingTransport(FakeTransport):
+        """Notes its session's partner at each `partner_changed`, and what was sent before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.session: Session | None = None
+            self.partners: list[tuple[Session | None, bytes]] = []
+
+        def partner_changed(self) -> None:
+            assert self.session is not None
+            self.partners.append((self.session.partner, self.sent))
+
+    transports = [ObservingTransport(), ObservingTransport()]
+    one, other = (Session(transport, setup.rendezvous, 0.0) for transport in transports)
+    for transport, session in zip(transports, (one, other)):
+        transport.session = session
+    one.line_received(LINE)
+    assert one.partner is None and transports[0].partners == []
+    other.line_received(PARTNERS_LINE)
+    assert transports[0].partners == [(other, b"")]
+    assert transports[1].partners == [(one, b"")]
+    assert one.pair is other.pair is not None
+    assert one.pair.sessions == (one, other)
 
 
-def test_bytes_behind_the_line_that_matches_come_behind_the_partners_ok(world: World) -> None:
-    one = world.arrive(LINE)
-    other = world.arrive(PARTNERS_LINE)
+def test_bytes_after_the_matching_line_follow_the_partners_ok(setup: Setup) -> None:
+    one = setup.arrive(LINE)
+    other = setup.arrive(PARTNERS_LINE)
     other.bytes_received(b"early")
     assert (sent(one), sent(other)) == (b"ok\nearly", b"ok\n")
     one.client_ended()
     other.end_sent()
-    assert world.records[0].total_bytes == 5
+    assert setup.records[0].total_bytes == 5
 
 
-def test_the_impatient_are_no_longer_there_to_be_met(world: World) -> None:
-    hasty = world.arrive(LINE)
-    hasty.bytes_received(b"x")
-    assert sent(hasty) == b"impatient\n"
-    late = world.arrive(PARTNERS_LINE)
-    assert late.state == State.WAIT_PARTNER and sent(hasty) == b"impatient\n"
-    assert world.moods() == ["impatient"]
+def test_an_impatient_client_is_not_matched(setup: Setup) -> None:
+    impatient = setup.arrive(LINE)
+    impatient.bytes_received(b"x")
+    assert sent(impatient) == b"impatient\n"
+    late = setup.arrive(PARTNERS_LINE)
+    assert late.state == State.WAIT_PARTNER and sent(impatient) == b"impatient\n"
+    assert setup.moods() == ["impatient"]
 
 
-def test_the_redundant_are_sent_nothing(world: World) -> None:
-    older = world.arrive(LINE)
-    newer = world.arrive(LINE)
-    world.arrive(PARTNERS_LINE)
+def test_a_redundant_client_is_sent_nothing(setup: Setup) -> None:
+    older = setup.arrive(LINE)
+    newer = setup.arrive(LINE)
+    setup.arrive(PARTNERS_LINE)
     assert (older.state, newer.state) == (State.DONE, State.RELAYING)
     assert (
         sent(older) == b""
         and isinstance(older.transport, FakeTransport)
         and older.transport.finished
     )
-    assert world.moods() == ["redundant"]
+    assert setup.moods() == ["redundant"]
 
 
-def test_nothing_about_a_client_is_in_its_repr(world: World) -> None:
-    assert LINE[13:77].decode() not in repr(world.arrive()) and "side" not in repr(world.arrive())
+# A fault.
+
+
+@pytest.mark.parametrize("path", list(PATHS))
+def test_an_abandoned_session_is_in_no_book_and_its_pair_is_recorded_once(
+    setup: Setup, path: str
+) -> None:
+    """The partner is returned and not changed: the Server ends it, within its own guard."""
+    session = reach(setup, path)
+    partner, records = session.partner, list(setup.records)
+    assert session.abandon() is partner
+    assert (session.state, session.pair, session.ended_pair) == (State.DONE, None, None)
+    assert session.abandon() is None
+    if partner is not None:
+        assert partner.state is State.RELAYING and setup.records == records
+        partner.partner_left(Reason.ENDED)
+        partner.end_sent()
+    assert [session not in crowd for crowd in setup.rendezvous.waiting.values()] in ([], [True])
+    if path == "stayed":  # the pair was over but for this client, which has gone
+        assert setup.moods() == ["happy"]
+    elif path == "left":
+        setup.sessions[-1].end_sent()
+    assert setup.moods().count("happy") == (path in PAIRED)
+    assert setup.rendezvous.pairs == set()
+    session.connection_lost()
+    assert setup.moods().count("happy") == (path in PAIRED)
+
+
+def test_the_repr_has_no_token_and_no_side(setup: Setup) -> None:
+    session = setup.arrive()
+    assert LINE[13:77].decode() not in repr(session) and "side" not in repr(session)

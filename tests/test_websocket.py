@@ -1,6 +1,6 @@
-"""WebSocket end to end: the first bytes, what HTTP is told, a handshake in messages, Pings and
-Pongs, and the codes of a Close. (Frames by themselves: test_ws_frames.py. Bad frames, and too
-many: test_hostile.py.)
+"""WebSocket end to end: the first bytes, HTTP answers, handshakes in messages, Pings, Pongs, Close.
+
+Frames alone are tested in test_ws_frames.py, bad frames and floods in test_hostile.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import Role, ServerPhase
+from transit_relay import Role, ServerPhase, State
 
 LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
@@ -46,7 +46,7 @@ TLS_HELLO = bytes.fromhex("160301050001000501fc0303") + bytes(range(11, 256)) * 
 
 
 def websocket(loop: Loop, *pieces: bytes, kind: str = "ws") -> WebSocketClient:
-    """A WebSocket client whose upgrade is done; it has sent a message, if there are pieces."""
+    """Return a WebSocket client whose upgrade is done. It has sent `pieces` as one message."""
     client = loop.client(kind)
     assert isinstance(client, WebSocketClient)
     if pieces:
@@ -56,21 +56,21 @@ def websocket(loop: Loop, *pieces: bytes, kind: str = "ws") -> WebSocketClient:
 
 
 def meet(loop: Loop, second: str = "tcp", first: str = "ws") -> tuple[WebSocketClient, Client]:
-    """A WebSocket client and its partner."""
+    """Return a WebSocket client and its partner."""
     one, other = loop.meet(first, second)
     assert isinstance(one, WebSocketClient)
     return one, other
 
 
 def send(loop: Loop, client: Client, wire: bytes, at_once: bool) -> None:
-    """Send it, and let the relay see it, whole or byte by byte."""
+    """Send `wire`, whole or byte by byte, and let the relay work."""
     for part in [wire] if at_once else cut(wire, range(1, len(wire))):
         client.send_wire(part)
         loop.pump()
 
 
-def stuff(loop: Loop, sender: Client, wire: bytes) -> int:
-    """Send as much of it as is taken while nobody reads: so many bytes."""
+def send_until_blocked(loop: Loop, sender: Client, wire: bytes) -> int:
+    """Send as much of `wire` as is accepted while the partner does not read. Return how much."""
     sender.sock.setblocking(False)
     sent = 0
     with pytest.raises(BlockingIOError):
@@ -80,28 +80,25 @@ def stuff(loop: Loop, sender: Client, wire: bytes) -> int:
     return sent
 
 
-def is_held(loop: Loop, client: Client) -> bool:
-    """Whether the relay waits for the end of a client that has read the relay's.
-
-    Whatever it sends is taken and not answered. Only the client's end lets it go.
-    """
+def lingers(loop: Loop, client: Client) -> bool:
+    """Return whether the connection lingers, discards input, and ends with the client's end."""
     client.send_wire(PLAIN + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + frame(PING) + frame(CLOSE))
     loop.pump()
-    held = client.conn in loop.server.connections
+    is_open = client.conn in loop.server.connections
     assert client.sock.recv(1) == b""
     client.close()
     loop.pump()
-    return held and client.conn not in loop.server.connections
+    return is_open and client.conn not in loop.server.connections
 
 
-# The first bytes tell how a client spells.
+# The first bytes decide the encoding.
 
 
 @LISTENERS
 @CUTS
 @pytest.mark.parametrize("newline", [b"\n", b""], ids=["newline", "message"])
 def test_websocket_at_any_listener(loop: Loop, role: Role, at_once: bool, newline: bytes) -> None:
-    """Bytes behind the head, in the same segment, are frames."""
+    """Bytes after the head, in the same segment, are frames."""
     one = loop.client("ws", role, upgrade=False)
     assert isinstance(one, WebSocketClient)
     other = loop.client("tcp")
@@ -114,7 +111,7 @@ def test_websocket_at_any_listener(loop: Loop, role: Role, at_once: bool, newlin
 
 @LISTENERS
 @CUTS
-def test_plain_bytes_at_any_listener(loop: Loop, role: Role, at_once: bool) -> None:
+def test_a_raw_client_at_any_listener(loop: Loop, role: Role, at_once: bool) -> None:
     one, other = loop.client("tcp", role), loop.client("ws", OTHER_ROLE[role])
     other.send(LEFT)
     send(loop, one, RIGHT[:-1], at_once)
@@ -123,7 +120,7 @@ def test_plain_bytes_at_any_listener(loop: Loop, role: Role, at_once: bool) -> N
     assert other.receive(8) == b"ok\nearly"
 
 
-NO_HTTP = [
+NOT_HTTP = [
     b"",
     b"G",
     b"GE",
@@ -136,29 +133,29 @@ NO_HTTP = [
 
 
 @pytest.mark.parametrize(
-    "junk", [TLS_HELLO, b"\0", *NO_HTTP], ids=["TLS", "NUL", *map(repr, NO_HTTP)]
+    "junk", [TLS_HELLO, b"\0", *NOT_HTTP], ids=["TLS", "NUL", *map(repr, NOT_HTTP)]
 )
 @CUTS
-def test_what_is_not_http_on_a_port_is_plain(loop: Loop, junk: bytes, at_once: bool) -> None:
+def test_bytes_that_are_not_http_are_raw_at_a_port(loop: Loop, junk: bytes, at_once: bool) -> None:
     client = loop.client("tcp", role=Role.PORT)
     send(loop, client, junk + b"\n", at_once)
     assert client.read_to_end() == b"bad handshake\n"
     assert loop.recorder.moods() == ["errory"]
 
 
-NOT_PLAIN = [b"\0\n", b"junk\r\n\r\n", b"please\n\n", b"please relay\n\n", b"please relax \n\n"]
+NOT_RAW = [b"\0\n", b"junk\r\n\r\n", b"please\n\n", b"please relay\n\n", b"please relax \n\n"]
 
 
-@pytest.mark.parametrize("junk", [TLS_HELLO, *NOT_PLAIN], ids=["TLS", *map(repr, NOT_PLAIN)])
+@pytest.mark.parametrize("junk", [TLS_HELLO, *NOT_RAW], ids=["TLS", *map(repr, NOT_RAW)])
 @CUTS
-def test_what_is_not_plain_at_a_websocket_listener_is_bad_http(
+def test_bytes_that_are_not_raw_are_bad_http_at_a_websocket_listener(
     loop: Loop, junk: bytes, at_once: bool
 ) -> None:
     client = loop.client("tcp", role=Role.WEBSOCKET)
     send(loop, client, junk, at_once)
     status, _, _ = read_answer(client)
     assert status == "400"
-    assert is_held(loop, client)
+    assert lingers(loop, client)
     assert loop.recorder.moods() == []
 
 
@@ -181,7 +178,7 @@ UNFINISHED = pytest.mark.parametrize(
 
 @UNFINISHED
 @CUTS
-def test_who_leaves_before_the_upgrade_is_not_recorded(
+def test_a_client_that_leaves_before_the_upgrade_is_not_recorded(
     loop: Loop, role: Role, sent: bytes, moods: list[str], at_once: bool
 ) -> None:
     client = loop.client("tcp", role)
@@ -195,22 +192,22 @@ def test_who_leaves_before_the_upgrade_is_not_recorded(
 
 
 @UNFINISHED
-def test_who_takes_too_long_before_the_upgrade_is_not_recorded(
+def test_a_client_that_takes_too_long_for_the_upgrade_is_not_recorded(
     loop: Loop, role: Role, sent: bytes, moods: list[str]
 ) -> None:
-    """The limit of a handshake is one for the upgrade too, and its end is a plain one."""
+    """The time limit of a handshake includes the upgrade. The end is without a Close."""
     client = loop.client("tcp", role)
     loop.advance(30)
     client.send(sent)
     loop.advance(29.75)
-    assert client.conn is not None and client.conn.session.state != "done"
+    assert client.conn is not None and client.conn.session.state is not State.DONE
     loop.advance(0.25)
     assert client.read_to_end() == b""
     assert loop.recorder.moods() == moods
 
 
 @UNFINISHED
-def test_who_has_not_come_to_the_upgrade_at_a_stop_is_not_recorded(
+def test_a_client_without_upgrade_at_a_stop_is_not_recorded(
     loop: Loop, role: Role, sent: bytes, moods: list[str]
 ) -> None:
     client = loop.client("tcp", role)
@@ -228,7 +225,7 @@ def test_who_has_not_come_to_the_upgrade_at_a_stop_is_not_recorded(
 def upgrade(
     *others: str, method: str = "GET", version: str = "1.1", without: str | None = None
 ) -> bytes:
-    """A request for an upgrade that is right but for what is named here."""
+    """Return a request for an upgrade, correct except for the arguments."""
     lines = [
         "Host: relay.example",
         "Connection: Upgrade",
@@ -256,7 +253,7 @@ ANSWERS: dict[str, tuple[bytes, str, dict[str, str]]] = {
     ),
     "HEAD": (b"HEAD / HTTP/1.1\r\nHost: relay.example\r\n\r\n", "200", {}),
     "HEAD in HTTP/1.0": (b"HEAD / HTTP/1.0\r\n\r\n", "200", {}),
-    "what HAProxy asks": (b"OPTIONS / HTTP/1.0\r\n\r\n", "200", {}),
+    "HAProxy's health check": (b"OPTIONS / HTTP/1.0\r\n\r\n", "200", {}),
     "OPTIONS": (b"OPTIONS * HTTP/1.1\r\nHost: relay.example\r\n\r\n", "200", {}),
     "POST": (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "405", ALLOW),
     "PUT": (b"PUT /file HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "405", ALLOW),
@@ -290,7 +287,7 @@ ANSWERS: dict[str, tuple[bytes, str, dict[str, str]]] = {
 
 
 def read_answer(client: Client) -> tuple[str, dict[str, str], bytes]:
-    """Status, headers and body, as all answers are."""
+    """Return status, headers and body of an answer."""
     head, _, body = client.read_to_end().partition(b"\r\n\r\n")
     status, headers = parse_head(head)
     assert headers["connection"].lower() in ("close", "close, upgrade", "upgrade, close")
@@ -300,7 +297,7 @@ def read_answer(client: Client) -> tuple[str, dict[str, str], bytes]:
 
 @LISTENERS
 @pytest.mark.parametrize(("request_", "status", "fields"), ANSWERS.values(), ids=ANSWERS)
-def test_http_is_answered_and_held(
+def test_an_http_request_is_answered_and_the_connection_lingers(
     loop: Loop, role: Role, request_: bytes, status: str, fields: dict[str, str]
 ) -> None:
     client = loop.client("tcp", role)
@@ -313,12 +310,12 @@ def test_http_is_answered_and_held(
         assert body == b""
     else:
         assert int(headers["content-length"]) == len(body) > 0
-    assert is_held(loop, client)
+    assert lingers(loop, client)
     assert loop.recorder.moods() == []
     assert loop.server.connections == set()
 
 
-def test_head_tells_of_the_body_that_get_has(loop: Loop) -> None:
+def test_head_has_the_content_length_of_get(loop: Loop) -> None:
     lengths = []
     for method in (b"GET", b"HEAD"):
         client = loop.client("tcp", role=Role.WEBSOCKET)
@@ -327,7 +324,7 @@ def test_head_tells_of_the_body_that_get_has(loop: Loop) -> None:
     assert lengths[0] == lengths[1]
 
 
-def test_an_answer_is_held_for_its_time_only(loop: Loop) -> None:
+def test_an_answered_request_lingers_for_its_time_only(loop: Loop) -> None:
     client = loop.client("unix", role=Role.WEBSOCKET)
     client.send(b"GET / HTTP/1.1\r\n\r\n")
     read_answer(client)
@@ -356,14 +353,14 @@ def test_an_answer_is_held_for_its_time_only(loop: Loop) -> None:
         ["Connection: Upgrade", "Upgrade: websocket", f"Cookie: {'x' * 7_000}"],
     ],
 )
-def test_an_upgrade_in_other_words(loop: Loop, role: Role, lines: list[str]) -> None:
-    """Names and tokens have no case; two of the fields are lists; what is extra is declined."""
+def test_variants_of_an_upgrade(loop: Loop, role: Role, lines: list[str]) -> None:
+    """Names and tokens have no case. Two of the fields are lists. Extensions are declined."""
     client = loop.client("ws", role, upgrade=False)
     assert isinstance(client, WebSocketClient)
     rest = client.request.replace(b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b"")[:-2]
     client.send_wire(rest + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n")
     client.send(LEFT)
-    assert client.receive_now() == b""  # having looked at the answer
+    assert client.receive_now() == b""  # which checks the answer
     assert loop.server.snapshot().current().waiting_tokens == 1
 
 
@@ -371,7 +368,7 @@ def test_an_upgrade_in_other_words(loop: Loop, role: Role, lines: list[str]) -> 
 
 
 EMPTY = message(b"")
-# What a client sends that finds nobody: what it is told, and its mood.
+# What a client without a partner sends, what it receives, and its mood.
 HANDSHAKES: dict[str, tuple[bytes, bytes, str]] = {
     "a message": (message(LEFT), b"", "lonely"),
     "a message without newline": (message(LEFT[:-1]), b"", "lonely"),
@@ -417,10 +414,10 @@ HANDSHAKES: dict[str, tuple[bytes, bytes, str]] = {
     "junk in messages": (message(b"j") + message(b"unk\n"), b"bad handshake\n", "errory"),
     "a carriage return": (message(LEFT[:-1] + b"\r\n"), b"bad handshake\n", "errory"),
     "HTTP again": (message(upgrade()), b"bad handshake\n", "errory"),
-    "a newline behind the newline": (message(LEFT + b"\n"), b"impatient\n", "impatient"),
-    "a newline behind the end": (message(LEFT[:-1]) + message(b"\n"), b"impatient\n", "impatient"),
-    "a byte behind the end": (message(LEFT) + message(b"x"), b"impatient\n", "impatient"),
-    "a message ends behind the token": (
+    "a newline after the newline": (message(LEFT + b"\n"), b"impatient\n", "impatient"),
+    "a newline after the end": (message(LEFT[:-1]) + message(b"\n"), b"impatient\n", "impatient"),
+    "a byte after the end": (message(LEFT) + message(b"x"), b"impatient\n", "impatient"),
+    "a message ends after the token": (
         message(PLAIN[:-1]) + message(LEFT[77:]),
         b"impatient\n",
         "impatient",
@@ -444,9 +441,9 @@ def test_a_handshake_in_messages(
 EARLY: dict[str, tuple[bytes, bytes]] = {
     "in the message": (message(RIGHT + b"early"), b"early"),
     "in a message of its own": (message(RIGHT) + message(b"early"), b"early"),
-    "behind no newline": (message(RIGHT[:-1]) + message(b"early"), b"early"),
-    "a newline behind the newline": (message(RIGHT + b"\n"), b"\n"),
-    "a newline behind the end": (message(RIGHT[:-1]) + message(b"\n"), b"\n"),
+    "after no newline": (message(RIGHT[:-1]) + message(b"early"), b"early"),
+    "a newline after the newline": (message(RIGHT + b"\n"), b"\n"),
+    "a newline after the end": (message(RIGHT[:-1]) + message(b"\n"), b"\n"),
     "in fragments": (message(RIGHT[:50], RIGHT[50:] + b"ea", b"", b"rly"), b"early"),
     "between empty messages": (message(RIGHT) + EMPTY + message(b"early") + EMPTY, b"early"),
     "another handshake": (message(RIGHT) + message(RIGHT[:-1]), RIGHT[:-1]),
@@ -455,10 +452,10 @@ EARLY: dict[str, tuple[bytes, bytes]] = {
 
 @PARTNERS
 @pytest.mark.parametrize(("wire", "early"), EARLY.values(), ids=EARLY)
-def test_what_comes_behind_a_handshake_that_is_matched(
+def test_bytes_after_a_matched_handshake(
     loop: Loop, wire: bytes, early: bytes, second: str
 ) -> None:
-    """It is for the partner, behind its `ok`."""
+    """They are sent to the partner, after its `ok`."""
     other, one = loop.client(second), loop.client("ws")
     other.send(LEFT)
     one.send_wire(wire)
@@ -468,8 +465,8 @@ def test_what_comes_behind_a_handshake_that_is_matched(
     assert [record[3:] for record in loop.recorder.records] == [(len(early), "happy")]
 
 
-def test_empty_messages_are_nothing(loop: Loop) -> None:
-    """While one waits, and in a pair."""
+def test_empty_messages_are_ignored(loop: Loop) -> None:
+    """While a client waits, and in a pair."""
     one = websocket(loop, LEFT)
     one.send_wire(EMPTY * 3 + message(b"", b"", b""))
     loop.pump()
@@ -495,11 +492,11 @@ def test_ok_is_a_message_of_its_own(loop: Loop) -> None:
 @PARTNERS
 @pytest.mark.parametrize("size", [32_767, 32_768, 32_769, 65_536, 1_000_000])
 def test_no_message_is_longer_than_32_kib(loop: Loop, second: str, size: int) -> None:
-    """Nor is it empty, or much shorter than it could be. (The client checks each.)"""
+    """The test client checks each message. It is not empty, nor much shorter than possible."""
     one, other = meet(loop, second)
     data = random.Random(size).randbytes(size)
     sizes = []
-    for start in range(0, size, 1 << 16):  # as much as surely is in one piece
+    for start in range(0, size, 1 << 16):  # a size that arrives in one piece
         other.send(data[start : start + (1 << 16)])
         got = b""
         while len(got) < len(data[start : start + (1 << 16)]):
@@ -524,7 +521,7 @@ def test_no_message_is_longer_than_32_kib(loop: Loop, second: str, size: int) ->
 def test_a_refusal_is_a_message_and_a_close(
     loop: Loop, sent: bytes, reply: bytes, at_once: bool
 ) -> None:
-    """After which nothing is answered: no Ping, no Close, no mistake."""
+    """Later Pings, Closes and protocol errors are not answered."""
     client = loop.client("ws")
     more = frame(PING, b"?") + frame(TEXT) + frame(CLOSE, close_payload(4000))
     client.send_wire(sent + more * at_once)
@@ -533,10 +530,10 @@ def test_a_refusal_is_a_message_and_a_close(
     assert client.next_frame() == (BINARY, reply)
     assert client.next_frame() == (CLOSE, close_payload(1000))
     assert client.next_frame() is None
-    assert is_held(loop, client)
+    assert lingers(loop, client)
 
 
-def test_a_redundant_one_is_told_by_a_close_alone(loop: Loop) -> None:
+def test_a_redundant_client_gets_only_a_close(loop: Loop) -> None:
     older, newer = websocket(loop, LEFT), websocket(loop, LEFT)
     websocket(loop, RIGHT)
     assert older.next_frame() == (CLOSE, close_payload(1000))
@@ -545,12 +542,12 @@ def test_a_redundant_one_is_told_by_a_close_alone(loop: Loop) -> None:
     assert loop.recorder.moods() == ["redundant"]
 
 
-# Pings of ours.
+# Pings from the relay.
 
 
 @PARTNERS
-def test_a_silent_pair_is_pinged_each_25_seconds(loop: Loop, second: str) -> None:
-    """And goes on, though no Pong ever comes."""
+def test_a_silent_pair_gets_a_ping_each_25_seconds(loop: Loop, second: str) -> None:
+    """The pair does not end without Pongs."""
     one, other = meet(loop, second)
     for number in range(40):
         loop.advance(24.75)
@@ -563,8 +560,8 @@ def test_a_silent_pair_is_pinged_each_25_seconds(loop: Loop, second: str) -> Non
     assert one.receive(10) == b"still here"
 
 
-def test_one_who_waits_is_pinged_each_25_seconds(loop: Loop) -> None:
-    """And waits on, as it answers."""
+def test_a_waiting_client_gets_a_ping_each_25_seconds(loop: Loop) -> None:
+    """It waits on, because it answers."""
     one = websocket(loop, LEFT)
     for number in range(20):
         loop.advance(24.75)
@@ -576,8 +573,8 @@ def test_one_who_waits_is_pinged_each_25_seconds(loop: Loop) -> None:
     assert loop.server.snapshot().current().waiting_tokens == 1
 
 
-def test_nobody_else_is_pinged(loop: Loop) -> None:
-    """Not over TCP, not before the upgrade or the handshake, and not when the end was said."""
+def test_no_other_client_gets_a_ping(loop: Loop) -> None:
+    """Not over TCP, not before the upgrade or the handshake, and not after the end was sent."""
     plain = loop.client("tcp")
     plain.send(LEFT)
     early = loop.client("tcp", role=Role.WEBSOCKET)
@@ -588,7 +585,7 @@ def test_nobody_else_is_pinged(loop: Loop) -> None:
     silent = websocket(loop)
     refused = websocket(loop, b"junk\n")
     for _ in range(20):
-        loop.advance(1)  # by then none of the others is held any more
+        loop.advance(1)  # none of the others lingers after this
     loop.advance(20)
     assert plain.receive_now() == early.receive_now() == b""
     assert silent.receive_now() == b"" and silent.pings == []
@@ -597,7 +594,7 @@ def test_nobody_else_is_pinged(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize(
-    "stir",
+    "act",
     [
         lambda one, other: one.send(b"x"),
         lambda one, other: one.send_wire(frame(PONG)),
@@ -608,12 +605,12 @@ def test_nobody_else_is_pinged(loop: Loop) -> None:
     ],
     ids=["data", "Pong", "Ping", "empty message", "half a frame", "data for it"],
 )
-def test_no_ping_25_seconds_from_the_last_that_moved(
-    loop: Loop, stir: Callable[[Client, Client], None]
+def test_no_ping_within_25_seconds_of_activity(
+    loop: Loop, act: Callable[[Client, Client], None]
 ) -> None:
     one, other = meet(loop)
     loop.advance(20)
-    stir(one, other)
+    act(one, other)
     loop.pump()
     loop.advance(24.75)
     one.receive_now()
@@ -623,8 +620,8 @@ def test_no_ping_25_seconds_from_the_last_that_moved(
     assert len(one.pings) == 1
 
 
-def test_no_ping_on_top_of_what_is_queued(loop: Loop) -> None:
-    """A Ping could not be in time. When all is with the kernel, silence counts anew."""
+def test_no_ping_is_sent_behind_a_backlog(loop: Loop) -> None:
+    """It would arrive late. The time of silence restarts when the backlog is empty."""
     one, other = meet(loop, "unix", "ws-unix")
     assert one.conn is not None
     sent = 0
@@ -643,12 +640,12 @@ def test_no_ping_on_top_of_what_is_queued(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("second", ["unix", "ws-unix"])
-def test_a_sender_who_has_to_wait_is_pinged_and_not_ended(loop: Loop, second: str) -> None:
-    """Its Pongs cannot be heard, as its partner does not read: that is nobody's death."""
+def test_a_sender_that_is_not_read_gets_pings_and_does_not_end(loop: Loop, second: str) -> None:
+    """Its Pongs are not read as long as its partner does not read."""
     one, other = meet(loop, second, "ws-unix")
     data = random.Random(1).randbytes(1 << 22)
     (wire,) = one.encode(data)
-    sent = stuff(loop, one, wire) - (len(wire) - len(data))
+    sent = send_until_blocked(loop, one, wire) - (len(wire) - len(data))
     for _ in range(10):
         loop.advance(25)
     assert (one.receive_now(), len(one.pings)) == (b"", 10)
@@ -656,26 +653,22 @@ def test_a_sender_who_has_to_wait_is_pinged_and_not_ended(loop: Loop, second: st
     assert loop.recorder.moods() == []
 
 
-# Silence of theirs.
+# Clients that do not answer.
 
 
-def test_one_who_waits_in_silence_is_ended_after_75_seconds(loop: Loop) -> None:
+def test_a_waiting_client_that_answers_no_ping_is_ended_after_100_seconds(loop: Loop) -> None:
+    """25 s after the last of three Pings: a Ping needs time to be answered."""
     one = websocket(loop, LEFT)
-    loop.advance(74.75)
-    assert (one.receive_now(), one.close_code) == (b"", None)
-    loop.advance(0.25)
+    for number in range(4):
+        loop.advance(24.75)
+        assert (one.receive_now(), len(one.pings), one.close_code) == (b"", number, None)
+        loop.advance(0.25)
     assert one.read_to_end(1000) == b""
-    assert [(life.mood, life.total_time) for life in loop.recorder.records] == [("lonely", 75)]
+    assert len(one.pings) == 3
+    assert [(record.mood, record.total_time) for record in loop.recorder.records] == [
+        ("lonely", 100)
+    ]
     assert loop.server.snapshot().current().waiting_tokens == 0
-
-
-def test_pings_do_not_count_as_a_sign_of_life(loop: Loop) -> None:
-    one = websocket(loop, LEFT)
-    for _ in range(3):
-        loop.advance(25)
-    assert one.read_to_end(1000) == b""
-    assert len(one.pings) >= 2
-    assert loop.recorder.moods() == ["lonely"]
 
 
 @pytest.mark.parametrize(
@@ -683,19 +676,64 @@ def test_pings_do_not_count_as_a_sign_of_life(loop: Loop) -> None:
     [frame(PONG), frame(PING), EMPTY, b"\x82", frame(BINARY, b"")[:-1]],
     ids=["Pong", "Ping", "empty message", "a byte", "half a frame"],
 )
-def test_any_byte_is_a_sign_of_life(loop: Loop, wire: bytes) -> None:
+@pytest.mark.parametrize("silent_seconds", [20, 40, 60, 99.75])
+def test_any_byte_answers_all_pings(loop: Loop, wire: bytes, silent_seconds: float) -> None:
     one = websocket(loop, LEFT)
-    loop.advance(60)
+    for _ in range(int(silent_seconds // 25)):
+        loop.advance(25)
+    loop.advance(silent_seconds % 25)
     one.send_wire(wire)
     loop.pump()
-    loop.advance(74.75)
+    for _ in range(3):
+        loop.advance(25)
+    loop.advance(24.75)
     assert loop.recorder.moods() == []
     loop.advance(0.25)
     assert one.read_to_end(1000) == b""
     assert loop.recorder.moods() == ["lonely"]
 
 
-def test_over_tcp_one_may_wait_in_silence(loop: Loop) -> None:
+def test_a_relay_that_was_suspended_ends_no_client(loop: Loop) -> None:
+    """Pings are counted, not seconds. A relay that did not run has sent none."""
+    one = websocket(loop, LEFT)
+    loop.advance(1_000_000)
+    assert (one.receive_now(), len(one.pings), one.close_code) == (b"", 1, None)
+    loop.advance(25)
+    loop.advance(25)
+    loop.advance(24.75)
+    assert (one.receive_now(), len(one.pings), one.close_code) == (b"", 3, None)
+    one.send_wire(frame(PONG))
+    loop.advance(0.25)
+    assert loop.recorder.moods() == []
+
+
+def test_a_suspension_within_the_select_does_not_count_as_silence(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of silence continues where it was."""
+    one = websocket(loop, LEFT)
+    loop.advance(20)
+    select = loop.server._selector.select
+    suspensions = [55.0]
+
+    def suspended_select(timeout: float) -> object:
+        events = select(timeout)
+        if suspensions:
+            loop.clock.advance(suspensions.pop())
+        return events
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.server._selector, "select", suspended_select)
+        loop.server.run_once(0)
+    assert not suspensions
+    assert one.receive_now() == b"" and one.pings == []
+    loop.advance(4.75)
+    assert one.receive_now() == b"" and one.pings == []
+    loop.advance(0.25)
+    assert one.receive_now() == b"" and len(one.pings) == 1
+
+
+def test_a_raw_client_may_wait_in_silence(loop: Loop) -> None:
     one = loop.client("tcp", role=Role.WEBSOCKET)
     one.send(LEFT)
     loop.pump()
@@ -704,7 +742,7 @@ def test_over_tcp_one_may_wait_in_silence(loop: Loop) -> None:
     assert loop.server.snapshot().current().waiting_tokens == 1
 
 
-def test_one_whose_partner_came_may_be_silent(loop: Loop) -> None:
+def test_a_client_that_was_paired_may_be_silent(loop: Loop) -> None:
     one = websocket(loop, LEFT)
     loop.advance(74)
     other = websocket(loop, RIGHT)
@@ -715,12 +753,12 @@ def test_one_whose_partner_came_may_be_silent(loop: Loop) -> None:
     assert loop.recorder.moods() == []
 
 
-# The limit of a handshake.
+# The time limit of a handshake.
 
 
 @pytest.mark.parametrize("sent", [b"", EMPTY, message(LEFT[:40]), frame(BINARY, LEFT)[:-1]])
-def test_the_limit_of_a_handshake_is_one_from_the_accept(loop: Loop, sent: bytes) -> None:
-    """Not from the upgrade. The end is a Close, and there is a record."""
+def test_the_time_limit_of_a_handshake_begins_at_the_accept(loop: Loop, sent: bytes) -> None:
+    """Not at the upgrade. The end is a Close, and there is a record."""
     client = loop.client("ws", upgrade=False)
     assert isinstance(client, WebSocketClient)
     loop.advance(50)
@@ -743,7 +781,7 @@ def test_a_handshake_in_time(loop: Loop) -> None:
     assert loop.server.snapshot().current().waiting_tokens == 1
 
 
-def test_a_head_that_trickles_does_not_extend_it(loop: Loop) -> None:
+def test_a_slow_head_does_not_extend_the_time_limit(loop: Loop) -> None:
     client = loop.client("ws", upgrade=False)
     assert isinstance(client, WebSocketClient)
     for n in range(59):
@@ -775,7 +813,7 @@ def test_a_ping_in_the_middle_of_a_message(loop: Loop) -> None:
 
 
 @PARTNERS
-def test_pongs_are_for_nobody(loop: Loop, second: str) -> None:
+def test_pongs_of_a_client_are_discarded(loop: Loop, second: str) -> None:
     one, other = meet(loop, second)
     one.send_wire(frame(PONG, b"unasked") + frame(PING))
     one.send(b"x")
@@ -785,7 +823,7 @@ def test_pongs_are_for_nobody(loop: Loop, second: str) -> None:
 
 
 def flood(loop: Loop, client: WebSocketClient) -> list[bytes]:
-    """Ping without reading, far beyond what may be left unread. Gives the payloads: sorted."""
+    """Send many Pings without reading. Return their payloads, which are sorted."""
     assert client.conn is not None
     pings = [struct.pack("!I100x", n) for n in range(20_000)]
     longest = 0
@@ -798,7 +836,7 @@ def flood(loop: Loop, client: WebSocketClient) -> list[bytes]:
 
 
 def read_pongs(client: WebSocketClient, last: bytes) -> None:
-    """Read until that one has come."""
+    """Read until the Pong `last` has come."""
     while client.pongs[-1:] != [last]:
         assert client.next_frame() is not None
     assert client.receive_now() == b""
@@ -806,8 +844,8 @@ def read_pongs(client: WebSocketClient, last: bytes) -> None:
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["waiting", "paired"])
-def test_who_leaves_much_unread_gets_the_newest_pong(loop: Loop, paired: bool) -> None:
-    """Later, when there is room; and what it leaves is bounded."""
+def test_a_client_with_much_unread_gets_the_newest_pong(loop: Loop, paired: bool) -> None:
+    """It is sent when there is room. The backlog is bounded."""
     if paired:
         one, other = meet(loop, "unix", "ws-unix")
     else:
@@ -823,8 +861,8 @@ def test_who_leaves_much_unread_gets_the_newest_pong(loop: Loop, paired: bool) -
         assert one.receive(1) == b"x"
 
 
-def test_an_old_pong_does_not_come_behind_a_newer_one(loop: Loop) -> None:
-    """Not even if the newer one finds room while the old one still waits."""
+def test_an_old_pong_is_not_sent_after_a_newer_one(loop: Loop) -> None:
+    """Also if there is room for the newer one while the old one still waits."""
     client = websocket(loop, LEFT, kind="ws-unix")
     assert client.conn is not None
     client.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # small steps
@@ -836,19 +874,19 @@ def test_an_old_pong_does_not_come_behind_a_newer_one(loop: Loop) -> None:
     read_pongs(client, b"\xff newest")
 
 
-def test_early_data_is_behind_the_pongs_that_are_queued(loop: Loop) -> None:
-    """Though it is several messages."""
+def test_early_data_follows_queued_pongs(loop: Loop) -> None:
+    """The data is several messages."""
     one = websocket(loop, LEFT, kind="ws-unix")
     flood(loop, one)
     other = loop.client("unix")
     early = random.Random(1).randbytes(100_000)
     other.send(RIGHT[:20])
-    loop.pump()  # it has begun: from now on it is read in large pieces
+    loop.pump()  # raw clients are read in large pieces
     other.send(RIGHT[20:] + early)
     assert digest(one.receive(3 + len(early))) == digest(b"ok\n" + early)
 
 
-def test_as_long_as_little_is_unread_each_ping_is_answered(loop: Loop) -> None:
+def test_each_ping_is_answered_while_little_is_unread(loop: Loop) -> None:
     one = websocket(loop, LEFT, kind="ws-unix")
     assert one.conn is not None
     pings: list[bytes] = []
@@ -873,34 +911,33 @@ CODES = pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 499
 def test_a_close_is_answered_with_its_code(
     loop: Loop, code: int | None, sent: list[bytes], mood: str
 ) -> None:
-    """And no reason."""
+    """The answer has no reason."""
     client = websocket(loop, *sent)
     client.send_wire(frame(CLOSE, close_payload(code, b"because" if code else b"")))
     assert client.next_frame() == (CLOSE, close_payload(code))
     assert client.next_frame() is None
     assert loop.recorder.moods() == [mood]
-    assert is_held(loop, client)
+    assert lingers(loop, client)
 
 
 @CODES
 @PARTNERS
 def test_a_close_in_a_pair(loop: Loop, code: int | None, second: str) -> None:
-    """Its partner's Close says 1000: its code is its own."""
+    """The partner's Close has the code 1000, not the client's code."""
     one, other = meet(loop, second)
     one.send_wire(message(b"last words") + frame(CLOSE, close_payload(code)) + message(b"no more"))
     assert other.read_to_end(1000) == b"last words"
     assert one.next_frame() == (CLOSE, close_payload(code))
     assert one.next_frame() is None
-    assert is_held(loop, one) and is_held(loop, other)
+    assert lingers(loop, one) and lingers(loop, other)
     assert [record[3:] for record in loop.recorder.records] == [(10, "happy")]
 
 
-def test_the_answer_to_a_close_is_behind_what_is_queued(loop: Loop) -> None:
+def test_the_answer_to_a_close_follows_the_backlog(loop: Loop) -> None:
     one, other = meet(loop, "unix", "ws-unix")
     data = random.Random(1).randbytes(1 << 22)
-    stuff(loop, other, data)
-    assert other.conn is not None
-    taken = other.conn.session.received_bytes
+    send_until_blocked(loop, other, data)
+    taken = loop.server.rendezvous.incomplete_bytes()
     one.half_close(4001)
     loop.pump()
     one.send_wire(frame(PING) + frame(CLOSE) + frame(TEXT))
@@ -909,8 +946,8 @@ def test_the_answer_to_a_close_is_behind_what_is_queued(loop: Loop) -> None:
     assert other.read_to_end() == b""
 
 
-def test_a_refusal_is_behind_what_is_queued(loop: Loop) -> None:
-    """And nothing is behind it, though it is not yet sent."""
+def test_a_refusal_follows_the_backlog(loop: Loop) -> None:
+    """Nothing follows the refusal, although it is not yet sent."""
     client = websocket(loop, LEFT, kind="ws-unix")
     flood(loop, client)
     client.send(b"x")
@@ -933,7 +970,7 @@ def test_an_end_without_a_close_is_answered_with_one(loop: Loop, second: str) ->
 
 
 @PARTNERS
-def test_the_end_of_a_partner_is_a_close_and_then_nothing(loop: Loop, second: str) -> None:
+def test_the_end_of_a_partner_is_a_close_and_nothing_follows(loop: Loop, second: str) -> None:
     one, other = meet(loop, second)
     other.send(b"last words")
     other.half_close()
@@ -942,13 +979,13 @@ def test_the_end_of_a_partner_is_a_close_and_then_nothing(loop: Loop, second: st
     assert one.next_frame() == (BINARY, b"last words")
     assert one.next_frame() == (CLOSE, close_payload(1000))
     assert one.next_frame() is None
-    assert is_held(loop, one)
+    assert lingers(loop, one)
 
 
 # A stop.
 
 
-def test_a_stop_says_so(loop: Loop) -> None:
+def test_a_stop_closes_with_1001(loop: Loop) -> None:
     refused = websocket(loop, b"junk\n", kind="ws-unix")
     new = websocket(loop, kind="ws-unix")
     waiting = websocket(loop, handshake("other"), kind="ws-unix")
@@ -973,15 +1010,15 @@ def test_a_stop_says_so(loop: Loop) -> None:
     ("first", "second"), [("unix", "ws-unix"), ("ws-unix", "unix"), ("ws-unix", "ws-unix")]
 )
 @pytest.mark.parametrize("size", [10, 3_000, 1 << 23], ids=["short", "long", "endless"])
-def test_what_had_reached_us_at_a_stop_is_delivered(
+def test_bytes_that_arrived_before_a_stop_are_delivered(
     loop: Loop, first: str, second: str, size: int
 ) -> None:
-    """Frames too, though they are more bytes than their payload; and the beginning of one."""
+    """Frames, which have more bytes than their payload, and the beginning of a frame."""
     one, other = loop.meet(first, second)
     data = random.Random(1).randbytes(size)
     (wire,) = one.encode(data)
     overhead = len(wire) - size
-    sent = stuff(loop, one, wire * (1 + (1 << 23) // size))
+    sent = send_until_blocked(loop, one, wire * (1 + (1 << 23) // size))
     whole, rest = divmod(sent, len(wire))
     loop.server.stop()
     loop.pump()
@@ -993,7 +1030,7 @@ def test_what_had_reached_us_at_a_stop_is_delivered(
 
 
 def test_sigterm(relay: Callable[..., RelayProcess]) -> None:
-    """A real one: within its seconds, with what had been sent before it, and no complaint."""
+    """The signal stops a relay in time, after what was sent is delivered, without a warning."""
     running = relay(*WEB)
     new, waiting = running.client("ws"), running.client("ws")
     waiting.send(handshake("other"))

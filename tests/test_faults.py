@@ -1,0 +1,858 @@
+"""Fault injection: each handler raises once, and ends the one connection that was being served.
+
+Twenty pairs relay beside it. Their bytes are checked, and they outlive all faults of this file.
+The handlers are found by introspection, so a new one is tested or the test fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import select
+import signal
+import socket
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+from conftest import open_descriptors
+from helpers import (
+    BINARY,
+    CLOSE,
+    PING,
+    TIMEOUT,
+    Client,
+    Loop,
+    close_payload,
+    frame,
+    handshake,
+    message,
+    reset,
+)
+from streams import UPGRADE
+
+import transit_relay
+from transit_relay import (
+    COMPLAINT_SECONDS,
+    Connection,
+    DetectFraming,
+    Discard,
+    Framing,
+    HttpFraming,
+    Limits,
+    Pair,
+    Phase,
+    RawFraming,
+    Rendezvous,
+    Role,
+    Server,
+    Session,
+    State,
+    TimeLimit,
+    Timers,
+    WebSocketFraming,
+)
+
+PAIRS = 20
+TOKEN = "secrettoken"
+EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
+    "AssertionError": lambda: AssertionError("injected"),
+    "OSError": lambda: OSError(5, "injected"),
+    "MemoryError": lambda: MemoryError("injected"),
+    "KeyError of a token": lambda: KeyError(handshake(TOKEN)),
+}
+
+# The handlers.
+
+CLASSES: list[type] = [
+    Connection,
+    Framing,
+    Discard,
+    RawFraming,
+    DetectFraming,
+    HttpFraming,
+    WebSocketFraming,
+    Session,
+    Pair,
+    Rendezvous,
+    transit_relay.Door,
+    transit_relay.Acceptor,
+    TimeLimit,
+    Timers,
+]
+SERVER_METHODS = (
+    # `admit` contains the faults of its own calls, all of which are in this list.
+    *("update_interest", "queue_bulk", "note_activity", "poll_linger", "doom"),
+    *("_has_room",),
+)
+# The loop itself, and what is called without a connection. A fault there may end the process.
+NOT_A_HANDLER = {
+    *("Connection.__repr__", "Session.__repr__", "Discard.__init__"),
+    *("TimeLimit.__init__", "TimeLimit.next_due", "TimeLimit.take_expired"),
+    *("TimeLimit.postpone", "TimeLimit.connections"),
+    *("Timers.__init__", "Timers.next_due", "Timers.postpone"),
+    *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
+    *("Acceptor.__init__", "Acceptor.descriptors", "Acceptor.close"),
+    "Connection.is_delivered",  # only in a stop
+    *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
+    # After a fault only: a second fault there is tested apart.
+    *("Session.abandon", "Rendezvous.expel"),
+}
+
+
+class Handler(NamedTuple):
+    """A method of a class."""
+
+    owner: type
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}"
+
+
+def find_handlers() -> list[Handler]:
+    """Return all methods and properties of the classes that serve connections."""
+    kinds = (types.FunctionType, property, staticmethod)
+    found = [
+        Handler(owner, name)
+        for owner in CLASSES
+        for name, value in vars(owner).items()
+        if isinstance(value, kinds) and (not issubclass(owner, tuple) or name == "on_ready")
+    ]
+    return [one for one in found if str(one) not in NOT_A_HANDLER] + [
+        Handler(Server, name) for name in SERVER_METHODS
+    ]
+
+
+HANDLERS = find_handlers()
+
+
+def containing_frame(
+    frame: types.FrameType | None, callee: str
+) -> tuple[types.FrameType, str] | None:
+    """Return the innermost frame of the Server that contains faults, and the name of its callee.
+
+    `callee`: the name of the function that `frame` called.
+    """
+    while frame is not None:
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename == transit_relay.__file__ and (
+            name in ("_guard", "_contain")
+            or (name == "admit" and callee not in ("_has_room", "pause"))
+            or (name == "run_once" and callee == "on_ready")
+            or (name == "_serve_bulk" and callee == "on_bulk_turn")
+        ):
+            return frame, callee
+        frame, callee = frame.f_back, callee if name == "wrapper" else name
+    return None
+
+
+def served_connection(frame: types.FrameType | None, callee: str) -> object:
+    """Return the connection, or the Door, on whose behalf this code runs.
+
+    "newcomer" stands for a connection that is not yet made, "acceptor" for a task without one.
+    """
+    found = containing_frame(frame, callee)
+    if found is None:
+        return None
+    local = found[0].f_locals
+    name = found[0].f_code.co_name
+    if name == "admit":
+        return local["conn"] or "newcomer"
+    if name == "run_once":
+        return local["key"].data
+    return local["served"] if name == "_contain" else local["conn"] or "acceptor"
+
+
+class Injection:
+    """Raises an exception once, in a call on behalf of a watched connection."""
+
+    def __init__(self, raise_at_the_end: bool = False) -> None:
+        self.exception: Callable[[], BaseException] | None = None  # None: only note the calls
+        self.raise_at_the_end = raise_at_the_end
+        self.watched: set[object] = set()
+        self.called: set[Handler] = set()
+        self.blamed: object = None
+        self.partner: Connection | None = None
+        self.raised = 0
+        self.times = 1  # how often it raises
+
+    def wrap(self, patch: pytest.MonkeyPatch, handler: Handler) -> None:
+        """Patch a handler, so that it raises."""
+        original = vars(handler.owner)[handler.name]
+
+        def wrapped(call: Callable[..., object]) -> Callable[..., object]:
+            def wrapper(*arguments: object, **options: object) -> object:
+                served = served_connection(sys._getframe(1), handler.name)
+                is_due = self.raised < self.times and served in self.watched
+                if is_due and not self.raise_at_the_end:
+                    self.strike(handler, served)
+                result = call(*arguments, **options)
+                if is_due and self.raise_at_the_end:
+                    self.strike(handler, served)
+                return result
+
+            return wrapper
+
+        if isinstance(original, property):
+            assert original.fget is not None
+            patch.setattr(handler.owner, handler.name, property(wrapped(original.fget)))
+        elif isinstance(original, staticmethod):
+            call = staticmethod(wrapped(original.__func__))
+            patch.setattr(handler.owner, handler.name, call)
+        else:
+            patch.setattr(handler.owner, handler.name, wrapped(original))
+
+    def strike(self, handler: Handler, served: object) -> None:
+        """Raise the exception, or note the call."""
+        self.called.add(handler)
+        if self.exception is None:
+            return
+        self.raised += 1
+        self.blamed = served
+        if isinstance(served, Connection):
+            sessions = served.session.pair.sessions if served.session.pair is not None else ()
+            for session in sessions:
+                if session is not served.session:
+                    assert isinstance(session.transport, Connection)
+                    self.partner = session.transport
+        raise self.exception()
+
+
+# The relay, with twenty pairs.
+
+
+class ListeningLoop(Loop):
+    """A Loop whose Server has a listener."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server.close()
+        endpoint = transit_relay.parse_endpoint("tcp:0:interface=127.0.0.1")
+        self.listener = transit_relay.open_listener(endpoint, None)
+        clocks = self.clock, self.wallclock
+        pipes = transit_relay.affordable_pipes()
+        self.server = Server([self.listener], self.recorder, Limits(), *clocks, max_pipes=pipes)
+        self.server.start()
+
+
+class Peer:
+    """A client of a scenario. It ignores errors of its socket: a fault may end it at any time."""
+
+    def __init__(self, loop: Loop, sock: socket.socket) -> None:
+        self._loop = loop
+        self.sock = sock
+        sock.setblocking(False)
+
+    def send(self, data: bytes, times: int = 1) -> None:
+        """Send what the relay accepts of `data`, and let the relay work."""
+        for _ in range(times):
+            try:
+                self.sock.send(data)
+            except OSError:
+                pass
+            self._loop.pump()
+
+    def read(self) -> bytes:
+        """Read all that is there, and let the relay work."""
+        data = b""
+        while True:
+            self._loop.pump()
+            try:
+                part = self.sock.recv(1 << 20)
+            except OSError:
+                return data
+            if not part:
+                return data
+            data += part
+
+    def has_ended(self) -> bool:
+        """Return whether the relay has ended the connection, in order or with a reset."""
+        try:
+            while self.sock.recv(1 << 20):
+                pass
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def end(self) -> None:
+        """End the client's direction."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self._loop.pump()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.sock.close()
+        self._loop.pump()
+
+    def reset(self) -> None:
+        """Close the socket with a reset."""
+        reset(self.sock)
+        self._loop.pump()
+
+
+class Stage:
+    """A relay with twenty pairs, and the clients of the scenario that is played."""
+
+    def __init__(self) -> None:
+        self.loop = ListeningLoop()
+        self.is_intact = False
+        self._chance = random.Random(17)
+        self.pairs = [self._meet(number) for number in range(PAIRS)]
+        self.connections = set(self.loop.server.connections)
+        self.injection = Injection()
+        self.peers: dict[Connection, Peer] = {}
+        self._sent: list[tuple[bytes, bytes]] = []
+
+    def _meet(self, number: int) -> tuple[Client, Client]:
+        base = "" if number < 4 else "-unix"
+        kinds = [kind + base for kind in ("tcp", "ws")]
+        kinds = [kind.replace("tcp-unix", "unix") for kind in kinds]
+        one = self.loop.client(kinds[number % 2])
+        other = self.loop.client(kinds[number // 2 % 2])
+        one.send(handshake(f"bystander{number}", "one"))
+        other.send(handshake(f"bystander{number}", "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+        return one, other
+
+    def talk(self) -> None:
+        """Have all pairs send. The relay has not read it yet."""
+        for one, other in self.pairs:
+            data = self._chance.randbytes(2_000), self._chance.randbytes(3_000)
+            for client, payload in zip((one, other), data):
+                (wire,) = client.encode(payload)
+                assert client.sock.send(wire) == len(wire)
+            self._sent.append(data)
+
+    def hear(self) -> None:
+        """Check that all which was sent has arrived, and nothing else."""
+        self.loop.pump()
+        for (one, other), data in zip(self.pairs * 2, self._sent):
+            assert other.receive(len(data[0])) == data[0]
+            assert one.receive(len(data[1])) == data[1]
+        self._sent.clear()
+        for client in (client for pair in self.pairs for client in pair):
+            assert client.receive_now() == b""
+
+    # What scenarios use.
+
+    def connect(self, role: Role = Role.PORT, tcp: bool = False) -> Peer:
+        """Return a new client, whose connection is watched."""
+        before = set(self.loop.server.connections)
+        self.injection.watched.add("newcomer")
+        sock = self.loop.connect(tcp, role)
+        self.injection.watched.discard("newcomer")
+        return self._watch(before, sock)
+
+    def knock(self) -> Peer:
+        """Return a new client that is accepted by the listener."""
+        before = set(self.loop.server.connections)
+        doors = [
+            key.data
+            for key in self.loop.server._selector.get_map().values()
+            if isinstance(key.data, transit_relay.Door)
+        ]
+        self.injection.watched.update(("newcomer", *doors))
+        sock = socket.create_connection(self.loop.listener.sock.getsockname())
+        self.loop._clients.append(sock)
+        assert select.select([self.loop.listener.sock], [], [], TIMEOUT)[0]
+        self.loop.pump()
+        self.injection.watched.difference_update(("newcomer", *doors))
+        return self._watch(before, sock)
+
+    def _watch(self, before: set[Connection], sock: socket.socket) -> Peer:
+        peer = Peer(self.loop, sock)
+        for conn in self.loop.server.connections - before:
+            self.injection.watched.add(conn)
+            self.peers[conn] = peer
+        return peer
+
+    def pair(self, role: Role = Role.PORT, tcp: bool = False) -> tuple[Peer, Peer]:
+        """Return a pair of a raw client and one for a listener of `role`."""
+        one, other = self.connect(Role.PORT, tcp), self.connect(role, tcp)
+        one.send(handshake(TOKEN, "one"))
+        if role is Role.WEBSOCKET:
+            other.send(UPGRADE)
+            other.send(message(handshake(TOKEN, "other")))
+        else:
+            other.send(handshake(TOKEN, "other"))
+        return one, other
+
+    def play(self, scenario: Callable[[Stage], None], injection: Injection) -> None:
+        """Play a scenario beside the pairs, then check that nothing of it is left."""
+        server = self.loop.server
+        descriptors = open_descriptors()
+        self.injection = injection
+        self.peers = {}
+        server._acceptor._admit = lambda sock, role: server.admit(sock, role)  # as patched
+        clients = len(self.loop._clients)
+        self.talk()
+        scenario(self)
+        self.loop.pump()
+        self.check_blamed()
+        self.talk()
+        for client in self.loop._clients[clients:]:
+            client.close()
+        del self.loop._clients[clients:]
+        self.loop._over_tcp = [ends for ends in self.loop._over_tcp if ends[0].fileno() >= 0]
+        self.loop.pump()
+        self.loop.advance(1)
+        self.loop.advance(1)
+        assert server.connections == self.connections, "a connection is left"
+        assert self.loop.listener.fd in server._selector.get_map(), "it accepts no newcomers"
+        self.hear()
+        server.pipes.close_idle()
+        assert open_descriptors() <= descriptors
+        assert server.rendezvous.waiting == {} and server.rendezvous.waiting_clients == 0
+        assert len(server.rendezvous.pairs) == PAIRS
+        assert all(conn.phase is Phase.OPEN for conn in self.connections)
+
+    def check_blamed(self) -> None:
+        """Check that the connection that was served has ended, and its partner."""
+        for conn in (self.injection.blamed, self.injection.partner):
+            if isinstance(conn, Connection):
+                assert conn.phase is not Phase.OPEN, conn
+                assert conn.session.state is State.DONE, conn
+                if conn in self.peers:
+                    self.peers[conn].read()
+                    assert self.peers[conn].has_ended(), conn
+
+    def close(self) -> None:
+        """Close everything."""
+        self.loop.close()
+
+
+# The scenarios. Together they reach all handlers.
+
+
+def raw_pair(stage: Stage) -> None:
+    """Two raw clients, with a handshake in pieces."""
+    one, other = stage.connect(), stage.connect(Role.WEBSOCKET)
+    one.send(handshake(TOKEN, "one")[:50])
+    one.send(handshake(TOKEN, "one")[50:])
+    other.send(handshake(TOKEN, "other")[:5])
+    other.send(handshake(TOKEN, "other")[5:] + b"early")
+    one.send(b"data")
+    other.send(b"more")
+    one.end()
+    other.end()
+
+
+def raw_bulk(stage: Stage) -> None:
+    """More than the receiver's kernel accepts, then all is read."""
+    one, other = stage.pair()
+    one.send(bytes(200_000), times=8)
+    other.read()
+    other.send(bytes(1000))
+    one.read()
+    one.send(bytes(200_000), times=4)
+    one.close()
+    other.read()
+
+
+def websocket_pair(stage: Stage) -> None:
+    """A raw client and a WebSocket client, which ends with a Close."""
+    one, other = stage.pair(Role.WEBSOCKET)
+    other.send(frame(PING, b"p") + message(b"da", b"ta"))
+    one.send(bytes(50_000))
+    other.read()
+    other.send(frame(CLOSE, close_payload(1000)))
+
+
+def websocket_backlog(stage: Stage) -> None:
+    """A Ping is answered behind a backlog."""
+    one, other = stage.pair(Role.WEBSOCKET)
+    one.send(bytes(200_000), times=8)
+    other.send(frame(PING, b"waits"))
+    other.read()
+    one.end()
+    other.read()
+
+
+def broken_encoding(stage: Stage) -> None:
+    """A WebSocket client without a mask, in a pair."""
+    _, other = stage.pair(Role.WEBSOCKET)
+    other.send(frame(BINARY, b"not masked", key=None))
+
+
+def refused(stage: Stage) -> None:
+    """A bad handshake, and a client that sends too early. Both linger for their time."""
+    one, other = stage.connect(), stage.connect()
+    one.send(b"junk\n")
+    one.send(b"more junk\n")
+    other.send(handshake(TOKEN))
+    other.send(b"impatient")
+    one.read()
+    other.read()
+    for _ in range(7):
+        stage.loop.advance(1)
+
+
+def redundant(stage: Stage) -> None:
+    """Three clients of one side, and a partner."""
+    for _ in range(3):
+        stage.connect().send(handshake(TOKEN, "one"))
+    stage.connect().send(handshake(TOKEN, "other"))
+
+
+def lonely(stage: Stage) -> None:
+    """A WebSocket client that answers no Ping, and a raw one that leaves."""
+    one, other = stage.connect(Role.WEBSOCKET), stage.connect()
+    one.send(UPGRADE + message(handshake(TOKEN, "one")))
+    other.send(handshake(TOKEN, "one"))
+    other.close()
+    for _ in range(4):
+        stage.loop.advance(25)
+
+
+def late(stage: Stage) -> None:
+    """A client without a handshake, until its time is over."""
+    stage.connect()
+    stage.loop.advance(60)
+
+
+def health_check(stage: Stage) -> None:
+    """Plain HTTP requests."""
+    one, other = stage.connect(), stage.connect(Role.WEBSOCKET)
+    one.send(b"GET / HTTP/1.1\r\n")
+    one.send(b"\r\n")
+    other.send(b"POST / HTTP/1.1\r\n\r\n")
+
+
+def failed_write(stage: Stage) -> None:
+    """A receiver is reset while neither side is read."""
+    one, other = stage.pair(tcp=True)
+    other.send(bytes(200_000), times=40)
+    other.reset()
+    one.send(b"into the void")
+    one.read()
+    one.end()
+
+
+def accepted(stage: Stage) -> None:
+    """Newcomers at the listener. With the first, the relay has all connections that it may have."""
+    server = stage.loop.server
+    stage.injection.watched.add("acceptor")
+    server._max_connections = len(server.connections) + 1
+    stage.knock().send(handshake(TOKEN))
+    stage.knock()
+    server._max_connections = None
+    stage.loop.advance(1)
+    stage.loop.advance(1)
+
+
+def unread(stage: Stage) -> None:
+    """A WebSocket client that has a backlog, sends a Close, and reads nothing."""
+    one, other = stage.pair(Role.WEBSOCKET)
+    one.send(bytes(200_000), times=8)
+    other.send(frame(CLOSE))
+    stage.loop.advance(25)
+
+
+SCENARIOS = (
+    *(raw_pair, raw_bulk, websocket_pair, websocket_backlog, broken_encoding, refused),
+    *(redundant, lonely, late, health_check, failed_write, accepted, unread),
+)
+
+
+@pytest.fixture(scope="module")
+def stages() -> Iterator[list[Stage]]:
+    """The stage that all tests share. After a failure, the next test makes another."""
+    stages: list[Stage] = []
+    yield stages
+    for stage in stages:
+        stage.close()
+
+
+@pytest.fixture
+def stage(stages: list[Stage]) -> Iterator[Stage]:
+    """A relay with twenty pairs."""
+    if stages and not stages[-1].is_intact:
+        stages.pop().close()
+    if not stages:
+        stages.append(Stage())
+    stages[-1].is_intact = False
+    yield stages[-1]
+
+
+_reached: dict[Handler, list[Callable[[Stage], None]]] = {}
+
+
+def scenarios_for(handler: Handler) -> list[Callable[[Stage], None]]:
+    """Return the scenarios that reach a handler. The first call plays all of them."""
+    if not _reached:
+        stage = Stage()
+        for scenario in SCENARIOS:
+            injection = Injection()
+            with pytest.MonkeyPatch.context() as patch:
+                for one in HANDLERS:
+                    injection.wrap(patch, one)
+                stage.play(scenario, injection)
+            for one in injection.called:
+                _reached.setdefault(one, []).append(scenario)
+        stage.close()
+    return _reached.get(handler, [])
+
+
+def test_all_handlers_are_reached() -> None:
+    assert [str(handler) for handler in HANDLERS if not scenarios_for(handler)] == []
+
+
+def test_the_list_of_exceptions_names_methods() -> None:
+    """A renamed method must not stay in the list."""
+    names = {f"{owner.__name__}.{name}" for owner in CLASSES for name in vars(owner)}
+    assert names >= NOT_A_HANDLER
+
+
+# An exception, whether it is raised before or after the handler's work, and which of the
+# scenarios that reach the handler are played.
+Choice = Callable[[list[Callable[[Stage], None]]], list[Callable[[Stage], None]]]
+VARIANTS: dict[str, tuple[str, bool, Choice]] = {
+    "AssertionError before": ("AssertionError", False, lambda scenarios: scenarios[:4]),
+    "AssertionError after": ("AssertionError", True, lambda scenarios: scenarios[-2:]),
+    "OSError before": ("OSError", False, lambda scenarios: scenarios[:1]),
+    "MemoryError before": ("MemoryError", False, lambda scenarios: scenarios[-1:]),
+    "KeyError before": ("KeyError of a token", False, lambda scenarios: scenarios[-1:]),
+}
+# A handler that reacts to this error of the system by itself.
+CAUGHT = {("Acceptor.start", "OSError")}
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the messages about faults. None may have a client's token."""
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if TOKEN in message] == []
+    return [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(("exception", "at_the_end", "choose"), VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("handler", HANDLERS, ids=str)
+def test_a_fault_ends_one_connection_and_its_pair(
+    stage: Stage,
+    handler: Handler,
+    exception: str,
+    at_the_end: bool,
+    choose: Choice,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The message appears once, and the other pairs relay all bytes."""
+    for scenario in choose(scenarios_for(handler)):
+        caplog.clear()
+        stage.loop.advance(COMPLAINT_SECONDS)
+        before = stage.loop.server.faults.count
+        injection = Injection(at_the_end)
+        injection.exception = EXCEPTIONS[exception]
+        with pytest.MonkeyPatch.context() as patch:
+            injection.wrap(patch, handler)
+            stage.play(scenario, injection)
+        assert injection.raised == 1
+        messages = errors(caplog)
+        if (str(handler), exception) not in CAUGHT:
+            assert len(messages) == 1, "\n".join(messages)
+            first, *traceback, last = messages[0].splitlines()
+            assert first.startswith("contained fault in strike, line ")
+            assert "transit_relay.py" in traceback[0]
+            assert last.split(":")[0] == exception.split()[0]
+            assert stage.loop.server.faults.count == before + 1
+            assert stage.loop.server.snapshot().faults == before + 1
+    stage.is_intact = True
+
+
+# The containment itself uses these, or a connection cannot be closed without them.
+NEEDED_TO_CONTAIN = {
+    *("Connection.partner", "Connection.interest", "Connection._usable_events"),
+    *("Connection.close", "Session.partner", "Pair.partner_of", "Server.update_interest"),
+    *("Door.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
+}
+
+
+@pytest.mark.parametrize(
+    "handler", [one for one in HANDLERS if str(one) not in NEEDED_TO_CONTAIN], ids=str
+)
+def test_a_lasting_fault_ends_the_connections_that_meet_it(
+    stage: Stage, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The relay does not spin, the other pairs relay all bytes, and the fault is logged once."""
+    for scenario in scenarios_for(handler)[:1]:
+        caplog.clear()
+        stage.loop.advance(COMPLAINT_SECONDS)
+        injection = Injection()
+        injection.exception = EXCEPTIONS["AssertionError"]
+        injection.times = 1_000_000
+        with pytest.MonkeyPatch.context() as patch:
+            injection.wrap(patch, handler)
+            stage.play(scenario, injection)
+        assert injection.raised >= 1
+        injected = [one for one in errors(caplog) if "AssertionError: injected" in one]
+        assert len(injected) >= 1
+    stage.is_intact = True
+
+
+def test_further_faults_of_a_place_are_counted_and_logged_after_a_minute(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = stage.loop.server.faults
+    before = faults.count
+    error = AssertionError("injected")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(session: Session, line: bytes) -> None:
+            if line == b"junk":
+                raise error
+
+        patch.setattr(Session, "line_received", fail)
+        stage.injection = Injection()
+        for _ in range(10):
+            stage.connect().send(b"junk\n")
+        assert faults.count == before + 10 and len(errors(caplog)) == 1
+        assert "more since" not in errors(caplog)[0]
+        stage.loop.advance(COMPLAINT_SECONDS - 0.25)
+        stage.connect().send(b"junk\n")
+        assert faults.count == before + 11 and len(errors(caplog)) == 1
+        stage.loop.advance(0.25)
+        stage.connect().send(b"junk\n")
+    assert faults.count == before + 12
+    assert len(errors(caplog)) == 2
+    assert errors(caplog)[1].endswith("AssertionError: injected (10 more since the last message)")
+    stage.talk()
+    stage.hear()
+
+
+# Faults without a connection.
+
+
+class FaultyWork:
+    """A task that raises as often as the test says."""
+
+    def __init__(self, exception: Callable[[], BaseException], faults: int) -> None:
+        self.calls = 0
+        self._exception = exception
+        self._faults = faults
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls <= self._faults:
+            raise self._exception()
+
+
+def fail_once(patch: pytest.MonkeyPatch, handler: Handler, work: FaultyWork) -> None:
+    """Patch a handler, so that it calls `work` first."""
+    original = vars(handler.owner)[handler.name]
+
+    def patched(*arguments: object) -> object:
+        work()
+        return original(*arguments)
+
+    patch.setattr(handler.owner, handler.name, patched)
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+def test_a_fault_of_a_chore_costs_that_run(
+    loop: Loop, exception: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    work, later_work = FaultyWork(EXCEPTIONS[exception], 3), FaultyWork(MemoryError, 0)
+    loop.server.every(10, work)
+    loop.server.every(10, later_work)
+    one, other = loop.meet()
+    for run in range(1, 6):
+        assert work.calls == later_work.calls == run
+        assert loop.server.faults.count == min(run, 3)
+        one.send(b"data")
+        assert other.receive(4) == b"data"
+        loop.advance(10)
+    assert len(errors(caplog)) == 1
+
+
+@pytest.mark.parametrize("name", ["handshaking", "silent", "lingering"])
+def test_a_fault_in_the_time_limits_of_a_closed_connection(
+    loop: Loop, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is closed, and its entry is gone when the limit has passed."""
+    queue = getattr(loop.server._timers, name)
+    client = loop.client("unix")
+    assert client.conn is not None
+    queue.start(client.conn, loop.clock())
+    with monkeypatch.context() as patch:
+        patch.setattr(Timers, "forget", FaultyWork(MemoryError, 1))
+        client.close()
+        loop.server.run_once(0)
+    assert loop.server.connections == set() and loop.server.faults.count == 1
+    loop.wait_for_arrivals()
+    loop.clock.advance(60)
+    loop.server.run_once(0)
+    assert queue.connections() == set()
+    # A lingering connection is asked for its acknowledgements, which is a fault after its close.
+    assert loop.server.faults.count == (2 if name == "lingering" else 1)
+
+
+@pytest.mark.parametrize(
+    "handler", [Handler(Session, "abandon"), Handler(Rendezvous, "expel")], ids=str
+)
+def test_a_fault_while_another_one_is_mended(
+    loop: Loop, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other pairs relay all bytes. The connection is closed."""
+    one, other = loop.meet()
+    with monkeypatch.context() as patch:
+        fail_once(patch, handler, FaultyWork(MemoryError, 1))
+        fail_once(patch, Handler(Session, "matched"), FaultyWork(MemoryError, 1))
+        first, second = loop.client("unix"), loop.client("unix")
+        first.send(handshake(TOKEN, "one"))
+        second.send(handshake(TOKEN, "other"))
+        loop.pump()
+        assert first.sock.recv(100) == second.sock.recv(100) == b""
+    assert loop.server.faults.count == 2
+    one.send(b"data")
+    assert other.receive(4) == b"data"
+    assert len(loop.server.connections) == 2
+
+
+@pytest.mark.parametrize("exception", ["AssertionError", "OSError", "MemoryError"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        Handler(Session, "client_ended"),
+        Handler(Session, "partner_left"),
+        Handler(Connection, "finish"),
+        Handler(Connection, "is_delivered"),
+        Handler(transit_relay.Drain, "__init__"),
+        Handler(transit_relay.Drain, "finished_pairs"),
+        Handler(transit_relay.Drain, "all_pairs"),
+        Handler(transit_relay.Drain, "is_complete"),
+        Handler(Server, "_close_connections"),
+        Handler(Server, "snapshot"),
+        Handler(transit_relay.Recorder, "stop"),
+    ],
+    ids=str,
+)
+def test_a_stop_comes_to_its_end_in_spite_of_a_fault(
+    loop: Loop, handler: Handler, exception: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay runs on for at most the time of a stop, and one connection at most is cut."""
+    pairs = [loop.meet("unix", "ws-unix") for _ in range(5)]
+    waiting = loop.client("unix")
+    waiting.send(handshake("waits"))
+    loop.pump()
+    work = FaultyWork(EXCEPTIONS[exception], 1)
+    with monkeypatch.context() as patch:
+        fail_once(patch, handler, work)
+        loop.server._signals.append(signal.SIGTERM)
+        loop.server.run_once(0)
+        loop.pump()
+        for client in (client for pair in pairs for client in pair):
+            client.close()
+        waiting.close()
+        loop.pump()
+        loop.advance(transit_relay.STOP_FLUSH_SECONDS)
+        loop.advance(transit_relay.STOP_POLL_SECONDS)
+    assert work.calls >= 1
+    assert loop.server.phase is transit_relay.ServerPhase.OVER
+    assert loop.server.connections == set()
+    assert loop.recorder.moods().count("happy") >= 4
