@@ -2,30 +2,30 @@
 # SPDX-License-Identifier: MIT
 """transit-relay: the relay server of Magic Wormhole, standard library only.
 
-Two clients that cannot reach each other connect to this relay and present the same token. From
-then on the relay passes bytes between them until one leaves. It records how much it is used, and
-stores nothing else about its clients.
+Two clients that cannot reach each other connect to this relay and present the same token. The
+relay then passes bytes between them until a client leaves or the relay stops. It records how much
+it is used, without addresses, tokens or sides.
 
-This file alone is a complete relay for TCP clients. With ws_frames.py beside it, which implements
-WebSocket frames, every listener accepts WebSocket clients as well.
+This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
+beside it, which implements WebSocket frames, every listener accepts WebSocket clients as well.
 
-The file is divided into sections. A section uses names of the sections above it only. Calls that
-go down are listed in the section Interfaces. The listeners and the Recorder are made below the
-Server and handed to it.
+The file is divided into sections. At run time a section uses names of the sections above it.
+Three kinds of calls go down: the methods in the section Interfaces, those of a Session on its Pair
+and the Rendezvous, and those of the Server on the listeners and the Recorder that it is given.
 
-    Constants, errors    numbers with their reasons; exceptions typed by blame
-    Records              what is recorded of a connection or a pair
+    Constants, errors    numbers with their reasons; an exception for each kind of failure
+    Records              the records of connections and pairs, and a snapshot of the relay
     Kernel               socket options, acknowledgements, pipes for splice
-    Interfaces           what a Session asks of its Connection, and that of the Server
+    Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
-    Rendezvous           which clients wait, and the pairs
+    Rendezvous           waiting clients and pairs
     Framing              the encodings: raw bytes, HTTP, WebSocket messages
     Connection           one socket: its backlog, its interest, its phases
     Timers               time limits of connections, and periodic tasks
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
-    Server               one select, one dispatch, deferred closing, contained faults
+    Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
     Looking in           texts about a running relay
@@ -36,21 +36,25 @@ Server and handed to it.
     Command line         options, and the configuration file
     Start and stop       the order of a start
 
-The path of a byte: `Server.run_once` learns from the selector that client A is readable and
-calls `Connection.on_ready`. The Connection receives into a buffer that all connections share and
-passes the bytes to its Framing. The Framing removes the WebSocket encoding, if there is one, and
-passes what follows the handshake line to the Session. The Session counts the bytes in its Pair
-and sends them to the partner's Connection, whose Framing encodes them for B. What B's kernel does
-not accept is copied to B's backlog, and A is not read while B has a backlog. So a pair holds
-about one buffer of bytes in each direction.
+The path of a byte from client A to its partner B:
 
-If both clients are raw, the path is shorter: A's Connection counts the bytes in the Pair and
-writes them to B's Connection. Bulk between raw clients does not enter Python: `splice` moves it
-through a kernel pipe.
+ 1. `Server.run_once` learns from the selector that A is readable and calls
+    `Connection.on_ready`, which receives into a buffer that all connections share.
+ 2. A's Framing removes the WebSocket encoding, if there is one. It passes the bytes that follow
+    the handshake line to A's Session.
+ 3. The Session counts them in the Pair and passes them to B's Connection. B's Framing encodes
+    them, and the Connection sends them at once.
+ 4. B's Connection copies the bytes that the kernel does not accept into its backlog. While B has
+    a backlog, A is not read. So the backlog is about one read.
 
-The end of a client: its read returns no bytes (or a WebSocket Close), and its Session ends the
-pair. Both Connections flush their backlogs, shut down writing, and linger until the peer's end.
-`Server._reap` closes their sockets at the end of a turn, when no handler uses them.
+If both clients are raw, A's Connection counts the bytes in the Pair and writes them to B's
+Connection directly. Large reads between raw clients are then moved by `splice` through a kernel
+pipe, if one is free.
+
+The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
+pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end;
+one whose peer has ended already is closed after the flush. `Server._reap` closes sockets at the
+end of a turn, after all handlers have returned.
 """
 
 from __future__ import annotations
@@ -106,30 +110,28 @@ log = logging.getLogger(PROGRAM)
 # ---------------------------------------------------------------------------------------------
 # Constants and errors
 #
-# Two blocks: numbers that the protocol or the operating system fixes, and numbers that we chose,
-# each with its reason. `Limits` has the numbers that an operator can set; `--help` prints their
-# defaults.
+# The first block has values of the protocol and of the operating system. The second block has
+# values that we chose, with the reason. `Limits` has the time limits that an operator can set.
 # ---------------------------------------------------------------------------------------------
 
-# The protocol: magic-wormhole-protocols, transit.md; where it is silent, the reference relay.
+# The protocol: magic-wormhole-protocols, transit.md. MAX_LENGTH is the reference relay's name.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
 OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
-MAX_LINE_BYTES = 1024  # the longest handshake has 104; the reference relay's MAX_LENGTH
+MAX_LINE_BYTES = 1024  # MAX_LENGTH; the longest handshake line has 105 with its newline
 
-# The first bytes of a client decide its encoding.
+# The first bytes of a client and the role of its listener decide its encoding.
 RAW_BEGINNING = b"please relay "
 HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
-# The answer to an HTTP request that asks for no WebSocket. Most of them are health checks.
+# The body of the answer to an HTTP request that asks for no WebSocket, such as a health check.
 HTTP_TEXT = """\
 This is transit-relay, the relay server of Magic Wormhole.
 Magic Wormhole clients connect to it over TCP or WebSocket. It has no pages.
 """
 
 STANDARD_FDS = 3  # descriptors 0, 1 and 2
-# fcntl.h of Linux. Python has names for these two from 3.10 on.
-F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
+F_SETPIPE_SZ = 1031  # fcntl.h of Linux; Python has a name for it from 3.10 on
 SPLICE_F_NONBLOCK = 2  # fcntl.h of Linux
 PIPE_USER_PAGES = 16384  # the default of pipe-user-pages-soft, pipe(7)
 
@@ -139,92 +141,96 @@ def error_numbers(*names: str) -> frozenset[int]:
     return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
 
 
-# accept(2): errors of the newcomer, which is lost. The listener is well.
+# accept(2): these errors concern one newcomer. The listener still works.
 NEWCOMER_LOST = error_numbers(
     *("ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
     *("ENONET", "ENOPROTOOPT", "ENOSR", "EOPNOTSUPP", "EPERM", "EPROTO", "EPROTONOSUPPORT"),
     *("ESOCKTNOSUPPORT", "ETIMEDOUT", "EINTR"),
 )
-# accept(2): a resource is used up. It becomes free when a connection closes.
+# accept(2): a resource is used up. A connection that closes may free it.
 OUT_OF_RESOURCES = error_numbers("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")
-# A write that failed with one of these can be repeated later.
+# After one of these errors a write can be repeated later.
 NO_ROOM_NOW = error_numbers("EAGAIN", "EWOULDBLOCK", "ENOBUFS", "ENOMEM")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-# Signals that end a process by default and have no meaning here.
+# Signals that end a process by default and that the relay does not use.
 IGNORED_SIGNALS = {
     *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")),
     *(getattr(signal, name) for name in ("SIGVTALRM", "SIGPROF")),
     *(getattr(signal, name) for name in ("SIGIO", "SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
 }
 
-READ_BYTES = 256 * 1024  # one read, and so about the most that one direction has queued
-FRAMED_READ_BYTES = 64 * 1024  # one read from a WebSocket; 30 ms of work if all frames are empty
-FRAMES_PER_READ = 1_000  # the size of the next read is chosen for this many frames: 3 ms
-FIRST_READ_BYTES = 4 * 1024  # one read until the size of a client's frames is known
-MAX_MESSAGE_BYTES = 32 * 1024  # to a WebSocket: a client library in Go refuses larger messages
-PONG_BACKLOG_BYTES = 64 * 1024  # with more than this unread, a client gets the newest Pong only
-FRAME_HEADERS_BYTES = 1024  # headers around the payload of one read, and a Close
+READ_BYTES = 256 * 1024  # the largest read that is copied
+FRAMED_READ_BYTES = 64 * 1024  # the largest read from a WebSocket; as empty frames: 30 ms of work
+FRAMES_PER_READ = 1_000  # the size of the next read aims at no more than this: 3 ms of work
+FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
+MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
+PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
+FRAME_HEADERS_BYTES = 1024  # headers of the messages made from one read, and a Close
+# The tests assert this bound. It follows from the rules of backpressure.
 MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
-BULK_BYTES = 64 * 1024  # after a read of this size the next one waits its turn, and is spliced
+BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
-TURN_BULK_SECONDS = 0.001  # the same for slow machines, and for WebSocket bulk
-POLLED_BULK = 16  # with more queued for bulk, the others are not polled
-PIPE_BYTES = 1024 * 1024  # the default limit of a user; with a quarter of it, copying is as fast
+TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
+POLLED_BULK = 16  # a connection behind this many in the bulk queue is not polled
+PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; with a quarter, copying is as fast
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 IDLE_PIPES = 8  # empty pipes kept for the next reads
-PIPES_PAUSE_SECONDS = 60  # after the system refused a pipe or made a small one
-PING_SECONDS = 25  # without traffic: proxies close such connections after 30 or 60 s
-MAX_UNANSWERED_PINGS = 3  # a waiting client that answers none of them is gone
+PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
+PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
+MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
 KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
-KEEPALIVE_PROBES = 4  # unanswered ones end the connection: 60 s
-ACCEPTS_PER_WAKEUP = 64  # so that a flood of newcomers does not starve the pairs
+KEEPALIVE_PROBES = 4  # without an answer, before the kernel ends the connection
+ACCEPTS_PER_WAKEUP = 64  # per listener and turn, so that a flood does not starve the pairs
 ACCEPT_RETRY_SECONDS = 1  # after EMFILE and similar; asyncio's ACCEPT_RETRY_DELAY
-LISTEN_BACKLOG = 1024  # newcomers that the kernel queues; it reduces this to somaxconn
-MAX_OPEN_FILES = 1024 * 1024  # a hard limit may be a thousand times higher
+LISTEN_BACKLOG = 1024  # newcomers that the kernel queues; its own limit is somaxconn
+MAX_OPEN_FILES = 1024 * 1024  # the soft limit is raised no further than this
 RESERVED_FDS = 16  # kept free of connections and pipes: SQLite's journal, log files
-MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released when memory runs out, so that handlers can end
-SUSPENDED_SECONDS = 1  # a select that returns this late means that the process was stopped
-LINGER_SECONDS = 5  # from the last acknowledgement to our close: time for the peer's end
+MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released at a MemoryError, so that handlers can go on
+SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspended
+LINGER_SECONDS = 5  # for the peer's end, after everything was seen to be acknowledged
 LINGER_BLIND_SECONDS = 60  # the same where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
-CURRENT_SECONDS = 30  # `current` must be committed, and at most 60 s old
+CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
 MAX_CONFIG_CHARACTERS = 1024 * 1024
-MAX_COMPLAINT_CHARACTERS = 1000  # a complaint may repeat the wrong input
+MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can contain user input
 COMPLAINT_SECONDS = 60  # the same warning is logged at most this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
-GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses no more
+GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses these at most
 RETRY_SECONDS = 1  # how often a failed sink tries again
-STALL_SECONDS = 0.5  # how long a sink waits for a lock or a reader at a time
+STALL_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
-STOP_RECORD_SECONDS = 10  # ... and then this long for the sinks
+STOP_RECORD_SECONDS = 10  # a stop then waits this long for the sinks
 STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
 class Limits(NamedTuple):
-    """What an operator can set. 0 switches a limit off."""
+    """The time limits that an operator can set. 0 switches a limit off."""
 
     handshake_seconds: float = 60  # from accept to a whole handshake
-    keepalive_seconds: float = 200  # of silence before the first TCP keepalive probe
+    keepalive_seconds: float = 200  # of silence before a TCP keepalive probe; 0: as the system
 
 
 class UsageError(argparse.ArgumentTypeError):
-    """The command line is wrong: one line on stderr, exit code 2."""
+    """An option or the configuration is wrong: one line on stderr, exit code 2."""
 
 
 class StartupError(Exception):
-    """The command line is right, but the system refuses: one line on stderr, exit code 1."""
+    """The system refuses what the options ask for: one line on stderr, exit code 1."""
 
 
 class SinkError(Exception):
-    """Records cannot be written now. They wait, and the sink tries again."""
+    """A write failed. The sink keeps the records and tries again."""
 
 
 class SinkGone(Exception):
-    """Records can never be written here again. The sink ends."""
+    """The target of a sink is lost. The sink ends."""
+
+
+Bytes = Union[bytes, bytearray, memoryview]
 
 
 def error_text(error: OSError) -> str:
@@ -232,14 +238,30 @@ def error_text(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+@contextlib.contextmanager
+def startup_errors(subject: str) -> Iterator[None]:
+    """Turn an OSError of the block into a StartupError that begins with `subject`."""
+    try:
+        yield
+    except OSError as error:
+        raise StartupError(f"{subject}: {error_text(error)}") from None
+
+
+def parse_number(text: str, highest: int, base: int = 10) -> int | None:
+    """Return `text` as a number, or None if it is not a number from 0 to `highest`."""
+    digits = "[0-7]" if base == 8 else "[0-9]"
+    number = int(text, base) if re.fullmatch(digits + "{1,15}", text) else None
+    return None if number is None or number > highest else number
+
+
 class Throttle:
-    """Lets one complaint pass per COMPLAINT_SECONDS."""
+    """Allows one log message per COMPLAINT_SECONDS."""
 
     def __init__(self) -> None:
         self._next_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
-        """Return whether to complain at `now` (monotonic seconds). True starts a new pause."""
+        """Return whether to log at `now` (monotonic seconds). If so, the next pause begins."""
         if now < self._next_at:
             return False
         self._next_at = now + COMPLAINT_SECONDS
@@ -249,8 +271,8 @@ class Throttle:
 # ---------------------------------------------------------------------------------------------
 # Records
 #
-# The record of a connection without a partner, the record of a pair, and the numbers of the
-# moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
+# The record of a connection without a partner, the record of a pair, and the state of the relay at
+# one moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
 # ---------------------------------------------------------------------------------------------
 
 
@@ -260,7 +282,7 @@ class UsageRecord(NamedTuple):
     The JSON lines have these field names in this order. `mood` is called `result` in SQL.
     """
 
-    started: float  # seconds since the epoch, at the (first) accept
+    started: float  # seconds since the epoch, at the accept; of a pair the earlier one
     total_time: float  # seconds
     waiting_time: float | None  # seconds between the two accepts; None without a partner
     total_bytes: int  # received from both sides after their handshakes
@@ -279,13 +301,13 @@ class Current(NamedTuple):
 
     rebooted: int  # seconds since the epoch
     updated: int  # seconds since the epoch
-    connected: int  # connections that have a partner, two per pair
+    connected: int  # two per pair that is not yet recorded
     waiting_tokens: int
     incomplete_bytes: int  # of pairs that are not yet recorded
 
 
 class Snapshot(NamedTuple):
-    """The state of the relay at one moment. Texts about a running relay are made from this."""
+    """The state of the relay at one moment, for `current` and for the status line."""
 
     started_at: float  # seconds since the epoch
     taken_at: float  # seconds since the epoch
@@ -296,7 +318,7 @@ class Snapshot(NamedTuple):
     pairs_ended: int  # since the start
     relayed_bytes: int  # since the start, running pairs included
     incomplete_bytes: int  # of pairs that are not yet recorded
-    faults: int  # contained exceptions since the start
+    faults: int  # contained since the start
 
     def current(self) -> Current:
         """Return the row of `current` for this moment."""
@@ -310,7 +332,7 @@ class Snapshot(NamedTuple):
 
 
 def blur_size(size: int) -> int:
-    """Round `size` (bytes) down to the resolution of its magnitude."""
+    """Round `size` (bytes) down, to 1 kB, 1 MB or 100 MB depending on its magnitude."""
     if size < 1_000_000:
         return size // 1_000 * 1_000
     if size < 1_000_000_000:
@@ -321,17 +343,17 @@ def blur_size(size: int) -> int:
 # ---------------------------------------------------------------------------------------------
 # Kernel
 #
-# What the relay asks of the kernel beyond reads and writes: socket options, how much the peer has
+# Kernel calls other than plain reads and writes: socket options, how much the peer has
 # acknowledged, and pipes for bulk. With splice(2) bulk moves from a socket into a pipe and from
 # there into another socket, without entering Python.
 #
-# Pipes are lent, not owned. A connection borrows a pipe for one read and gives it back when it is
-# empty. What a receiver does not accept stays in the pipe, which is that receiver's backlog then.
-# A pipe that still holds bytes is closed, not reused: bytes of one pair must not reach another.
+# A connection borrows a pipe from the pool for one read and gives it back afterwards. Bytes that
+# the receiver does not accept stay in the pipe, which is then the receiver's backlog. The pool
+# closes a pipe that still holds bytes, because they must not reach another pair.
 #
-# Pipes are scarce: all processes of an unprivileged user share pipe-user-pages-soft (pipe(7)).
-# Past that limit the kernel makes pipes of two pages, through which splicing is no cheaper than
-# copying. So the pool refuses small pipes, and what it cannot lend is copied.
+# The number of pipes is limited: all processes of an unprivileged user share pipe-user-pages-soft
+# (pipe(7)). Past that limit the kernel makes pipes of two pages, through which splicing is no
+# cheaper than copying. The pool refuses small pipes. Without a pipe the relay copies.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -341,11 +363,9 @@ def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
     `keepalive_seconds`: silence before the first keepalive probe; 0: the system's default.
     """
     options = [
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # as the reference relay
-        # Urgent bytes are bytes of the stream too and stay in their place.
-        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),
-        # A client that waits for a few bytes must not wait for more to fill a packet.
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # the reference relay sets this too
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # urgent bytes stay in the stream
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # small messages are sent at once
     ]
     if keepalive_seconds:
         values = {
@@ -362,21 +382,21 @@ def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
 def prepare_socket(sock: socket.socket, tcp_options: Sequence[tuple[int, int, int]]) -> None:
     """Make an accepted socket non-blocking and set its options.
 
-    Sockets could inherit the options from their listener. But a newcomer that was queued before
-    this process got the listener, as in a start by systemd, would not have them.
+    A socket inherits the options of its listener. But a newcomer that was queued before the
+    listener had them, as in a start by systemd, would be without.
     """
     sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:  # it refuses TCP's options
+    if sock.family == socket.AF_UNIX:  # it has no TCP options
         return
     for level, option, value in tcp_options:
         try:
             sock.setsockopt(level, option, value)
-        except OSError:  # a missing option costs some comfort, not the connection
+        except OSError:  # the relay works without it
             pass
 
 
 def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
-    """Return what is left of `parts` after their first `sent` bytes."""
+    """Return a copy of `parts` without the first `sent` bytes."""
     rest = bytearray()
     for part in parts:
         if sent < len(part):
@@ -393,7 +413,7 @@ def takes_bytes(fd: int, seconds: float) -> bool:
 
 
 def query_descriptor(fd: int, request: int) -> int | None:
-    """Return the number that an ioctl(2) `request` reports, or None if it is not supported."""
+    """Return the number that an ioctl(2) `request` reports, or None if it fails."""
     try:
         answer = fcntl.ioctl(fd, request, b"\0\0\0\0")
     except OSError:
@@ -402,10 +422,10 @@ def query_descriptor(fd: int, request: int) -> int | None:
 
 
 def unacknowledged_bytes(sock: socket.socket) -> int | None:
-    """Return how many sent bytes the peer's kernel has not acknowledged. Our end counts as one.
+    """Return how many sent bytes the peer's kernel has not acknowledged. A FIN counts as one.
 
-    None where the system does not report it. Linux: SIOCOUTQ of tcp(7) and unix(7), which has the
-    number of TIOCOUTQ. On a unix socket it counts what the peer has not read.
+    Return None if the system does not report it. On Linux this is SIOCOUTQ of tcp(7) and unix(7),
+    an alias of TIOCOUTQ. For a unix socket it counts the bytes that the peer has not read.
     """
     return query_descriptor(sock.fileno(), termios.TIOCOUTQ)
 
@@ -460,7 +480,7 @@ class Pipe:
 
 
 class PipePool:
-    """All pipes: the lent ones are counted, the idle ones are kept."""
+    """Counts the lent pipes and keeps a few idle ones."""
 
     def __init__(self, max_pipes: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`max_pipes`: the most that are lent at one time. `clock` returns monotonic seconds."""
@@ -471,13 +491,13 @@ class PipePool:
         self._pause_until = float("-inf")
 
     def lend(self) -> Pipe | None:
-        """Return an empty pipe, or None if there is none."""
+        """Return an empty pipe, or None if there is no idle one and none can be made."""
         pipe = self._idle.pop() if self._idle else self._make()
         self._lent += pipe is not None
         return pipe
 
     def _make(self) -> Pipe | None:
-        """Make a large pipe. If the system refuses, return None and do not ask it for a while."""
+        """Make a large pipe. If the system refuses, return None, and do not try for a while."""
         if self._lent >= self._max_pipes or self._clock() < self._pause_until:
             return None
         try:
@@ -491,7 +511,7 @@ class PipePool:
         return None
 
     def give_back(self, pipe: Pipe) -> None:
-        """Return a lent pipe to the pool. It is kept if it is empty and few are idle."""
+        """Return a lent pipe to the pool. Keep it if it is empty and few are idle."""
         self._lent -= 1
         if len(pipe) or len(self._idle) >= IDLE_PIPES:
             pipe.close()
@@ -505,7 +525,7 @@ class PipePool:
 
 
 def affordable_pipes() -> int:
-    """Return how many pipes the relay may use: half of a user's; 0 where there is no splice."""
+    """Return how many pipes the relay may use: half of a user's quota, or 0 without splice."""
     if splice is None:
         return 0
     pages = PIPE_USER_PAGES
@@ -517,10 +537,10 @@ def affordable_pipes() -> int:
 
 
 def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
-    """Divide `limit` descriptors, of which `open_now` are used: connections, pipes.
+    """Return the maximum number of connections, and of pipes, for `limit` descriptors.
 
-    RESERVED_FDS stay free for SQLite's journal and for log files. A pipe has two descriptors;
-    pipes get at most an eighth of the limit.
+    `open_now`: descriptors that are in use. RESERVED_FDS stay free for SQLite's journal and for
+    log files. A pipe has two descriptors; pipes get at most an eighth of the limit.
     """
     pipes = min(affordable_pipes(), limit // 16)
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
@@ -529,31 +549,28 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------
 # Interfaces
 #
-# The names that several sections share, and the calls that go down the file: what a Session and a
-# Framing ask of their Connection, and what a Connection asks of the Server. Each of the two
-# Protocols has one implementation in the relay. (A Session also calls its Pair and the Rendezvous,
-# which are defined after it.)
+# Names that several sections use, and the methods that earlier sections call on later ones: those
+# of a Connection that a Session and a Framing call, and those of the Server that a Connection
+# calls. Each of the two Protocols has one implementation in the relay.
 # ---------------------------------------------------------------------------------------------
-
-Bytes = Union[bytes, bytearray, memoryview]
 
 
 class Role(enum.Enum):
-    """What a listener is for, which decides how the first bytes of its clients are read."""
+    """The encoding that a listener expects of its clients."""
 
-    PORT = "port"  # --port: raw, unless the first bytes are an HTTP method
+    PORT = "port"  # --port: raw, unless the first bytes are one of HTTP_BEGINNINGS
     WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
 
 
 class Reason(enum.Enum):
-    """Why the relay ends a connection, for an encoding that can tell the client."""
+    """Why the relay ends a connection. A WebSocket Close has a code for it."""
 
-    ENDED = "ended"  # the client or its partner left, it was refused, or a time limit passed
+    ENDED = "ended"  # a client left or was refused, or a time limit passed
     STOPPING = "stopping"  # the relay stops
 
 
 class Phase(enum.Enum):
-    """The phases of a Connection. Its docstring has the table."""
+    """The phases of a Connection. The table is in its docstring."""
 
     OPEN = "open"
     FLUSHING = "flushing"
@@ -562,15 +579,15 @@ class Phase(enum.Enum):
 
 
 class Transport(Protocol):
-    """What a Session and a Framing may ask of the connection that they serve."""
+    """The methods of a Connection that a Session and a Framing call."""
 
-    framing: Framing  # a Framing replaces itself here
+    framing: Framing  # a Framing assigns its successor here
 
     def send(self, data: Bytes) -> None:
-        """Encode and send `data`, now or when there is room. `data` may change afterwards."""
+        """Encode and send `data`, now or later. The caller may then reuse its buffer."""
 
     def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send bytes that are encoded already, now or when there is room."""
+        """Send encoded bytes, now or when there is room."""
 
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
@@ -579,14 +596,14 @@ class Transport(Protocol):
         """Compute the interest again, because the client has a partner now."""
 
     def note_activity(self) -> None:
-        """Restart the time of silence after which the Framing is asked for a Ping."""
+        """Restart the time of silence, after which `framing.keep_alive` is called."""
 
     def finish(self, reason: Reason) -> None:
-        """Flush the backlog and end the connection. No other order may follow."""
+        """Flush the backlog and end the connection. Nothing is sent afterwards."""
 
 
 class EventLoop(Protocol):
-    """What a Connection and `Faults` use of the Server, which is defined below."""
+    """The attributes of the Server that a Connection and Faults use."""
 
     buffer: memoryview  # of READ_BYTES, shared by all connections
     pipes: PipePool
@@ -599,7 +616,7 @@ class EventLoop(Protocol):
         """Register what `conn.interest()` returns now."""
 
     def queue_bulk(self, conn: Connection, ready: int) -> None:
-        """Call `conn.on_bulk_turn(ready)` when it is this connection's turn."""
+        """Call `conn.on_bulk_turn(ready)` when the bulk queue reaches `conn`."""
 
     def note_activity(self, conn: Connection) -> None:
         """Call `conn.framing.keep_alive` after PING_SECONDS, counted from now."""
@@ -614,16 +631,17 @@ class EventLoop(Protocol):
 # ---------------------------------------------------------------------------------------------
 # Session
 #
-# One client's rules, without sockets and without stored bytes. A Session gives orders to its
-# Transport (in the relay: its Connection). The Transport and the Framing report events to it.
+# The state machine of one client, without a socket and without stored bytes. The Framing, the
+# Connection and the Rendezvous report events to it. It calls its Transport (in the relay: its
+# Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
-# fault. The callers of `_end` are the answers to the question why a client was sent away.
+# fault. Every refusal is a call of `_end`.
 # ---------------------------------------------------------------------------------------------
 
 
 class State(enum.Enum):
-    """The states of a Session. Its docstring has the table."""
+    """The states of a Session. The table is in its docstring."""
 
     WAIT_UPGRADE = "wait_upgrade"
     WAIT_HANDSHAKE = "wait_handshake"
@@ -642,21 +660,21 @@ class Handshake(NamedTuple):
     side: bytes | None
 
     def matches(self, other: Handshake) -> bool:
-        """Return whether two clients of one token are partners: not if their side is the same."""
+        """Return whether two clients of one token are partners: not if both name one side."""
         return self.side != other.side or self.side is None
 
 
 def parse_handshake(line: bytes) -> Handshake | None:
-    """Parse a first line (without its newline). Return None if it is no handshake."""
+    """Parse a first line (without its newline). Return None if it is invalid."""
     match = HANDSHAKE.fullmatch(line)
     return Handshake(match[1], match[2]) if match else None
 
 
 class Session:
-    r"""One client's rules, from accept to the end.
+    r"""The state machine of one client, from accept to the end.
 
-    tests/test_session.py executes this table. An input that is not listed for a state has no
-    effect if the state is `done`, where late events are normal. Otherwise it is a bug.
+    tests/test_session.py executes this table. In the state `done`, a line, bytes and `end` have no
+    effect. Any other input that is not listed raises AssertionError.
 
     state           input      next            mood       reply
     --------------  ---------  --------------  ---------  ----------------
@@ -675,8 +693,7 @@ class Session:
     relaying        left       done            -          -
 
     An HTTP client has no byte stream, and no record, before its upgrade to WebSocket.
-    The record of a pair (mood happy) is written once, when the client that stayed has been sent
-    all bytes of the other and the end: see `end_sent`.
+    The record of a pair (mood happy) is written in `end_sent` of the client that stayed.
     """
 
     # A reload carries these fields. The others are links to other objects.
@@ -694,7 +711,7 @@ class Session:
         self.started = started
         self.handshake: Handshake | None = None  # while the client waits for a partner
         self.pair: Pair | None = None  # while relaying
-        self.ended_pair: Pair | None = None  # this client stayed, and the record is not written
+        self.ended_pair: Pair | None = None  # this client stayed; the record is not yet written
 
     def __repr__(self) -> str:
         return f"<Session {self.state.value}>"
@@ -712,13 +729,13 @@ class Session:
         self.state = State.WAIT_UPGRADE
 
     def stream_opened(self) -> None:
-        """Note that the byte stream begins: the client is upgraded, or is raw after all."""
+        """Note that the byte stream begins: the client is upgraded, or sent a raw handshake."""
         assert self.state is State.WAIT_UPGRADE, self
         self.state = State.WAIT_HANDSHAKE
 
     def line_received(self, line: bytes) -> None:
-        """Judge the first line (without its newline), which may be cut for its length."""
-        if self.state is State.DONE:  # a time limit passed before it came
+        """Check the first line (without its newline). A line that is too long is truncated."""
+        if self.state is State.DONE:
             return
         assert self.state is State.WAIT_HANDSHAKE, self
         self.handshake = parse_handshake(line)
@@ -729,14 +746,14 @@ class Session:
             self.rendezvous.join(self)
 
     def bytes_received(self, data: Bytes) -> None:
-        """Send bytes that followed the handshake to the partner, if there is one."""
+        """Send bytes to the partner. A client without a partner is refused."""
         pair = self.pair
         if pair is not None:
             pair.count(len(data))
             pair.partner_of(self).transport.send(data)
         elif self.state is State.WAIT_PARTNER:
             self._end("impatient", IMPATIENT)
-        else:  # a refused client may still be sending
+        else:  # the rest of the read that ended this session
             assert self.state is State.DONE, self
 
     def matched(self, pair: Pair) -> None:
@@ -754,11 +771,10 @@ class Session:
         self._end("redundant")
 
     def client_ended(self, reason: Reason = Reason.ENDED) -> None:
-        """End this client: it left or broke its encoding's rules, it had its answer over HTTP,
-        a time limit passed, or the relay stops.
+        """End this client, which left or broke the rules of its encoding, or has its HTTP answer.
 
-        Half-close is not supported, as in the reference relay: the end of one direction is the
-        end of the client.
+        Also called when a time limit passes and when the relay stops. Half-close is not
+        supported, as in the reference relay: the end of one direction is the end of the client.
         """
         if self.state is State.WAIT_UPGRADE:
             self._end(None, reason=reason)
@@ -769,23 +785,23 @@ class Session:
         elif self.state is State.RELAYING:
             self._end("happy", reason=reason)
 
-    def abandon(self) -> Session | None:
-        """End after a fault that left this session half changed. Return its partner, if any."""
+    def abandon(self) -> None:
+        """End after a fault that left this session inconsistent. Its partner has no pair then."""
         self.pair = self.ended_pair = None
         self.state = State.DONE
-        return self.rendezvous.expel(self)
+        self.rendezvous.expel(self)
 
     def partner_left(self, reason: Reason) -> None:
-        """End as the side of a pair that stayed."""
+        """End because the partner left."""
         assert self.state is State.RELAYING, self
         self.ended_pair, self.pair = self.pair, None
         self.state = State.DONE
         self.transport.finish(reason)
 
     def end_sent(self) -> None:
-        """Note that the last byte and the end are with this client's kernel, or that it is gone.
+        """Note that all bytes and the FIN were handed to the kernel, or that the client is gone.
 
-        At this moment the pair of a client that stayed is over.
+        If this client stayed, its pair is over, and the record of the pair is written.
         """
         pair, self.ended_pair = self.ended_pair, None
         if pair is not None:
@@ -803,7 +819,7 @@ class Session:
             self.rendezvous.forget(self)
         self.handshake = None
         self.state = State.DONE
-        if pair is not None:  # its record is written when the partner has everything
+        if pair is not None:  # its record is written in the partner's `end_sent`
             pair.remove(self).partner_left(reason)
         elif mood is not None:
             self.rendezvous.record_single(self, mood)
@@ -815,16 +831,15 @@ class Session:
 # ---------------------------------------------------------------------------------------------
 # Rendezvous
 #
-# The Rendezvous matches clients. A Pair is two sessions that met: it counts their bytes and has
-# what their record needs.
+# The Rendezvous matches clients. A Pair is two matched sessions: it counts their bytes and has what
+# their record needs.
 # ---------------------------------------------------------------------------------------------
 
 
 class Pair:
-    """Two sessions that met, until their record is written.
+    """Two matched sessions, until their record is written.
 
-    The record needs nothing of the sessions. So when a client has left, the pair keeps only the
-    session that stayed.
+    The record does not use the sessions. When a client has left, the pair drops its session.
     """
 
     CARRIED = ("accepted", "is_direct", "started", "total_bytes", "waiting_time")
@@ -836,8 +851,8 @@ class Pair:
         self.started = first.started  # seconds since the epoch
         self.accepted = first.accepted  # monotonic seconds
         self.waiting_time = second.accepted - first.accepted
-        self.total_bytes = 0  # after the handshakes, before the end
-        # Between two raw clients, bytes need no Framing and no Session.
+        self.total_bytes = 0  # from both clients while the pair ran
+        # Between two raw clients, bytes bypass Framing and Session.
         self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
 
     def partner_of(self, session: Session) -> Session:
@@ -862,10 +877,10 @@ class Pair:
 
 
 class Rendezvous:
-    """Which clients wait under which token, and which pairs are not yet recorded.
+    """The clients that wait, by token, and the pairs that are not yet recorded.
 
-    All clients that wait under one token have the same side, or there is one client without a
-    side: any other two would have been matched. So a newcomer matches all of them or none.
+    The clients that wait under one token have the same side, or there is one client without a
+    side: other clients would have been matched. So a newcomer matches all of them or none.
     """
 
     def __init__(
@@ -874,7 +889,7 @@ class Rendezvous:
         """`record` is called with each record; `clock` returns monotonic seconds."""
         self.record = record
         self.clock = clock
-        # By token, the newest last. The inner dicts are ordered sets: removal is O(1).
+        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set.
         self.waiting: dict[bytes, dict[Session, None]] = {}
         self.waiting_clients = 0
         self.pairs: set[Pair] = set()
@@ -884,8 +899,8 @@ class Rendezvous:
     def join(self, newcomer: Session) -> None:
         """Match the newcomer with the newest client that it matches, or let it wait.
 
-        The newest, because an older connection may be half dead. The others of its side become
-        redundant now. (The reference relay takes an arbitrary one.)
+        The newest is taken, because an older connection may be half dead. (The reference relay
+        takes an arbitrary one.) The others of its side become redundant.
         """
         assert newcomer.handshake is not None
         crowd = self.waiting.setdefault(newcomer.handshake.token, {})
@@ -908,7 +923,7 @@ class Rendezvous:
         return one.handshake.matches(other.handshake)
 
     def forget(self, session: Session) -> None:
-        """Remove a client that waits. (A KeyError would name the token.)"""
+        """Remove a client that waits."""
         assert session.handshake is not None
         crowd = self.waiting.get(session.handshake.token, {})
         assert session in crowd, session
@@ -927,24 +942,24 @@ class Rendezvous:
         self.record(UsageRecord(session.started, total_time, None, 0, mood))
 
     def pair_ended(self, pair: Pair) -> None:
-        """Record a pair: everything that was to be delivered is delivered."""
+        """Record a pair that is over."""
         self.pairs.discard(pair)
         self.pairs_ended += 1
         self._ended_bytes += pair.total_bytes
         self.record(pair.record(self.clock()))
 
-    def expel(self, session: Session) -> Session | None:
-        """Remove `session` from all books after a fault. Return its partner, if it had one.
+    def expel(self, session: Session) -> None:
+        """Remove `session` from all collections after a fault.
 
-        This searches all books, because the fault may have left the session half changed.
+        This searches all of them, because the fault may have left the session inconsistent.
         """
         for token in [token for token, crowd in self.waiting.items() if session in crowd]:
             self._remove(token, session)
         for pair in [pair for pair in self.pairs if session in pair.sessions]:
             if len(pair.sessions) > 1:
-                return pair.remove(session)
-            self.pair_ended(pair)
-        return None
+                pair.remove(session)
+            else:
+                self.pair_ended(pair)
 
     def incomplete_bytes(self) -> int:
         """Return the bytes of all pairs that are not yet recorded."""
@@ -958,28 +973,27 @@ class Rendezvous:
 # ---------------------------------------------------------------------------------------------
 # Framing
 #
-# How a client's byte stream, one line and then data, is encoded on the wire. Raw clients send the
-# bytes as they are. WebSocket clients send them as the payload of messages, whose borders have no
-# meaning. A connection begins with DetectFraming (without ws_frames.py: with RawFraming), and a
-# Framing replaces itself with the next one:
+# A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
+# clients send the stream as it is. WebSocket clients send it as the payload of messages. A
+# connection begins with DetectFraming (without ws_frames.py: with RawFraming), and a Framing
+# replaces itself with the next one:
 #
 #     DetectFraming --+--> RawFraming                          a line, then data
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
-# When the Session ends, DISCARD takes the place of the last Framing.
-# A Framing keeps its position in the stream in named fields, so that a half-read handshake or
-# frame can be carried over a reload. It writes its own messages (an HTTP answer, a Pong, a Close)
-# to its Transport, already encoded.
+# When the Session ends, DISCARD replaces the last Framing. A Framing keeps its position in the
+# stream in named fields, so that a half-read handshake or frame can be carried to another process.
+# It writes its own messages (an HTTP answer, a Pong, a Close) to its Transport, already encoded.
 # ---------------------------------------------------------------------------------------------
 
 
 class Framing:
-    """One encoding, and one client's position in it. This base class discards all input."""
+    """The decoder and encoder of one client. This base class discards all input."""
 
     __slots__ = ("_session", "_transport")
-    CARRIED: tuple[str, ...] = ()  # the fields that are the position in the stream
+    CARRIED: tuple[str, ...] = ()  # the fields that hold the position in the stream
 
-    is_raw = True  # the wire has the client's bytes as they are
+    is_raw = True  # data is sent as it is
     max_read_bytes = READ_BYTES  # for one read
 
     def __init__(self, session: Session, transport: Transport) -> None:
@@ -987,10 +1001,10 @@ class Framing:
         self._transport = transport
 
     def receive(self, data: memoryview) -> None:
-        """Decode `data`, the next bytes of the stream, and report it to the Session."""
+        """Decode `data`, the next bytes from the client, and report the result to the Session."""
 
     def encode(self, data: Bytes) -> Sequence[Bytes]:
-        """Return the bytes on the wire for `data`, in parts. They must be sent now."""
+        """Return the encoding of `data` in parts, which are valid until `data` changes."""
         return (data,)
 
     def closing_bytes(self, reason: Reason) -> bytes:
@@ -998,10 +1012,10 @@ class Framing:
         return b""
 
     def drained(self) -> None:
-        """React to an empty backlog."""
+        """Note that the backlog is empty."""
 
     def keep_alive(self) -> None:
-        """React to PING_SECONDS without traffic."""
+        """Note that PING_SECONDS passed without traffic."""
 
 
 class Discard(Framing):
@@ -1017,21 +1031,21 @@ DISCARD = Discard()
 
 
 class RawFraming(Framing):
-    """Raw bytes: finds the handshake line, and passes on what follows."""
+    """Finds the handshake line of a raw stream, and passes later bytes on."""
 
     __slots__ = ("_line", "_past_line")
     CARRIED = ("_line", "_past_line")
 
     def __init__(self, session: Session, transport: Transport) -> None:
         super().__init__(session, transport)
-        self._line = b""  # the part of the first line that has come
+        self._line = b""  # the received start of the first line
         self._past_line = False
 
     def receive(self, data: Bytes) -> None:
         """Find the line in `data`, or pass `data` on.
 
-        The line ends at its newline, or is bad at MAX_LINE_BYTES without one, however the bytes
-        were split. Bytes after the newline, in the same segment, are data.
+        A line of MAX_LINE_BYTES without a newline is invalid. Bytes after the newline are data,
+        in the same read too.
         """
         if self._past_line:
             self._session.bytes_received(data)
@@ -1048,7 +1062,7 @@ class RawFraming(Framing):
             self._session.bytes_received(rest)
 
     def message_ended(self) -> None:
-        """Accept the end of a message in place of a newline, after a whole handshake."""
+        """Accept the end of a message instead of a newline, if the handshake is complete."""
         if not self._past_line and parse_handshake(self._line):
             self._end_line(self._line)
 
@@ -1059,7 +1073,7 @@ class RawFraming(Framing):
 
 
 class DetectFraming(Framing):
-    """The first bytes: decides whether a client is raw or uses HTTP."""
+    """Reads the first bytes of a client and selects its Framing: raw or HTTP."""
 
     __slots__ = ("_start",)
     CARRIED = ("_start",)
@@ -1068,10 +1082,10 @@ class DetectFraming(Framing):
 
     def __init__(self, session: Session, transport: Transport) -> None:
         super().__init__(session, transport)
-        self._start = b""  # the first bytes, as long as they decide nothing
+        self._start = b""  # the first bytes, while they are ambiguous
 
     def receive(self, data: memoryview) -> None:
-        """Install the right Framing as soon as the bytes decide which one that is."""
+        """Install the next Framing once the first bytes are unambiguous."""
         session, transport = self._session, self._transport
         expects_http = session.state is State.WAIT_UPGRADE
         unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS
@@ -1089,19 +1103,19 @@ class DetectFraming(Framing):
 
 
 class HttpFraming(Framing):
-    """One HTTP request: for an upgrade to WebSocket, or from a health check."""
+    """Answers one HTTP request: for an upgrade to WebSocket, or from a health check."""
 
     __slots__ = ("_reader",)
     CARRIED = ("_reader",)
 
-    max_read_bytes = FIRST_READ_BYTES  # frames may follow the head
+    max_read_bytes = FIRST_READ_BYTES  # frames may follow the head in the same read
 
     def __init__(self, session: Session, transport: Transport) -> None:
         super().__init__(session, transport)
         self._reader = ws_frames.RequestReader()
 
     def receive(self, data: memoryview) -> None:
-        """Answer the request when its head is whole. What follows the head is frames."""
+        """Answer the request when its head is complete. After an upgrade, frames follow."""
         try:
             read = self._reader.receive(data)
             if read is None:
@@ -1128,7 +1142,7 @@ def answer_plain_request(request: ws_frames.Request) -> bytes:
 
 
 class WebSocketFraming(Framing):
-    """The byte stream in binary messages, and the control frames around it."""
+    """Carries the byte stream in binary messages, and answers control frames."""
 
     __slots__ = (
         "_close_frame",
@@ -1146,26 +1160,26 @@ class WebSocketFraming(Framing):
         super().__init__(session, transport)
         self._stream = RawFraming(session, transport)  # the content of the messages
         self._parser = ws_frames.FrameParser(must_be_masked=True)
-        self._pong = b""  # the newest Pong, while it waits for the backlog to empty
+        self._pong = b""  # the newest Pong, to be sent when the backlog is empty
         self._close_frame = b""  # the answer to the client's Close, or to its protocol error
         self._unanswered_pings = 0  # since the last byte from the client
         self.max_read_bytes = FIRST_READ_BYTES
 
     def receive(self, data: memoryview) -> None:
-        """Take the payload out of the frames in `data`, and answer control frames.
+        """Pass on the payload of the frames in `data`, and answer control frames.
 
-        While relaying, all payload of one call is passed on at once, however small the frames
-        are, and its Pongs are sent together. Before that, each piece of payload can change the
-        state, and with it the meaning of the next piece.
+        While relaying, all payload of one call is passed on in one piece, and its Pongs are sent
+        together. Earlier, payload is passed on piece by piece, because each piece can change the
+        state.
         """
         self._unanswered_pings = 0
         self._transport.note_activity()
         payload: list[Bytes] = []
         pongs: list[bytes] = []
-        frames = 1  # one more than there are, so that it is never 0
+        events = 1  # one more than there are, to avoid a division by zero
         try:
             for event in self._parser.receive(data):
-                frames += 1
+                events += 1
                 if event.opcode == ws_frames.BINARY:
                     payload.append(event.payload)
                     if self._session.pair is None:
@@ -1182,8 +1196,9 @@ class WebSocketFraming(Framing):
         except ws_frames.ProtocolError as error:
             self._close_frame = ws_frames.build_close(error.code)
         self._pass_on(payload, pongs)
-        # The next read may be four times as large, if that is no more than FRAMES_PER_READ.
-        growth = min(4, FRAMES_PER_READ // frames)
+        # Choose a size for the next read that would give FRAMES_PER_READ frames at most. It grows
+        # fourfold at most.
+        growth = min(4, FRAMES_PER_READ // events)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
         if self._close_frame:
             self._session.client_ended()
@@ -1202,7 +1217,7 @@ class WebSocketFraming(Framing):
         pongs.clear()
 
     def encode(self, data: Bytes) -> Sequence[Bytes]:
-        """Return binary messages of at most MAX_MESSAGE_BYTES: a header and a slice for each."""
+        """Return binary messages of at most MAX_MESSAGE_BYTES: header, slice, header, slice."""
         self._transport.note_activity()
         if len(data) <= MAX_MESSAGE_BYTES:
             return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
@@ -1214,23 +1229,24 @@ class WebSocketFraming(Framing):
         return parts
 
     def closing_bytes(self, reason: Reason) -> bytes:
-        """Return a Close: the answer to the client, or one with the code for `reason`."""
+        """Return the waiting Pong and a Close, which answers the client or tells the `reason`."""
         code = ws_frames.GOING_AWAY if reason is Reason.STOPPING else ws_frames.NORMAL
         return self._pong + (self._close_frame or ws_frames.build_close(code))
 
     def drained(self) -> None:
-        """Send the Pong that waited for the backlog to empty."""
+        """Send the waiting Pong."""
         pong, self._pong = self._pong, b""
         if pong:
             self._transport.write(pong)
         self._transport.note_activity()
 
     def keep_alive(self) -> None:
-        """Send a Ping, so that proxies keep the connection open. End a waiting client that is gone.
+        """Send a Ping, so that proxies keep the connection open.
 
-        No Ping before the handshake, which has its own time limit, nor behind a backlog.
-        A paired client is never ended for a missing Pong: its reading may be paused. Pings are
-        counted, not seconds: a relay that was itself suspended has sent none.
+        A waiting client that has not answered MAX_UNANSWERED_PINGS is ended. Pings are counted,
+        not seconds, because a relay that was suspended has sent none. A paired client is not
+        ended here, because the relay may not be reading it. No Ping is sent before the handshake,
+        which has its own time limit, nor behind a backlog.
         """
         waits = self._session.state is State.WAIT_PARTNER
         if waits and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
@@ -1250,23 +1266,25 @@ def first_framing(session: Session, transport: Transport) -> Framing:
 # ---------------------------------------------------------------------------------------------
 # Connection
 #
-# One non-blocking socket, its backlog, its interest, and its phase. The interest (the events that
-# the selector waits for) is computed from backlogs and phase whenever one of them changes.
+# A Connection has one non-blocking socket, a backlog, an interest and a phase. The interest is the
+# set of events that the selector waits for. It is computed from the fields of the connection and
+# of its partner whenever one of these fields changes.
 #
 # Backpressure: a connection is not read while its partner has a backlog. So a backlog is at most
-# what one read returned, and for a WebSocket some Pongs. A spliced backlog stays in its pipe.
+# the encoding of one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES). A spliced backlog
+# stays in its pipe (PIPE_BYTES).
 #
-# Nothing that was received is lost. A failed write is not the end of a client: what it sent before
-# is still in its socket, and is read to the end. After our end is sent the relay goes on reading,
-# because closing a socket that has unread input resets it, and a reset destroys bytes that are
-# still on their way to the peer.
+# After a failed write the relay still reads and delivers what this client has sent. After our FIN
+# it goes on reading: to close a socket with unread input sends a reset, which can destroy bytes
+# in flight to the peer.
 # ---------------------------------------------------------------------------------------------
 
 
 class Connection:
-    """One client's socket. It follows its Session's orders and reports events to it.
+    """One client's socket. It carries out the calls of its Session and reports events to it.
 
-    tests/test_connection.py executes this table. An event that is not listed changes nothing.
+    tests/test_connection.py executes this table. Other events do not change the phase. (In
+    `open`, the end of the peer is reported to the Session, which calls `finish`.)
 
     phase      event                      next       what is done
     ---------  -------------------------  ---------  -----------------------------------------
@@ -1280,10 +1298,10 @@ class Connection:
     any        doom                       closed     the backlog is discarded
 
     flushed: the backlog is empty, or a write failed and it was discarded. A client that never
-    reads stays in `flushing`, or in `lingering` with bytes that its kernel does not acknowledge.
-    No time limit ends these two cases yet; the place for one is `check_linger` and `Timers`.
+    reads stays in `flushing`, or in `lingering` with bytes that its kernel does not acknowledge:
+    these two cases have no time limit yet.
     doom: a stop whose time is over, a fault, or a selector that refuses the registration.
-    A closed connection's socket is closed by the Server at the end of the turn.
+    The Server closes the socket of a closed connection at the end of the turn.
     """
 
     # A reload carries these fields. The others are links, or follow from these.
@@ -1307,16 +1325,16 @@ class Connection:
         self.framing = first_framing(self.session, self)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
-        self.backlog: bytearray | Pipe | None = None  # None: the kernel has everything
-        self.mask = 0  # the registered events; the Server's field
-        self.is_unpolled = False  # queued for bulk, and not registered meanwhile
+        self.backlog: bytearray | Pipe | None = None  # None: nothing is queued
+        self.mask = 0  # the registered events; only Server.update_interest sets this
+        self.is_unpolled = False  # in the bulk queue, and not in the selector
         self._is_bulk = False  # the last read was large
-        self._write_failed = False  # bytes for this client are discarded
+        self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
-        self._linger_deadline: float | None = None  # None: not everything is acknowledged
+        self._linger_deadline: float | None = None  # set when everything is acknowledged
 
     def __repr__(self) -> str:
-        """Return the state of the connection, without anything about its client."""
+        """Return the state of the connection, without data of its client."""
         flags = " write_failed" * self._write_failed + " peer_ended" * self._peer_ended
         return (
             f"<Connection fd={self.fd} {self.phase.value} {self.session.state.value}"
@@ -1346,16 +1364,15 @@ class Connection:
             return 0
         mask = 0 if self.backlog is None else EVENT_WRITE
         partner = self.partner
-        if not self._peer_ended and (
-            partner is None or (partner.backlog is None and not partner._write_failed)
-        ):
+        has_room = partner is None or (partner.backlog is None and not partner._write_failed)
+        if has_room and not self._peer_ended:
             mask |= EVENT_READ
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """Handle readiness, or queue it if it is for bulk: small messages go first.
+        """Handle readiness for a small amount now. Queue readiness for bulk.
 
-        `mask` may be out of date, because an event of this turn may have changed the interest.
+        `mask` may be out of date, because an earlier event of the turn can change the interest.
         """
         bulk = 0
         if mask & self.mask & EVENT_WRITE:
@@ -1379,7 +1396,7 @@ class Connection:
         if ready & self._usable_events() & EVENT_READ:
             moved += self._receive()
         if self.is_unpolled:
-            # As long as reads are large it stays in the queue, and is not polled.
+            # A connection that moves bulk stays in the queue and out of the selector.
             if moved >= BULK_BYTES and self._usable_events():
                 self._server.queue_bulk(self, EVENT_READ | EVENT_WRITE)
             else:
@@ -1398,7 +1415,7 @@ class Connection:
         if self._write_failed:
             return
         if self.backlog is not None:
-            assert isinstance(self.backlog, bytearray), "only bulk is sent to this client"
+            assert isinstance(self.backlog, bytearray), "the backlog is a pipe"
             for part in (data, *more):
                 self.backlog += part
             return
@@ -1409,7 +1426,7 @@ class Connection:
                 self._stop_writing()
                 return
             sent = 0
-        if more or sent < len(data):  # adding up several sizes would cost more than it saves
+        if more or sent < len(data):  # `unsent` finds out whether several parts were sent
             left = unsent((data, *more), sent)
             if left:
                 self._set_backlog(left)
@@ -1442,22 +1459,19 @@ class Connection:
     def _receive(self) -> int:
         """Read once, and return how many bytes came.
 
-        In a direct pair they go straight to the partner, bulk through a pipe. All others go to
-        the Framing.
+        In a direct pair they go to the partner's socket, large reads through a pipe.
         """
         pair = self.session.pair
         if pair is not None and not pair.is_direct:
             pair = None
-        if pair is not None and self._is_bulk:
-            count = self._splice(pair)
-            if count:
-                return count
+        if pair is not None and self._is_bulk and (count := self._splice(pair)):
+            return count
         buffer = self._server.buffer
         try:
             count = self.sock.recv_into(buffer, self.framing.max_read_bytes)
         except BlockingIOError:
             return 0
-        except OSError:  # a reset: everything that came before it was read already
+        except OSError:  # a reset or a timeout, after everything that came before it
             count = 0
         if not count:
             self._peer_ended = True
@@ -1475,14 +1489,15 @@ class Connection:
         return count
 
     def _splice(self, pair: Pair) -> int:
-        """Move one pipe's worth of bytes to the partner. Return how many, 0 if it must be copied.
+        """Fill one pipe and pour it to the partner. Return how many bytes moved.
 
-        splice(2) cannot report the peer's end, a reset or an urgent byte, and it may be refused.
-        The caller's recv then finds out which it is.
+        If no bytes moved, the caller must use recv, which distinguishes the peer's end, an error,
+        an urgent byte and an empty socket.
         """
         partner = self.partner
+        assert partner is not None
         pipe = self._server.pipes.lend()
-        if pipe is None or partner is None:
+        if pipe is None:
             return 0
         try:
             with contextlib.suppress(OSError):
@@ -1511,7 +1526,7 @@ class Connection:
         return before
 
     def _flush(self, backlog: bytearray | Pipe) -> bool:
-        """Send from `backlog`. Return whether it is used up: empty, or to be discarded."""
+        """Send from `backlog`. Return whether nothing more is to be sent from it."""
         if self._write_failed:
             return True
         try:
@@ -1526,23 +1541,23 @@ class Connection:
         return self._write_failed or not len(backlog)
 
     def _stop_writing(self) -> None:
-        """React to a failed write: this client is gone, but what it sent is still delivered.
+        """Note a failed write: this client is gone, but what it sent is still delivered.
 
-        The partner is not read any more, because its bytes would be lost. After SHUT_RD a read
-        returns what is queued and then the end, so that the pair ends when that is delivered.
+        The partner is no longer read, because its bytes would be lost. On Linux, reads after
+        SHUT_RD return the received bytes and then the end, which ends the pair.
         """
         self._write_failed = True
         with contextlib.suppress(OSError):  # after a reset, a read returns the error
             self.sock.shutdown(socket.SHUT_RD)
         partner = self.partner
         if partner is not None:
-            if partner._write_failed:  # neither of the two can be sent anything
+            if partner._write_failed:  # nothing can be sent in either direction
                 self.session.client_ended()
             else:
                 self._server.update_interest(partner)
 
     def _set_backlog(self, backlog: bytearray | Pipe | None) -> None:
-        """Set or clear the backlog, on which our interest and the partner's depend."""
+        """Set or clear the backlog. The interest of both connections depends on it."""
         old, self.backlog = self.backlog, backlog
         if isinstance(old, Pipe):
             self._server.pipes.give_back(old)
@@ -1551,10 +1566,10 @@ class Connection:
         if partner is not None:
             self._server.update_interest(partner)
 
-    # What closes this socket, and when.
+    # What closes this socket, and when: see the table in the docstring.
 
     def advance(self) -> None:
-        """Enter the next phase, if the table in the docstring says so."""
+        """Enter the next phase, if its condition holds."""
         if self.phase is Phase.FLUSHING and self.backlog is None:
             if self._peer_ended:
                 self.doom()
@@ -1568,7 +1583,7 @@ class Connection:
             self.doom()
 
     def check_linger(self, now: float) -> None:
-        """Close a lingering connection whose peer has had time to end. Else check again later.
+        """Close a lingering connection after its time. Otherwise check again later.
 
         The time begins when the peer's kernel is first seen to have acknowledged everything.
         """
@@ -1601,10 +1616,9 @@ class Connection:
 # ---------------------------------------------------------------------------------------------
 # Timers
 #
-# One queue for each kind of time limit. All entries of a queue have the same limit, so the queue
-# is sorted by construction: a new entry goes to its end. It keeps the time at which an entry
-# began, not its deadline, so that a limit can be changed. The Server decides what an expired
-# entry means; often it means nothing any more. Chores are periodic tasks.
+# There is one queue for each kind of time limit. All entries of a queue have the same limit, and a
+# new entry goes to the end, so the queue is sorted. It stores when each entry began, not its
+# deadline. An expired entry may be obsolete, which the Server checks. Chores are periodic tasks.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1638,7 +1652,7 @@ class TimeLimit:
         return expired
 
     def postpone(self, seconds: float) -> None:
-        """Move all deadlines: the process was suspended for so long."""
+        """Move all deadlines by `seconds`, in which the process was suspended."""
         for conn in self._since:
             self._since[conn] += seconds
 
@@ -1648,7 +1662,7 @@ class TimeLimit:
 
 
 class Chore:
-    """A task that is done periodically, for the first time at once."""
+    """A periodic task. It is due at once for the first time."""
 
     def __init__(self, seconds: float, work: Callable[[], None]) -> None:
         self.due = float("-inf")  # monotonic seconds
@@ -1667,7 +1681,7 @@ class Timers:
     """The queues of all time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # An entry stays when its handshake has come: to look at it once, later, is cheaper.
+        # An entry stays in the queue after its handshake. The Server ignores it when it expires.
         self.handshaking = TimeLimit(limits.handshake_seconds)
         self.lingering = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
@@ -1693,9 +1707,9 @@ class Timers:
 # ---------------------------------------------------------------------------------------------
 # Accepting
 #
-# The listeners in the loop. Newcomers are accepted until the relay has as many connections as its
-# descriptors allow. Then, and when the system has no more resources, the listeners are taken out
-# of the selector, and newcomers wait in the kernel's queue.
+# The Acceptor accepts newcomers. It pauses when the relay has as many connections as its
+# descriptors allow, and when a resource is used up. During a pause the listeners are not in the
+# selector, and newcomers wait in the kernel's queue.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1711,10 +1725,10 @@ class Door(NamedTuple):
 
 
 class Acceptor:
-    """All listeners: accepts newcomers, or pauses.
+    """Accepts the newcomers of all listeners, or pauses.
 
-    A pause ends after ACCEPT_RETRY_SECONDS, or when `resume` is called because a connection has
-    closed. After an errno that is not known only time ends it, so that it cannot spin.
+    A pause ends at `retry_at`, or earlier if a connection closes and `may_resume` was given. A
+    pause after an unknown error does not end earlier, because the error could repeat at once.
     """
 
     def __init__(
@@ -1741,7 +1755,7 @@ class Acceptor:
         self._is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
-        """Accept some of the newcomers of a listener. The rest are accepted in the next turn."""
+        """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener."""
         for _ in range(ACCEPTS_PER_WAKEUP):
             if not self._is_accepting:
                 return
@@ -1772,11 +1786,11 @@ class Acceptor:
             log.warning("newcomers have to wait: %s", why)
 
     def resume(self, now: float) -> None:
-        """End a pause, if its time is over or if a closed connection ends it."""
+        """End a pause, if its time is over or if it may end earlier."""
         if self._is_accepting or (now < self.retry_at and not self._may_resume):
             return
         assert self._selector is not None
-        self.retry_at = now + ACCEPT_RETRY_SECONDS  # unless the start succeeds
+        self.retry_at = now + ACCEPT_RETRY_SECONDS  # if `start` fails
         self._unregister()
         try:
             self.start(self._selector)
@@ -1810,8 +1824,8 @@ class Acceptor:
 # ---------------------------------------------------------------------------------------------
 # Signals and stops
 #
-# `Signals` ends the select when a signal comes, and notes it; the loop then acts on it. `Drain` is
-# what a stop waits for.
+# A signal handler notes the signal and wakes the loop, which acts on it. `Drain` checks whether a
+# stop has delivered everything.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1835,13 +1849,13 @@ class Signals:
         return self._sockets[0].fileno()
 
     def install(self) -> None:
-        """Install the handlers. Ignore signals that would end the process and have no meaning."""
+        """Install the handlers. Ignore unused signals that would end the process."""
         signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
         for number in IGNORED_SIGNALS - set(self._actions):
             signal.signal(number, signal.SIG_IGN)
         for number in self._actions:
             signal.signal(number, lambda number, _: self._noted.append(number))
-        # A parent may have started this process with them blocked.
+        # The parent process may have blocked them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._actions)
 
     def on_ready(self, _mask: int) -> None:
@@ -1862,7 +1876,7 @@ class Signals:
 
 
 class Drain:
-    """What a stop waits for: that everything which has arrived by now is delivered."""
+    """Checks the delivery of the bytes that had arrived when a stop began."""
 
     def __init__(self, connections: Iterable[Connection]) -> None:
         """Note how much has arrived from each client."""
@@ -1882,9 +1896,9 @@ class Drain:
                 yield leaver
 
     def all_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield the leaver of each running pair: a side without a backlog, if there is one.
+        """Yield one connection of each running pair: the side that is to end first.
 
-        The side that still has a backlog stays, so that the pair lasts until that is delivered.
+        A side with a backlog should not end first, so that the pair lasts until it is flushed.
         """
         for conn in tuple(connections):
             partner = conn.partner
@@ -1892,14 +1906,14 @@ class Drain:
                 yield partner if conn.backlog is not None else conn
 
     def is_complete(self) -> bool:
-        """Return whether every connection's end is acknowledged. Each is asked until it is."""
+        """Return whether the end of each connection is acknowledged."""
         while self._undelivered and is_delivered(self._undelivered[-1]):
             self._undelivered.pop()
         return not self._undelivered
 
 
 def is_delivered(conn: Connection) -> bool:
-    """Return whether our end, and all before it, is acknowledged, as far as is known."""
+    """Return whether everything, our end included, is acknowledged, if the system reports it."""
     if conn.phase is Phase.LINGERING:
         return not unacknowledged_bytes(conn.sock)
     return conn.phase is Phase.CLOSED
@@ -2035,15 +2049,15 @@ def is_sound(conn: Connection) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Server
 #
-# One select, one dispatch. Small reads are handled at once; bulk is queued, and a turn serves only
-# so much of it that small messages do not wait long.
+# Each turn waits for events with a select and calls the handlers of the ready sockets. Small
+# reads are handled at once. Bulk is queued, and a turn serves only so much of it that small
+# messages do not wait long.
 #
-# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, so
-# that no event of the turn meets a closed socket or its reused number. Signal handlers only note
-# the signal; the loop acts on it.
+# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn. So
+# no later event of the turn meets a closed socket or a reused descriptor.
 #
-# An unexpected exception while a connection, a timer or a chore is served is contained (Faults).
-# Only a fault of the loop itself ends the process.
+# An exception while a connection, a timer or a chore is served is contained (see Faults). Another
+# exception in the loop ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2051,13 +2065,13 @@ class ServerPhase(enum.Enum):
     """The phases of a Server, in their order. Each stop phase has a deadline."""
 
     SERVING = "serving"
-    STOPPING_BYTES = "stopping: bytes"  # pairs end when what has arrived is delivered
+    STOPPING_BYTES = "stopping: bytes"  # pairs end when what had arrived is read
     STOPPING_RECORDS = "stopping: records"  # all connections are closed
     OVER = "over"
 
 
 class Server:
-    """Waits for all sockets at once, and owns everything of which there is one."""
+    """The event loop. It owns the objects that all connections share."""
 
     def __init__(
         self,
@@ -2072,8 +2086,8 @@ class Server:
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
-        `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: lent
-        to bulk at one time; 0: everything is copied. `max_connections`: None: no maximum.
+        `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: for
+        bulk; 0: bulk is copied. `max_connections`: None: no maximum.
         """
         self.clock = clock
         self.wallclock = wallclock
@@ -2097,8 +2111,8 @@ class Server:
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
-        self._deadline = float("inf")  # of a stop phase
-        self._drain: Drain | None = None  # from the begin of a stop
+        self._deadline = float("inf")  # of the current stop phase
+        self._drain: Drain | None = None  # set when a stop begins
 
     def start(self) -> None:
         """Open the selector and begin to accept. Raises OSError."""
@@ -2144,11 +2158,11 @@ class Server:
         self.faults.restore_memory_reserve()
 
     def _wait(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return the events of one select.
+        """Wait for events, and return them.
 
         If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
-        goes on, and select returns an empty list without asking the kernel again. So ask again
-        before any timer runs, and move all deadlines.
+        goes on, and select can return an empty list although sockets are ready. Then ask again
+        before any timer runs, and move the deadlines.
         """
         assert self._selector is not None, "not started"
         before = self.clock()
@@ -2167,7 +2181,11 @@ class Server:
         return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
 
     def _serve_bulk(self) -> list[Connection]:
-        """Serve the front of the bulk queue, until a turn's share is used. Return which ones."""
+        """Serve connections of the bulk queue, and return them.
+
+        A turn serves at most a quarter of the queue, and at most TURN_BULK_BYTES or
+        TURN_BULK_SECONDS plus the last step.
+        """
         served: list[Connection] = []
         moved = 0
         deadline = self.clock() + TURN_BULK_SECONDS if self._bulk_queue else 0.0
@@ -2216,7 +2234,7 @@ class Server:
         """Return the state of the relay."""
         now = self.wallclock()
         return Snapshot(
-            # Not the time of day at the start: the clock may have been set since then.
+            # Computed each time, because the wall clock may have been set since the start.
             started_at=now - (self.clock() - self._started),
             taken_at=now,
             pairs=len(self.rendezvous.pairs),
@@ -2238,14 +2256,14 @@ class Server:
             return
         assert self._selector is not None, "not started"
         try:
-            if not mask:  # epoll would report a hang-up for ever: unregister
+            if not mask:  # with an empty mask, epoll would still report a hang-up
                 self._selector.unregister(conn.fd)
             elif not conn.mask:
                 self._selector.register(conn.fd, mask, conn)
             else:
                 self._selector.modify(conn.fd, mask, conn)
             conn.mask = mask
-        except OSError as error:  # ENOSPC, ENOMEM: the selector has forgotten the descriptor
+        except OSError as error:  # ENOSPC, ENOMEM: the descriptor is not in the selector now
             conn.mask = 0
             self.faults.note("the selector refused a connection", error)
             conn.doom()
@@ -2253,7 +2271,8 @@ class Server:
     def queue_bulk(self, conn: Connection, ready: int) -> None:
         """Put `conn` at the end of the bulk queue, if it is not in it.
 
-        In a long queue it is not polled: each select would return it until it is served.
+        In a long queue `conn` is not polled, because each select would report it until it is
+        served.
         """
         self._bulk_queue[conn] = self._bulk_queue.get(conn, 0) | ready
         if len(self._bulk_queue) > POLLED_BULK and not conn.is_unpolled:
@@ -2265,7 +2284,7 @@ class Server:
         self._timers.silent.start(conn, self.clock())
 
     def poll_linger(self, conn: Connection) -> None:
-        """Have the acknowledgements of `conn` checked again after LINGER_POLL_SECONDS."""
+        """Start the poll timer of a lingering connection."""
         self._timers.lingering.start(conn, self.clock())
 
     def doom(self, conn: Connection) -> None:
@@ -2273,7 +2292,7 @@ class Server:
         self._doomed[conn] = None
 
     def _reap(self) -> None:
-        """Close the doomed connections. Their ends may doom others, so until there are none."""
+        """Close the doomed connections, and those that are doomed meanwhile."""
         if not self._doomed:
             return
         while self._doomed:
@@ -2349,9 +2368,7 @@ class Server:
             if self._drain is not None:  # None: `stop` met a fault
                 if now < self._deadline and not self._drain.is_complete():
                     return
-                self.faults.guard(
-                    partial(self._end_pairs, self._drain.all_pairs(self.connections))
-                )
+                self.faults.guard(partial(self._end_pairs, self._drain.all_pairs(self.connections)))
             self._close_connections()
             self.recorder.update(self.snapshot().current())
             self.recorder.stop()
@@ -2460,11 +2477,9 @@ class Sink(threading.Thread):
     def run(self) -> None:
         """Gather and write until `stop` was called and nothing is left to write."""
         try:
-            try:
+            with contextlib.closing(self):
                 while self._gather():
                     self._write_batch()
-            finally:
-                self.close()
         except SinkGone as error:
             log.warning("%s: %s; no more records go there", self.name, error)
             with self._changed:
@@ -2479,7 +2494,9 @@ class Sink(threading.Thread):
     def _gather(self) -> bool:
         """Wait for something to write and fill the batch. Return False at the end of a stop."""
         with self._changed:
-            self._changed.wait_for(self._has_work)
+            self._changed.wait_for(
+                lambda: self._queue or self._batch or self._current or self._stopping
+            )
             if not self._stopping:
                 pause_seconds = RETRY_SECONDS if self._failing else self.gather_seconds
                 self._changed.wait_for(lambda: self._stopping, pause_seconds)
@@ -2488,9 +2505,6 @@ class Sink(threading.Thread):
             while self._queue and len(self._batch) < BATCH_RECORDS:
                 self._batch.append(self._queue.popleft())
             return bool(self._batch or self._current)
-
-    def _has_work(self) -> bool:
-        return bool(self._queue or self._batch or self._current or self._stopping)
 
     def _write_batch(self) -> None:
         """Write the batch, or the part of it that can be written now."""
@@ -2587,6 +2601,14 @@ class Recorder:
 # ---------------------------------------------------------------------------------------------
 
 
+def leads_to(path: str, file: os.stat_result) -> bool:
+    """Return whether `path` leads to `file`; False if it does not exist. Raises OSError."""
+    try:
+        return os.path.samestat(os.stat(path), file)
+    except FileNotFoundError:
+        return False
+
+
 class JsonLines(Sink):
     """`--log-fd`: one JSON object a line. A line that was begun is completed first."""
 
@@ -2617,7 +2639,6 @@ class JsonLines(Sink):
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        """Close the descriptor."""
         os.close(self._fd)
 
     def _encode_chunk(self, batch: Sequence[UsageRecord]) -> None:
@@ -2727,9 +2748,8 @@ def _check_schema(db: sqlite3.Connection) -> None:
     for table, columns in USAGE_COLUMNS.items():
         missing = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info(`{table}`)")}
         if missing:
-            raise UnusableDatabase(
-                f"not a usage database: table {table} lacks {', '.join(sorted(missing))}"
-            )
+            lacks = f"table {table} lacks {', '.join(sorted(missing))}"
+            raise UnusableDatabase(f"not a usage database: {lacks}")
     versions = [row[0] for row in db.execute("SELECT `version` FROM `version`")]
     if versions != [USAGE_VERSION]:
         found = ", ".join(map(str, versions)) or "none"
@@ -2749,11 +2769,7 @@ class UsageDatabase(Sink):
     gather_seconds = GATHER_SECONDS
 
     def __init__(self, path: str) -> None:
-        """Import sqlite3, but touch no file. Raises StartupError.
-
-        Construct the sink before a change of user: the new user may be unable to read Python's
-        library.
-        """
+        """Import sqlite3, but touch no file. Raises StartupError."""
         super().__init__("--usage-db")
         try:
             import sqlite3
@@ -2785,7 +2801,6 @@ class UsageDatabase(Sink):
         return len(batch)
 
     def close(self) -> None:
-        """Close the file."""
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -2800,12 +2815,15 @@ class UsageDatabase(Sink):
             _insert(db, "current", [self._latest])
             db.execute(last)
         except Exception as error:
-            self._roll_back()
-            if isinstance(error, (self._sqlite_error, OSError)):
-                passes = result_code(error) in PASSING_ERRORS.values()
-                text = error_text(error) if isinstance(error, OSError) else str(error)
-                raise (SinkError if passes else UnusableDatabase)(text) from None
-            raise
+            if self._db is not None and self._path == ":memory:":
+                self._db.rollback()
+            else:
+                self.close()  # the file may be repaired or replaced before the retry
+            if not isinstance(error, (self._sqlite_error, OSError)):
+                raise
+            passes = result_code(error) in PASSING_ERRORS.values()
+            text = error_text(error) if isinstance(error, OSError) else str(error)
+            raise (SinkError if passes else UnusableDatabase)(text) from None
         # Move all rows from the write-ahead log to the file: an operator may move the file alone.
         with contextlib.suppress(self._sqlite_error, MemoryError):
             db.execute("PRAGMA wal_checkpoint")
@@ -2815,24 +2833,12 @@ class UsageDatabase(Sink):
 
         SQLite may not notice that a file was moved or removed.
         """
-        if self._file is not None:
-            try:
-                moved = not os.path.samestat(self._file, os.stat(self._path))
-            except FileNotFoundError:
-                moved = True
-            if moved:
-                self.close()
+        if self._file is not None and not leads_to(self._path, self._file):
+            self.close()
         if self._db is None:
             self._db = open_usage_database(self._path)
             self._file = None if self._path == ":memory:" else os.stat(self._path)
         return self._db
-
-    def _roll_back(self) -> None:
-        """Undo the transaction. Close a file: it may be repaired or replaced before the retry."""
-        if self._db is not None and self._path == ":memory:":
-            self._db.rollback()
-        else:
-            self.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2925,55 +2931,45 @@ class PassedSockets(NamedTuple):
 
     @classmethod
     def parse(cls, pid: str, count: str, names: str) -> PassedSockets:
-        """Read the values of LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES. Raises StartupError.
-
-        Call this before any fork: LISTEN_PID must be the id of this process.
-        """
-        if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
+        """Read the values of LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES. Raises StartupError."""
+        total = parse_number(count, 2**31 - 1 - FIRST_PASSED_FD)
+        if not total:
             return cls()
         if pid != str(os.getpid()):
             advice = "a wrapper script must start the relay with exec"
             return cls(remark=f"LISTEN_FDS is for another process, and is ignored: {advice}")
-        last = FIRST_PASSED_FD + int(count) - 1
-        try:
+        last = FIRST_PASSED_FD + total - 1
+        with startup_errors(f"LISTEN_FDS={count}: descriptor {last}"):
             os.fstat(last)  # this bounds `total`, over which the methods below iterate
-        except OSError as error:
-            why = f"descriptor {last}: {error_text(error)}"
-            raise StartupError(f"LISTEN_FDS={count}: {why}") from None
-        return cls(int(count), tuple(names.split(":")) if names else ())
+        return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
         """Return all sockets as endpoints. The role follows from the name `websocket`."""
-        return [
-            Endpoint(
-                f"systemd:index={n}",
-                "systemd",
-                role=Role.WEBSOCKET if self.names[n : n + 1] == ("websocket",) else Role.PORT,
-                position=n,
-            )
-            for n in range(self.total)
-        ]
-
-    def unused(self, endpoints: Sequence[Endpoint]) -> int:
-        """Return how many of the sockets no endpoint names. Raises StartupError."""
-        used = {self.find(endpoint) for endpoint in endpoints}
-        return len({FIRST_PASSED_FD + n for n in range(self.total)} - used)
+        found = []
+        for n in range(self.total):
+            role = Role.WEBSOCKET if "websocket" in self.names[n : n + 1] else Role.PORT
+            found.append(Endpoint(f"systemd:index={n}", "systemd", role, position=n))
+        return found
 
     def find(self, endpoint: Endpoint) -> int | None:
         """Return the open descriptor that an endpoint names, if any. Raises StartupError."""
-        if endpoint.kind == "fd":
-            return endpoint.fileno
-        if endpoint.kind != "systemd":
+        if endpoint.kind not in ("fd", "systemd"):
             return None
-        if endpoint.position is not None:
-            found = [endpoint.position] if endpoint.position < self.total else []
+        passed = range(FIRST_PASSED_FD, FIRST_PASSED_FD + self.total)
+        found: Sequence[int]
+        if endpoint.kind == "fd":
+            found, reason = [endpoint.fileno], ""
+        elif endpoint.position is not None:
+            found = passed[endpoint.position : endpoint.position + 1]
             reason = f"{self.total} sockets were passed"
         else:
-            found = [n for n, name in enumerate(self.names[: self.total]) if name == endpoint.name]
+            found = [fd for fd, name in zip(passed, self.names) if name == endpoint.name]
             reason = f"{len(found)} sockets of this name were passed"
-        if len(found) == 1:
-            return FIRST_PASSED_FD + found[0]
-        raise StartupError("; ".join(filter(None, (f"{endpoint.text}: {reason}", self.remark))))
+        if len(found) != 1:
+            raise StartupError("; ".join(filter(None, (f"{endpoint.text}: {reason}", self.remark))))
+        with startup_errors(endpoint.text):
+            os.fstat(found[0])
+        return found[0]
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -2986,6 +2982,7 @@ def parse_endpoint(text: str) -> Endpoint:
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
     given: dict[str, str] = {}
+    numbers: dict[str, int] = {}
     for name, value in fields:
         name = name or next(unnamed, "")
         if not name:
@@ -2995,27 +2992,26 @@ def parse_endpoint(text: str) -> Endpoint:
         if name in given:
             raise UsageError(f"{text}: {name} is given twice (a colon in a value is \\:)")
         given[name] = value
-
-    numbers = {name: _parse_number(text, name, given[name]) for name in NUMBERS if name in given}
-    interface = given.get("interface", "")
-    if kind in ("tcp", "tcp6"):
-        if "port" not in given:
-            raise UsageError(f"{text}: the port is missing")
-        if kind == "tcp6":
-            interface = interface or ANY_IPV6
-    elif kind == "unix":
-        if not given.get("address"):
-            raise UsageError(f"{text}: the path is missing")
-    elif kind == "systemd":
-        if given.get("domain", "INET") not in SOCKET_DOMAINS:
-            raise UsageError(f"{text}: domain must be one of {', '.join(SOCKET_DOMAINS)}")
-        if ("name" in given) == ("index" in given):
-            raise UsageError(f"{text}: needs either name= or index=")
+        if name in NUMBERS:
+            highest, base = NUMBERS[name]
+            number = parse_number(value, highest, base)
+            if number is None:
+                limit = f"{highest:o}" if base == 8 else f"{highest}"
+                raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
+            numbers[name] = number
+    if kind in ("tcp", "tcp6") and "port" not in given:
+        raise UsageError(f"{text}: the port is missing")
+    if kind == "unix" and not given.get("address"):
+        raise UsageError(f"{text}: the path is missing")
+    if given.get("domain", "INET") not in SOCKET_DOMAINS:
+        raise UsageError(f"{text}: domain must be one of {', '.join(SOCKET_DOMAINS)}")
+    if kind == "systemd" and ("name" in given) == ("index" in given):
+        raise UsageError(f"{text}: needs either name= or index=")
     return Endpoint(
         text,
         kind,
         port=numbers.get("port", 0),
-        interface=interface,
+        interface=given.get("interface") or (ANY_IPV6 if kind == "tcp6" else ""),
         # Scripts may have the default of Twisted, 50: too low for a busy hour.
         backlog=max(LISTEN_BACKLOG, numbers.get("backlog", 0)),
         path=given.get("address", ""),
@@ -3029,16 +3025,6 @@ def parse_endpoint(text: str) -> Endpoint:
 def parse_websocket_endpoint(text: str) -> Endpoint:
     """Parse the text of an endpoint behind `--websocket`. Raises UsageError."""
     return parse_endpoint(text)._replace(role=Role.WEBSOCKET)
-
-
-def _parse_number(text: str, name: str, value: str) -> int:
-    """Return the value of a field that is a number. Raises UsageError."""
-    highest, base = NUMBERS[name]
-    digits = "01234567" if base == 8 else "0123456789"
-    if not value or value.strip(digits) or len(value) > 10 or int(value, base) > highest:
-        limit = f"{highest:o}" if base == 8 else f"{highest}"
-        raise UsageError(f"{text}: {name} must be a number from 0 to {limit}")
-    return int(value, base)
 
 
 def _split_fields(text: str) -> list[tuple[str, str]]:
@@ -3092,15 +3078,12 @@ def _suggestion(text: str, kind: str) -> str:
 
 NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # not in the kernel; or switched off
 FREE_PORT_ATTEMPTS = 20  # to find a port that is free on each address of an interface
+NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # no names for addresses and ports
 FileIdentity = tuple[int, int, int]  # device, inode, and time: inode numbers are soon used again
 
 
 class Listener:
-    """An open listening socket.
-
-    `label` names it in messages: the endpoint, with the real address and port.
-    A reload has to carry `fd`, `endpoint` and `made`.
-    """
+    """An open listening socket. A reload has to carry `fd`, `endpoint` and `made`."""
 
     def __init__(
         self, sock: socket.socket, endpoint: Endpoint, made: FileIdentity | None = None
@@ -3111,23 +3094,14 @@ class Listener:
         self.fd = sock.fileno()
         self.endpoint = endpoint
         self.made = made
-        self.label = endpoint.text
+        self.role = endpoint.role
+        is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        self.port: int | None = sock.getsockname()[1] if is_tcp else None
+        self.label = endpoint.text  # for messages, with the real address and port
         if endpoint.kind in ("tcp", "tcp6"):
-            numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-            host, port = socket.getnameinfo(sock.getsockname(), numeric)
+            host, _ = socket.getnameinfo(sock.getsockname(), NUMERIC)
             interface = ":interface=" + host.replace(":", "\\:") if endpoint.interface else ""
-            self.label = f"tcp:{port}{interface}"
-
-    @property
-    def role(self) -> Role:
-        """Return what the clients of this listener are expected to send."""
-        return self.endpoint.role
-
-    @property
-    def port(self) -> int | None:
-        """Return the TCP port, if there is one."""
-        is_tcp = self.sock.family in (socket.AF_INET, socket.AF_INET6)
-        return int(self.sock.getsockname()[1]) if is_tcp else None
+            self.label = f"tcp:{self.port}{interface}"
 
     @property
     def bound(self) -> tuple[int, object, bool]:
@@ -3136,30 +3110,30 @@ class Listener:
         A reload finds a listener by this: two endpoints may be spellings of one address.
         """
         address = self.sock.getsockname()
-        if self.sock.family == socket.AF_UNIX and isinstance(address, str):
+        if isinstance(address, str):  # of a unix socket
             address = os.path.realpath(address)
-        ipv6_only = self.sock.family == socket.AF_INET6 and bool(
-            self.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-        )
+        is_ipv6 = self.sock.family == socket.AF_INET6
+        ipv6_only = is_ipv6 and self.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) != 0
         return self.sock.family, address, ipv6_only
 
     def give_to(self, uid: int, gid: int) -> None:
         """Change the owner of a unix socket that this relay made. Raises StartupError."""
-        try:
-            if self.made is not None and _identify(self.endpoint.path) == self.made:
+        with startup_errors(self.label):
+            if self._has_file():
                 os.chown(self.endpoint.path, uid, gid, follow_symlinks=False)
-        except OSError as error:
-            raise StartupError(f"{self.label}: {error_text(error)}") from None
+
+    def _has_file(self) -> bool:
+        """Return whether this relay made the file at the path. Raises OSError."""
+        return self.made is not None and _identify(self.endpoint.path) == self.made
 
     def close(self) -> None:
         """Close the socket, and remove its file if that is still the one that we made."""
         self.sock.close()
-        made, self.made = self.made, None
-        if made is not None:
-            # After --user the folder may not be writable. Then the next start removes the file.
-            with contextlib.suppress(OSError):
-                if _identify(self.endpoint.path) == made:
-                    os.unlink(self.endpoint.path)
+        # After --user the folder may not be writable. Then the next start removes the file.
+        with contextlib.suppress(OSError):
+            if self._has_file():
+                os.unlink(self.endpoint.path)
+        self.made = None
 
 
 def _identify(path: str) -> FileIdentity:
@@ -3168,17 +3142,16 @@ def _identify(path: str) -> FileIdentity:
 
 
 def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
-    """Open all endpoints, or none. Raises StartupError.
-
-    Adopt the passed descriptors first: else a new socket could get the number of a missing one.
-    """
-    listeners: list[Listener] = []
-    taken: set[int | None] = set()  # passed descriptors, and our copies of them
+    """Open all endpoints, or none. Raises StartupError."""
+    # Find all descriptors first: a new socket could get the number of a missing one.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
+    adopted: set[int | None] = set()
     ipv4_ports = {one.port for one in endpoints if one.interface == ANY_IPV4} - {0}
-    try:
+    listeners: list[Listener] = []
+    with contextlib.ExitStack() as undo:
+        # Adopt passed sockets first: the error for a path that is given twice depends on it.
         for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
-            if fd is not None and fd in taken:
+            if fd is not None and fd in adopted:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
             try:
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
@@ -3186,12 +3159,11 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
             except OSError as error:
                 reason = _open_error_text(endpoint, error, listeners)
                 raise StartupError(f"{endpoint.text}: {reason}") from None
+            for listener in opened:
+                undo.callback(listener.close)
             listeners += opened
-            taken |= {fd, *(listener.fd for listener in opened)}
-    except StartupError:
-        for listener in listeners:
-            listener.close()
-        raise
+            adopted.add(fd)
+        undo.pop_all()
     return listeners
 
 
@@ -3249,36 +3221,34 @@ def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
     An IPv6 address that this machine does not have is left out, if there is an IPv4 address.
     """
     addresses = _resolve(endpoint, ipv6_only)
+    has_ipv4 = socket.AF_INET in dict(addresses)
     port = endpoint.port
     socks: list[socket.socket] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for family, (host, _, *scope) in addresses:
             try:
                 sock = _listen(family, (host, port, *scope), endpoint.backlog, ipv6_only)
             except OSError as error:
-                has_ipv4 = socket.AF_INET in dict(addresses)
                 if family == socket.AF_INET or not has_ipv4 or error.errno not in NO_IPV6:
                     raise
                 log.info("%s: IPv6 address %s left out: %s", endpoint.text, host, error_text(error))
                 continue
-            socks.append(sock)
+            socks.append(undo.enter_context(sock))
             port = sock.getsockname()[1]
             if host == ANY_IPV6:  # serves IPv4 too
                 break
-    except OSError:
-        for sock in socks:
-            sock.close()
-        raise
+        undo.pop_all()
     return socks
 
 
 def _listen(
-    family: int, address: tuple[object, ...], backlog: int, ipv6_only: bool
+    family: int, address: tuple[object, ...] | str, backlog: int, ipv6_only: bool = False
 ) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if address[0] == ANY_IPV6:
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and address[0] == ANY_IPV6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
         sock.bind(address)
         sock.listen(backlog)
@@ -3290,19 +3260,14 @@ def _listen(
 
 def _listen_unix(endpoint: Endpoint) -> Listener:
     path = endpoint.path
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o777 & ~endpoint.mode)
     # Two relays that start at once must not remove each other's new socket as a stale one.
     lock = _lock_folder(os.path.dirname(path) or ".")
     try:
         if os.path.lexists(path):
             _remove_stale_socket(endpoint)
-        sock.bind(path)
-        sock.listen(endpoint.backlog)
+        sock = _listen(socket.AF_UNIX, path, endpoint.backlog)
         return Listener(sock, endpoint, _identify(path))
-    except (OSError, StartupError):
-        sock.close()
-        raise
     finally:
         os.umask(before)
         if lock is not None:
@@ -3366,6 +3331,7 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
 # a message is dropped if a pipe, a terminal or a socket has no room for it.
 # ---------------------------------------------------------------------------------------------
 
+SEVERITIES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 OMISSION = b"\n[...]\n"  # stands for the middle of a long message
 
 
@@ -3378,7 +3344,8 @@ class MessageHandler(logging.Handler):
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the text of `record` with a newline."""
+        """Write the text of `record` with a newline. Warnings and errors begin with their level."""
+        record.severity = SEVERITIES.get(record.levelno, "")
         text = self.format(record).encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
             self._write(limit_message(text) + b"\n")
@@ -3418,10 +3385,7 @@ class LogFile(MessageHandler):
     """Append messages to a file. It is reopened when the path leads elsewhere."""
 
     def __init__(self, path: str, fd: int | None = None) -> None:
-        """Open or create the file. Raises OSError.
-
-        `fd`: the file, if this process has opened it before an exec.
-        """
+        """Open or create the file, or take `fd` if it was opened before an exec. Raises OSError."""
         super().__init__(self._append)
         self._path = path
         self.is_new = False  # whether we created the file that is open
@@ -3438,15 +3402,9 @@ class LogFile(MessageHandler):
 
     def _append(self, text: bytes) -> None:
         with contextlib.suppress(OSError):
-            if self._was_moved():
+            if not leads_to(self._path, os.fstat(self.fd)):
                 self._replace()
         os.write(self.fd, text)
-
-    def _was_moved(self) -> bool:
-        try:
-            return not os.path.samestat(os.stat(self._path), os.fstat(self.fd))
-        except FileNotFoundError:
-            return True
 
     def _replace(self) -> None:
         assert self.lock is not None
@@ -3466,30 +3424,15 @@ class LogFile(MessageHandler):
         return fd
 
 
-class LevelFormatter(logging.Formatter):
-    """Begin warnings and errors with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text of `record`."""
-        is_plain = record.levelno <= logging.INFO
-        record.severity = "" if is_plain else record.levelname.lower() + ": "
-        return super().format(record)
-
-
 def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
-    """Send messages to the file at `path`. Without a path, use stderr (or stdout).
-
-    Return the file. Raises StartupError.
-    """
+    """Send messages to a file and return it, else to stderr or stdout. Raises StartupError."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
+    with startup_errors(f"logfile {path}"):
         file = None if path is None else LogFile(path)
-    except OSError as error:
-        raise StartupError(f"logfile {path}: {error_text(error)}") from None
     handler = file or MessageHandler(nonblocking_writer(1 if to_stdout else 2))
     layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
-    handler.setFormatter(LevelFormatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+    handler.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
     return file
 
@@ -3503,6 +3446,7 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
 # ---------------------------------------------------------------------------------------------
 
 MIN_WATCHDOG_SECONDS = 0.05  # between two notifications, even if the watchdog is stricter
+MAX_ID = 2**32 - 2  # of a user or group; the next number stands for "no change", chown(2)
 
 
 class Environment(NamedTuple):
@@ -3529,14 +3473,10 @@ class Environment(NamedTuple):
         return PassedSockets.parse(self.listen_pid, self.listen_fds, self.listen_fdnames)
 
     def watchdog_seconds(self) -> float:
-        """Return the time limit of this process's watchdog, 0 if it has none.
-
-        To be called before a fork.
-        """
+        """Return the time limit of this process's watchdog, or 0. To be called before a fork."""
         is_for_us = self.watchdog_pid in ("", str(os.getpid()))
-        if is_for_us and re.fullmatch("[0-9]{1,15}", self.watchdog_usec):
-            return int(self.watchdog_usec) / 1e6
-        return 0
+        microseconds = parse_number(self.watchdog_usec, 10**15) if is_for_us else None
+        return (microseconds or 0) / 1e6
 
 
 class PidFile:
@@ -3555,45 +3495,35 @@ class PidFile:
         if fd is not None:
             self.fd = fd
             return
-        try:
+        with startup_errors(f"pidfile {path}"):
             self.fd = self._lock()
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
-        except OSError as error:
-            raise StartupError(f"pidfile {path}: {error_text(error)}") from None
 
     def _lock(self) -> int:
         """Open and lock the file; again, if its owner removed it in between."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         while True:
-            fd = os.open(self._path, flags, 0o644)
-            try:
-                if self._try_lock(fd):
+            with contextlib.ExitStack() as undo:
+                fd = os.open(self._path, flags, 0o644)
+                undo.callback(os.close, fd)
+                content = os.read(fd, 64).strip()
+                is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+                if not is_regular or not re.fullmatch(rb"[0-9]{0,20}", content):
+                    raise StartupError(f"pidfile {self._path}: holds something else")
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    reason = f"a relay is running, process id {content.decode()}"
+                    raise StartupError(f"pidfile {self._path}: {reason}") from None
+                if leads_to(self._path, os.fstat(fd)):
+                    undo.pop_all()
                     return fd
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-
-    def _try_lock(self, fd: int) -> bool:
-        """Lock `fd`. Return False if the path no longer leads to this file."""
-        content = os.read(fd, 64).strip()
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or not re.fullmatch(rb"[0-9]{0,20}", content):
-            raise StartupError(f"pidfile {self._path}: holds something else")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(fd), os.stat(self._path))
-        except BlockingIOError:
-            raise StartupError(
-                f"pidfile {self._path}: a relay is running, process id {content.decode()}"
-            ) from None
-        except FileNotFoundError:
-            return False
 
     def close(self) -> None:
         """Remove the file. If the folder does not allow that, empty the file."""
         try:
-            if os.path.samestat(os.fstat(self.fd), os.stat(self._path)):
+            if leads_to(self._path, os.fstat(self.fd)):
                 os.unlink(self._path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -3605,12 +3535,9 @@ class ServiceManager:
     """Notify systemd, if it started this process: sd_notify(3)."""
 
     def __init__(self, address: str, watchdog_seconds: float = 0) -> None:
-        """`address`: NOTIFY_SOCKET; empty or of an unknown kind: nothing is sent.
-
-        `watchdog_seconds`: the watchdog's time limit; 0: there is no watchdog.
-        """
+        """`address`: NOTIFY_SOCKET. `watchdog_seconds`: the watchdog's time limit, or 0."""
         if not address.startswith(("/", "@")):  # vsock:... is for virtual machines
-            address = ""
+            address = ""  # nothing is sent
         self._address = re.sub("^@", "\0", address)  # an abstract socket, unix(7)
         self._watchdog_seconds = watchdog_seconds
         self._socket: socket.socket | None = None  # kept open: descriptors may run out
@@ -3669,25 +3596,23 @@ def open_descriptors() -> list[int]:
     """Return the numbers of the open descriptors. One of them may be closed by now."""
     with contextlib.suppress(OSError):
         return [int(name) for name in os.listdir("/dev/fd")]
-    return [fd for fd in range(1024) if is_open(fd)]  # no /proc is mounted
+    found = []
+    for fd in range(1024):  # no /proc is mounted
+        with contextlib.suppress(OSError):
+            os.fstat(fd)
+            found.append(fd)
+    return found
 
 
-def is_open(fd: int) -> bool:
-    """Return whether a descriptor is open."""
-    with contextlib.suppress(OSError):
-        os.fstat(fd)
-        return True
-    return False
-
-
-def daemonize(kept: Iterable[int]) -> Callable[[], None]:
+def daemonize(kept: Iterable[int | None]) -> Callable[[], None]:
     """Go to the background. Return there, with a function to call when all is set up.
 
     The process that was started waits for that call, and exits with 0. If the daemon ends
     before that call, it exits with 1: stderr is open until then, for the reason.
-    All descriptors are closed, except `kept` and the standard ones. Raises StartupError.
+    All descriptors are closed, except the standard ones and `kept`, in which None stands for no
+    descriptor. Raises StartupError.
     """
-    try:
+    with startup_errors("--daemonize"):
         null = os.open(os.devnull, os.O_RDWR)
         ready_read, ready_write = os.pipe()
         if os.fork():
@@ -3696,8 +3621,6 @@ def daemonize(kept: Iterable[int]) -> Callable[[], None]:
         os.setsid()
         if os.fork():  # a process that does not lead its session cannot get a terminal
             os._exit(0)
-    except OSError as error:
-        raise StartupError(f"--daemonize: {error_text(error)}") from None
     for fd in {*open_descriptors()}.difference(kept, range(STANDARD_FDS), (null, ready_write)):
         with contextlib.suppress(OSError):
             os.close(fd)
@@ -3715,53 +3638,29 @@ def daemonize(kept: Iterable[int]) -> Callable[[], None]:
 
 def fill_standard_descriptors() -> None:
     """Open /dev/null where 0, 1 or 2 is closed: a socket there would receive messages."""
-    while True:
+    fd = -1
+    while fd < STANDARD_FDS:
         fd = os.open(os.devnull, os.O_RDWR)
-        if fd >= STANDARD_FDS:
-            os.close(fd)
-            return
-
-
-def find_descriptors(endpoints: Iterable[Endpoint], passed: PassedSockets) -> list[int]:
-    """Return the open descriptors that endpoints name. Raises StartupError.
-
-    To be called before we open anything, which could get one of the numbers.
-    """
-    found = []
-    for endpoint in endpoints:
-        fd = passed.find(endpoint)
-        if fd is not None:
-            if not is_open(fd):
-                raise StartupError(f"{endpoint.text}: {os.strerror(errno.EBADF)}")
-            found.append(fd)
-    return found
+    os.close(fd)
 
 
 def duplicate_log_descriptor(fd: int) -> int:
-    """Return a duplicate of the descriptor of `--log-fd`. Raises StartupError.
-
-    To be called before we open anything, which could get the number `fd`.
-    """
-    try:
-        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
-    except OSError as error:
-        raise StartupError(f"--log-fd={fd}: {error_text(error)}") from None
-    if not writable:
-        raise StartupError(f"--log-fd={fd}: not open for writing")
-    return duplicate
+    """Return a duplicate of the descriptor of `--log-fd`. Raises StartupError."""
+    with startup_errors(f"--log-fd={fd}"):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise StartupError(f"--log-fd={fd}: not open for writing")
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
 
 
 def raise_open_files_limit() -> tuple[int, str]:
     """Raise the limit of open descriptors. Return the limit, and a remark (or nothing)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft == resource.RLIM_INFINITY:
-        return MAX_OPEN_FILES, ""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (MAX_OPEN_FILES if n == resource.RLIM_INFINITY else n for n in limits)
+    wanted = min(hard, MAX_OPEN_FILES)
     if soft >= wanted:
         return soft, ""
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
     except (OSError, ValueError) as error:
         return soft, f"RLIMIT_NOFILE stays at {soft} open files: {error}"
     return wanted, f"RLIMIT_NOFILE raised from {soft} to {wanted} open files"
@@ -3770,28 +3669,20 @@ def raise_open_files_limit() -> tuple[int, str]:
 def find_user(text: str) -> tuple[str | None, int, int]:
     """Look up NAME[:GROUP], names or numbers. Return name, uid and gid. Raises StartupError."""
     name, _, group = text.partition(":")
-    uid, gid = parse_id(name), parse_id(group)
+    uid, gid = parse_number(name, MAX_ID), parse_number(group, MAX_ID)
     user: pwd.struct_passwd | None = None
     with contextlib.suppress(KeyError):
         user = pwd.getpwnam(name) if uid is None else pwd.getpwuid(uid)
-    if user is not None:
-        uid = user.pw_uid
+        uid, gid = user.pw_uid, gid if group else user.pw_gid
     if uid is None or (user is None and not group):
         remedy = "" if uid is None else f", so add its group: {uid}:GROUP"
         raise StartupError(f"--user {text}: there is no user {name!r}{remedy}")
-    if user is not None and not group:
-        gid = user.pw_gid
     if gid is None:
         try:
             gid = grp.getgrnam(group).gr_gid
         except KeyError:
             raise StartupError(f"--user {text}: there is no group {group!r}") from None
     return user and user.pw_name, uid, gid
-
-
-def parse_id(text: str) -> int | None:
-    """Return the number of a user or a group, None if `text` is not such a number."""
-    return int(text) if re.fullmatch("[0-9]{1,10}", text) and int(text) < 2**32 - 1 else None
 
 
 def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | None) -> None:
@@ -3804,7 +3695,7 @@ def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | No
     name, uid, gid = find_user(text)
     if (os.geteuid(), os.getegid()) == (uid, gid):
         return
-    try:
+    with startup_errors(f"--user {text}"):
         for listener in listeners:
             listener.give_to(uid, gid)
         if log_file is not None and log_file.is_new:
@@ -3815,8 +3706,6 @@ def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | No
             os.initgroups(name, gid)
         os.setgid(gid)
         os.setuid(uid)
-    except OSError as error:
-        raise StartupError(f"--user {text}: {error_text(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3884,30 +3773,20 @@ def print_error(message: str, stream: TextIO | None) -> None:
         print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
-def whole_number(text: str) -> int:
+def whole_number(text: str, highest: int = 2**31 - 1) -> int:
     """Parse the value of an option that counts. Raises UsageError."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**31):
-        raise UsageError(f"{text!r} is not a whole number from 0 to 2147483647")
-    return int(text)
+    value = parse_number(text, highest)
+    if value is None:
+        raise UsageError(f"{text!r} is not a whole number from 0 to {highest}")
+    return value
 
 
 def duration(text: str) -> float:
     """Parse the value of an option that is a time. Raises UsageError."""
-    try:
-        value = float(text) if text.isascii() and "_" not in text else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UsageError(f"{text!r} is not a number of seconds from 0 on")
-    return value
-
-
-def keepalive_time(text: str) -> int:
-    """Parse the value of `--keepalive`. Raises UsageError."""
-    value = whole_number(text)
-    if value > MAX_KEEPALIVE_SECONDS:
-        raise UsageError(f"{text!r} is more than {MAX_KEEPALIVE_SECONDS} seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if text.isascii() and "_" not in text and 0 <= float(text) < float("inf"):
+            return float(text)
+    raise UsageError(f"{text!r} is not a number of seconds from 0 on")
 
 
 def websocket_url(text: str) -> str:
@@ -3929,6 +3808,38 @@ def optional(parse: Callable[[str], object] = str) -> Callable[[str], object]:
     return lambda text: text and parse(text)
 
 
+# The text of --help for each option, by its long name. The man page has the same texts.
+HELP = {
+    "port": "accept clients here, over TCP and WebSocket; can be given several times"
+    " (default: what systemd passes if no endpoint is named at all, else tcp:4001)",
+    "websocket": "the same, but answer junk by HTTP instead of `bad handshake`, for connections"
+    " from a proxy; can be given several times (default: none: --port takes both)",
+    "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
+    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
+    "usage-db": "write a row for each transfer to this SQLite database, which is created if it is"
+    " missing; :memory: keeps it in memory (default: none)",
+    "log-fd": "write a JSON line for each transfer to this open file descriptor (default: none)",
+    "blur-usage": "round recorded start times down to a multiple of this many seconds, and sizes"
+    " down too (default: 0 s: not blurred)",
+    "handshake-timeout": "close a connection that has not sent its handshake after this many"
+    " seconds; 0 switches it off (default: %(default)g s)",
+    "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
+    " to the system (default: %(default)g s)",
+    "config": "read more options from this file; the command line takes precedence; can be given"
+    " several times (default: none)",
+    "daemonize": "go to the background as soon as all is set up; --no-daemonize cancels it"
+    " (default: stay in the foreground)",
+    "pidfile": "write the process id to this file; a second relay with the same file does not"
+    " start (default: transit_relay.pid with --daemonize, else none)",
+    "logfile": "write messages to this file; it is reopened when it was moved, and on SIGUSR1"
+    " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
+    "user": "open everything as root, then run as this user; numbers work too"
+    " (default: do not change)",
+    "no-splice": "copy all bytes; --splice cancels it (default: bulk between TCP clients is"
+    " spliced, moved by the kernel alone, where the system and Python can: Linux, 3.10)",
+}
+
+
 def make_parser() -> Parser:
     """Return the parser of all options."""
     parser = Parser(
@@ -3940,125 +3851,40 @@ def make_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    listening = parser.add_argument_group("where it listens")
-    listening.add_argument(
-        "-p",
-        "--port",
-        metavar="ENDPOINT",
-        type=optional(parse_endpoint),
-        action="append",
-        default=[],
-        help="accept clients here, over TCP and WebSocket; can be given several times"
-        " (default: what systemd passes if no endpoint is named at all, else tcp:4001)",
-    )
-    listening.add_argument(
-        "-w",
-        "--websocket",
-        metavar="ENDPOINT",
-        type=optional(parse_websocket_endpoint),
-        action="append",
-        default=[],
-        help="the same, but answer junk by HTTP instead of `bad handshake`, for connections from"
-        " a proxy; can be given several times (default: none: --port takes both)",
-    )
-    listening.add_argument(
-        "-u",
-        "--websocket-url",
-        metavar="URL",
-        type=optional(websocket_url),
-        help="the address for WebSocket clients in the start message, if a proxy or a router"
-        " stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
-    )
-    records = parser.add_argument_group("what it records")
-    records.add_argument(
-        "--usage-db",
-        metavar="FILE",
-        type=optional(),
-        help="write a row for each transfer to this SQLite database, which is created if it is"
-        " missing; :memory: keeps it in memory (default: none)",
-    )
-    records.add_argument(
-        "--log-fd",
-        metavar="N",
-        type=optional(whole_number),
-        help="write a JSON line for each transfer to this open file descriptor (default: none)",
-    )
-    records.add_argument(
-        "--blur-usage",
-        metavar="SECONDS",
-        type=whole_number,
-        default=0,
-        help="round recorded start times down to a multiple of this many seconds, and sizes down"
-        " too (default: 0 s: not blurred)",
-    )
-    limits = parser.add_argument_group("what it limits")
-    limits.add_argument(
-        "--handshake-timeout",
-        metavar="SECONDS",
-        type=duration,
-        default=Limits().handshake_seconds,
-        help="close a connection that has not sent its handshake after this many seconds;"
-        " 0 switches it off (default: %(default)g s)",
-    )
-    limits.add_argument(
-        "--keepalive",
-        metavar="SECONDS",
-        type=keepalive_time,
-        default=Limits().keepalive_seconds,
-        help="probe a TCP connection that has been silent for this many seconds; 0 leaves it to"
-        " the system (default: %(default)g s)",
-    )
-    running = parser.add_argument_group("how it runs")
-    running.add_argument(
-        "--config",
-        metavar="FILE",
-        type=nonempty,
-        action="append",
-        default=[],
-        help="read more options from this file; the command line takes precedence; can be given"
-        " several times (default: none)",
-    )
-    running.add_argument(
-        "--daemonize",
-        action="store_true",
-        help="go to the background as soon as all is set up; --no-daemonize cancels it"
-        " (default: stay in the foreground)",
-    )
-    running.add_argument(
-        "--no-daemonize", dest="daemonize", action="store_false", help=argparse.SUPPRESS
-    )
-    running.add_argument(
-        "--pidfile",
-        metavar="FILE",
-        type=optional(),
-        help="write the process id to this file; a second relay with the same file does not start"
-        " (default: transit_relay.pid with --daemonize, else none)",
-    )
-    running.add_argument(
-        "--logfile",
-        metavar="FILE",
-        type=optional(),
-        help="write messages to this file; it is reopened when it was moved, and on SIGUSR1"
-        " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
-    )
-    running.add_argument(
-        "--user",
-        metavar="NAME[:GROUP]",
-        type=nonempty,
-        help="open everything as root, then run as this user; numbers work too"
-        " (default: do not change)",
-    )
-    running.add_argument(
-        "--no-splice",
-        action="store_true",
-        help="copy all bytes; --splice cancels it (default: bulk between TCP clients is spliced,"
-        " moved by the kernel alone, where the system and Python can: Linux, 3.10)",
-    )
-    running.add_argument("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
-    about = parser.add_argument_group("about")
-    version = f"{PROGRAM} {__version__}"
-    about.add_argument("--version", action="version", version=version, help="print the version")
-    about.add_argument("-h", "--help", action="help", help="print this text")
+    limits = Limits()
+    parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
+    parser.set_defaults(handshake_timeout=limits.handshake_seconds)
+    parser.set_defaults(keepalive=limits.keepalive_seconds)
+
+    add = parser.add_argument_group("where it listens").add_argument
+    port, web, url = map(optional, (parse_endpoint, parse_websocket_endpoint, websocket_url))
+    add("-p", "--port", metavar="ENDPOINT", type=port, action="append", help=HELP["port"])
+    add("-w", "--websocket", metavar="ENDPOINT", type=web, action="append", help=HELP["websocket"])
+    add("-u", "--websocket-url", metavar="URL", type=url, help=HELP["websocket-url"])
+
+    add = parser.add_argument_group("what it records").add_argument
+    add("--usage-db", metavar="FILE", type=optional(), help=HELP["usage-db"])
+    add("--log-fd", metavar="N", type=optional(whole_number), help=HELP["log-fd"])
+    add("--blur-usage", metavar="SECONDS", type=whole_number, help=HELP["blur-usage"])
+
+    add = parser.add_argument_group("what it limits").add_argument
+    seconds = partial(whole_number, highest=MAX_KEEPALIVE_SECONDS)
+    add("--handshake-timeout", metavar="SECONDS", type=duration, help=HELP["handshake-timeout"])
+    add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
+
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
+    add("--daemonize", action="store_true", help=HELP["daemonize"])
+    add("--no-daemonize", dest="daemonize", action="store_false", help=argparse.SUPPRESS)
+    add("--pidfile", metavar="FILE", type=optional(), help=HELP["pidfile"])
+    add("--logfile", metavar="FILE", type=optional(), help=HELP["logfile"])
+    add("--user", metavar="NAME[:GROUP]", type=nonempty, help=HELP["user"])
+    add("--no-splice", action="store_true", help=HELP["no-splice"])
+    add("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
+
+    add = parser.add_argument_group("about").add_argument
+    add("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this text")
     return parser
 
 
@@ -4109,31 +3935,25 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         parser.error(f"argument --config: {path}: {error_text(error)}")
     if len(text) == MAX_CONFIG_CHARACTERS:
         parser.error(f"argument --config: {path}: too long for a configuration")
+    unset = dict.fromkeys(vars(parser.parse_args([])))  # None: in no line
+    found = argparse.Namespace(**{**unset, **vars(configured)})
     for number, line in enumerate(text.split("\n"), 1):
         line = COMMENT.sub("", line).strip()
-        if line:
-            parser.place = f"{path}, line {number}: "
-            name, value = _read_option(line, parser)
-            if isinstance(value, list):
-                value = [*getattr(configured, name, []), *value]
-            setattr(configured, name, value)
+        if not line:
+            continue
+        parser.place = f"{path}, line {number}: "
+        match = CONFIG_LINE.fullmatch(line)
+        if not match:
+            parser.error(f"{line!r} is not of the form `option value`")
+        option, value = match.groups()
+        if option in ("config", "help", "version"):
+            parser.error(f"{option} is for the command line only")
+        parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
+        take_back(found, set(), parser)
     parser.place = ""
-
-
-def _read_option(line: str, parser: Parser) -> tuple[str, object]:
-    """Parse one line of a configuration. Return the option's name in a Namespace, and its value."""
-    match = CONFIG_LINE.fullmatch(line)
-    if not match:
-        parser.error(f"{line!r} is not of the form `option value`")
-    option, value = match.groups()
-    if option in ("config", "help", "version"):
-        parser.error(f"{option} is for the command line only")
-    argument = f"--{option}" if value is None else f"--{option}={value}"
-    unset = dict.fromkeys(vars(parser.parse_args([])))  # None: not in this line
-    found = parser.parse_args([argument], argparse.Namespace(**unset))
-    take_back(found, set(), parser)
-    ((name, parsed),) = ((name, value) for name, value in vars(found).items() if value is not None)
-    return name, parsed
+    vars(configured).update(
+        {name: value for name, value in vars(found).items() if value is not None}
+    )
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
@@ -4162,7 +3982,6 @@ class Relay(NamedTuple):
 
     listeners: list[Listener]
     server: Server
-    recorder: Recorder
     remarks: list[str]  # for the start message
 
 
@@ -4195,16 +4014,15 @@ def open_relay(
         switch_user(options.user, listeners, log_file)
     for sink in sinks:
         sink.prepare()  # the files belong to the user
-    recorder = Recorder(sinks, options.blur_usage)
     max_connections, max_pipes = descriptor_budget(limit, len(open_descriptors()))
     server = Server(
         listeners,
-        recorder,
+        Recorder(sinks, options.blur_usage),
         Limits(options.handshake_timeout, options.keepalive),
         max_pipes=0 if options.no_splice else max_pipes,
         max_connections=max_connections,
     )
-    return Relay(listeners, server, recorder, [remark] if remark else [])
+    return Relay(listeners, server, [remark] if remark else [])
 
 
 def announce(options: argparse.Namespace, relay: Relay) -> None:
@@ -4219,17 +4037,12 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
         log.info("TCP clients only: Python finds no ws_frames.py (beside transit_relay.py)")
-    urls: list[str] = []
-    labels: list[str] = []
-    for listener in relay.listeners:
-        is_websocket = listener.role is Role.WEBSOCKET
-        labels.append(listener.label + (" (websocket)" if is_websocket else ""))
-        if is_websocket and listener.port:
-            urls.append(f"ws://localhost:{listener.port}/")
-    if options.websocket_url:
-        urls = [options.websocket_url]
-    if urls:  # the addresses of one endpoint share a port
-        log.info("WebSocket clients connect to %s", ", ".join(dict.fromkeys(urls)))
+    suffixes = {Role.WEBSOCKET: " (websocket)"}
+    labels = [one.label + suffixes.get(one.role, "") for one in relay.listeners]
+    ports = [one.port for one in relay.listeners if one.role is Role.WEBSOCKET and one.port]
+    urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
+    if urls or options.websocket_url:
+        log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))
     log.info("Transit starting on %s", ", ".join(labels))
 
 
@@ -4239,56 +4052,53 @@ def serve(options: argparse.Namespace) -> int:
         environment = Environment.take()
         passed = environment.passed_sockets()
         endpoints = choose_endpoints(options, passed)
-        kept = find_descriptors([*endpoints, *passed.endpoints()], passed)
-        log_fd = None
-        if options.log_fd is not None:
-            log_fd = duplicate_log_descriptor(options.log_fd)
-            kept.append(log_fd)
+        # First: a file that is opened could get the number of a missing descriptor.
+        named = {passed.find(endpoint) for endpoint in endpoints}
+        unused = {passed.find(endpoint) for endpoint in passed.endpoints()} - named
+        log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
         manager = ServiceManager(environment.notify_socket, environment.watchdog_seconds())
         undo.callback(manager.close)
         fill_standard_descriptors()
-        detach = daemonize(kept) if options.daemonize else None
+        detach = daemonize({*named, *unused, log_fd}) if options.daemonize else None
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
         relay = open_relay(options, endpoints, passed, log_file, log_fd, undo)
-        unused = passed.unused(endpoints)
-        server = relay.server
-        manager.add_chores(server)
+        manager.add_chores(relay.server)
         if log_file is not None:
-            server.signals.handle(signal.SIGUSR1, log_file.reopen)
+            relay.server.signals.handle(signal.SIGUSR1, log_file.reopen)
 
         def ready() -> None:
             if passed.remark:
                 log.warning(passed.remark)
             if unused:
-                log.warning("sockets passed to us, but named by no endpoint: %d", unused)
+                log.warning("sockets passed to us, but named by no endpoint: %d", len(unused))
             announce(options, relay)
             manager.ready()
             if detach is not None:
                 detach()
 
-        server.start()
-        relay.recorder.start()
-        return run(relay, ready, manager.stopping)
+        relay.server.start()
+        relay.server.recorder.start()
+        return run(relay.server, ready, manager.stopping)
 
 
-def run(relay: Relay, ready: Callable[[], None], stopping: Callable[[], None]) -> int:
+def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None]) -> int:
     """Serve until the end of a stop. Return the exit code.
 
     After a fault of the loop, the records that exist are written all the same.
     """
     failed = False
-    for step in (partial(relay.server.run, ready, stopping), relay.server.close):
+    for step in (partial(server.run, ready, stopping), server.close):
         try:
             step()
         except Exception:
             log.exception("unexpected fault; please report it")
             failed = True
     if failed:
-        relay.recorder.stop()
-        relay.recorder.join(STOP_RECORD_SECONDS)
-    lost = relay.recorder.lost()
+        server.recorder.stop()
+        server.recorder.join(STOP_RECORD_SECONDS)
+    lost = server.recorder.lost()
     if lost:
         log.error("stopped; usage records lost: %d", lost)
     else:
@@ -4306,9 +4116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(options)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
         print_error(str(error), stream)
-        return 1
     except KeyboardInterrupt:  # before the server handles signals
-        return 1
+        pass
+    return 1
 
 
 if __name__ == "__main__":

@@ -281,8 +281,8 @@ ANSWERS: dict[str, tuple[bytes, str, dict[str, str]]] = {
     ),
     "an upgrade without version": (upgrade(without="Sec-WebSocket-Version"), "400", {}),
     "an upgrade without Connection": (upgrade(without="Connection"), "400", {}),
-    "a long head": (b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 9_000), "431", {}),
-    "a long line": (b"GET /" + b"x" * 9_000, "431", {}),
+    "a long head": (b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 17_000), "431", {}),
+    "a long line": (b"GET /" + b"x" * 17_000, "431", {}),
 }
 
 
