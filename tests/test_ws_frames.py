@@ -532,7 +532,7 @@ def test_unmask(key: bytes) -> None:
         masked = xor(data, key)
         for given in (data, memoryview(data), memoryview(bytearray(data))):
             result = unmask(given, key)
-            assert type(result) is bytes and result == masked, size
+            assert isinstance(result, (bytes, bytearray)) and result == masked, size
         assert unmask(masked, key) == data, size
 
 
