@@ -163,6 +163,7 @@ IGNORED_SIGNALS = {
 READ_BYTES = 256 * 1024  # the largest read that is copied
 FRAMED_READ_BYTES = 64 * 1024  # the largest read from a WebSocket; as empty frames: 30 ms of work
 FRAMES_PER_READ = 1_000  # the size of the next read aims at no more than this: 3 ms of work
+COSTLY_FRAMES = 100  # a client whose last read had more frames (0.3 ms) waits in the bulk queue
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
 MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
@@ -995,6 +996,7 @@ class Framing:
 
     is_raw = True  # data is sent as it is
     max_read_bytes = READ_BYTES  # for one read
+    is_costly = False  # the last read took long, for its size
 
     def __init__(self, session: Session, transport: Transport) -> None:
         self._session = session
@@ -1150,6 +1152,7 @@ class WebSocketFraming(Framing):
         "_pong",
         "_stream",
         "_unanswered_pings",
+        "is_costly",
         "max_read_bytes",
     )
     CARRIED = __slots__
@@ -1164,6 +1167,7 @@ class WebSocketFraming(Framing):
         self._close_frame = b""  # the answer to the client's Close, or to its protocol error
         self._unanswered_pings = 0  # since the last byte from the client
         self.max_read_bytes = FIRST_READ_BYTES
+        self.is_costly = False
 
     def receive(self, data: memoryview) -> None:
         """Pass on the payload of the frames in `data`, and answer control frames.
@@ -1200,6 +1204,7 @@ class WebSocketFraming(Framing):
         # fourfold at most.
         growth = min(4, FRAMES_PER_READ // events)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
+        self.is_costly = events > COSTLY_FRAMES
         if self._close_frame:
             self._session.client_ended()
 
@@ -1480,7 +1485,7 @@ class Connection:
             self._server.update_interest(self)
             return 0
         self.read_bytes += count
-        self._is_bulk = count >= BULK_BYTES
+        self._is_bulk = count >= BULK_BYTES or self.framing.is_costly
         if pair is not None:
             pair.count(count)
             pair.partner_of(self.session).transport.write(buffer[:count])

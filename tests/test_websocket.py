@@ -1045,3 +1045,22 @@ def test_sigterm(relay: Callable[..., RelayProcess]) -> None:
         client.close()
     assert running.wait() == 0
     assert b"warning:" not in running.stderr and b"Traceback" not in running.stderr
+
+
+def test_many_small_frames_wait_behind_small_reads(loop: Loop) -> None:
+    """A turn serves a quarter of such clients, and all clients with few frames."""
+    flooding = [loop.meet("ws", "tcp")[0] for _ in range(4)]
+    one, other = loop.meet("tcp", "tcp")
+    for client in flooding:
+        client.sock.sendall(frame(BINARY, b"x") * 10_000)
+    conns = [client.conn for client in flooding if client.conn is not None]
+    for _ in range(4):  # reads that show how many frames there are
+        loop.server.run_once(0)
+    assert len(set(conns) & set(loop.server._bulk_queue)) >= 3  # the last turn served one
+    one.sock.sendall(b"at once")
+    loop.wait_for_arrivals()
+    before = [conn.read_bytes for conn in conns]
+    loop.server.run_once(0)
+    assert other.sock.recv(100) == b"at once"
+    after = [conn.read_bytes for conn in conns]
+    assert sum(old != new for old, new in zip(before, after)) == 1
