@@ -66,7 +66,8 @@ def check_server(server: Server) -> None:
         assert conn.backlog is None or len(conn.backlog) > 0, conn
         assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
         assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn
-        assert conn.session.pair in (None, *server.rendezvous.pairs), conn
+        pair = conn.session.pair
+        assert pair is None or pair in server.rendezvous.pairs, conn
         assert not conn.is_unpolled or conn in server._bulk_queue, conn
         assert conn.phase is not Phase.CLOSED, conn
         assert (conn.phase is Phase.OPEN) == (conn.session.state is not State.DONE), conn

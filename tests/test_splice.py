@@ -10,6 +10,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
@@ -24,6 +25,7 @@ from helpers import (
     RelayProcess,
     digest,
     handshake,
+    is_readable,
     receive,
     reset,
 )
@@ -658,7 +660,10 @@ def test_bytes_of_a_cut_pair_never_reach_another(
         one, other = loop.connect(tcp=True), loop.connect(tcp=True)
         for sock, side in ((one, "one"), (other, "other")):
             sock.sendall(handshake(str(seed), side))
-            loop.pump()
+        deadline = time.monotonic() + TIMEOUT
+        while not (is_readable(one) and is_readable(other)):  # the other pairs go on meanwhile
+            loop.server.run_once(0)
+            assert time.monotonic() < deadline
         assert receive(one, 3) == receive(other, 3) == b"ok\n"
         return one, other
 
