@@ -10,8 +10,8 @@ This file alone is a complete relay for raw clients, over TCP and unix sockets. 
 beside it, which implements WebSocket frames, every listener accepts WebSocket clients as well.
 
 The file is divided into sections. At run time a section uses names of the sections above it.
-Three kinds of calls go down: the methods in the section Interfaces, those of a Session on its Pair
-and the Rendezvous, and those of the Server on the listeners and the Recorder that it is given.
+These calls go down: the methods in the section Interfaces, those of a Session on its Pair and the
+Rendezvous, and those of the Acceptor on the listeners and of the Server on the Recorder.
 
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
@@ -39,7 +39,8 @@ and the Rendezvous, and those of the Server on the listeners and the Recorder th
 The path of a byte from client A to its partner B:
 
  1. `Server.run_once` learns from the selector that A is readable and calls
-    `Connection.on_ready`, which receives into a buffer that all connections share.
+    `Connection.on_ready`, which receives into a buffer that all connections share, or puts a
+    large read into the bulk queue.
  2. A's Framing removes the WebSocket encoding, if there is one. It passes the bytes that follow
     the handshake line to A's Session.
  3. The Session counts them in the Pair and passes them to B's Connection. B's Framing encodes
@@ -48,13 +49,13 @@ The path of a byte from client A to its partner B:
     a backlog, A is not read. So the backlog is about one read.
 
 If both clients are raw, A's Connection counts the bytes in the Pair and writes them to B's
-Connection directly. Large reads between raw clients are then moved by `splice` through a kernel
-pipe, if one is free.
+Connection directly. After a large read, `splice` moves the next one through a kernel pipe, if a
+pipe is free.
 
 The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
-pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end;
-one whose peer has ended already is closed after the flush. `Server._reap` closes sockets at the
-end of a turn, after all handlers have returned.
+pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end, or
+for LINGER_SECONDS. One whose peer has ended already is closed after the flush. `Server._reap`
+closes sockets at the end of a turn, after all handlers have returned.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ if TYPE_CHECKING:
 
 try:
     import ws_frames
-except ModuleNotFoundError as error:  # only this file was copied: TCP clients only
+except ModuleNotFoundError as error:  # only this file was copied: raw clients only
     if error.name != "ws_frames":
         raise
     ws_frames = None  # type: ignore[assignment]
@@ -114,12 +115,12 @@ log = logging.getLogger(PROGRAM)
 # values that we chose, with the reason. `Limits` has the time limits that an operator can set.
 # ---------------------------------------------------------------------------------------------
 
-# The protocol: magic-wormhole-protocols, transit.md. MAX_LENGTH is the reference relay's name.
+# The protocol: magic-wormhole-protocols, transit.md.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
 OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
-MAX_LINE_BYTES = 1024  # MAX_LENGTH; the longest handshake line has 105 with its newline
+MAX_LINE_BYTES = 1024  # MAX_LENGTH of the reference relay; the longest handshake line has 104
 
 # The first bytes of a client and the role of its listener decide its encoding.
 RAW_BEGINNING = b"please relay "
@@ -153,7 +154,7 @@ OUT_OF_RESOURCES = error_numbers("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM")
 NO_ROOM_NOW = error_numbers("EAGAIN", "EWOULDBLOCK", "ENOBUFS", "ENOMEM")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-# Signals that end a process by default and that the relay does not use.
+# Signals that end a process by default. They are ignored unless they have an action.
 IGNORED_SIGNALS = {
     *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")),
     *(getattr(signal, name) for name in ("SIGVTALRM", "SIGPROF")),
@@ -161,8 +162,10 @@ IGNORED_SIGNALS = {
 }
 
 READ_BYTES = 256 * 1024  # the largest read that is copied
-FRAMED_READ_BYTES = 64 * 1024  # the largest read from a WebSocket; as empty frames: 30 ms of work
-FRAMES_PER_READ = 1_000  # the size of the next read aims at no more than this: 3 ms of work
+FRAMED_READ_BYTES = (
+    64 * 1024
+)  # the largest read from a WebSocket; 30 ms of work if all is empty frames
+FRAMES_PER_READ = 1_000  # a read is sized to contain at most this many frames: 3 ms of work
 COSTLY_FRAMES = 100  # a client whose last read had more frames (0.3 ms) waits in the bulk queue
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
 MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
@@ -174,7 +177,7 @@ BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bu
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
 POLLED_BULK = 16  # a connection behind this many in the bulk queue is not polled
-PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; with a quarter, copying is as fast
+PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pipes to pay off
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
@@ -189,7 +192,7 @@ MAX_OPEN_FILES = 1024 * 1024  # the soft limit is raised no further than this
 RESERVED_FDS = 16  # kept free of connections and pipes: SQLite's journal, log files
 MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released at a MemoryError, so that handlers can go on
 SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspended
-LINGER_SECONDS = 5  # for the peer's end, after everything was seen to be acknowledged
+LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
 LINGER_BLIND_SECONDS = 60  # the same where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
@@ -209,9 +212,9 @@ STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
 class Limits(NamedTuple):
-    """The time limits that an operator can set. 0 switches a limit off."""
+    """The time limits that an operator can set."""
 
-    handshake_seconds: float = 60  # from accept to a whole handshake
+    handshake_seconds: float = 60  # from accept to a whole handshake; 0: no limit
     keepalive_seconds: float = 200  # of silence before a TCP keepalive probe; 0: as the system
 
 
@@ -286,7 +289,7 @@ class UsageRecord(NamedTuple):
     started: float  # seconds since the epoch, at the accept; of a pair the earlier one
     total_time: float  # seconds
     waiting_time: float | None  # seconds between the two accepts; None without a partner
-    total_bytes: int  # received from both sides after their handshakes
+    total_bytes: int  # relayed in both directions; 0 without a partner
     mood: str
 
     def blurred(self, seconds: int) -> UsageRecord:
@@ -319,7 +322,7 @@ class Snapshot(NamedTuple):
     pairs_ended: int  # since the start
     relayed_bytes: int  # since the start, running pairs included
     incomplete_bytes: int  # of pairs that are not yet recorded
-    faults: int  # contained since the start
+    faults: int  # since the start: contained exceptions, and refusals of the selector
 
     def current(self) -> Current:
         """Return the row of `current` for this moment."""
@@ -426,7 +429,7 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
     """Return how many sent bytes the peer's kernel has not acknowledged. A FIN counts as one.
 
     Return None if the system does not report it. On Linux this is SIOCOUTQ of tcp(7) and unix(7),
-    an alias of TIOCOUTQ. For a unix socket it counts the bytes that the peer has not read.
+    an alias of TIOCOUTQ. For a unix socket it counts buffer memory that the peer has not read.
     """
     return query_descriptor(sock.fileno(), termios.TIOCOUTQ)
 
@@ -551,8 +554,8 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # Interfaces
 #
 # Names that several sections use, and the methods that earlier sections call on later ones: those
-# of a Connection that a Session and a Framing call, and those of the Server that a Connection
-# calls. Each of the two Protocols has one implementation in the relay.
+# of a Connection that a Session, a Pair and a Framing use, and those of the Server that a
+# Connection and Faults use. Each of the two Protocols has one implementation in the relay.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -580,7 +583,7 @@ class Phase(enum.Enum):
 
 
 class Transport(Protocol):
-    """The methods of a Connection that a Session and a Framing call."""
+    """What a Session, a Pair and a Framing use of a Connection."""
 
     framing: Framing  # a Framing assigns its successor here
 
@@ -632,8 +635,8 @@ class EventLoop(Protocol):
 # ---------------------------------------------------------------------------------------------
 # Session
 #
-# The state machine of one client, without a socket and without stored bytes. The Framing, the
-# Connection and the Rendezvous report events to it. It calls its Transport (in the relay: its
+# The state machine of one client. It has no socket and stores no data of the stream. The Framing,
+# the Connection and the Rendezvous report events to it. It calls its Transport (in the relay: its
 # Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
@@ -758,13 +761,17 @@ class Session:
             assert self.state is State.DONE, self
 
     def matched(self, pair: Pair) -> None:
-        """Begin to relay: the Rendezvous found a partner."""
+        """Enter the pair: the Rendezvous found a partner."""
         assert self.state is State.WAIT_PARTNER, self
         self.handshake = None  # the token and the side are not needed any more
         self.pair = pair
         self.state = State.RELAYING
-        self.transport.partner_changed()
-        self.transport.send(OK)
+
+    def start_relaying(self) -> None:
+        """Send ok, when both sessions are in the pair and it has not ended since."""
+        if self.state is State.RELAYING:
+            self.transport.partner_changed()
+            self.transport.send(OK)
 
     def displaced(self) -> None:
         """End as redundant: a partner was matched with a newer connection of this side."""
@@ -772,10 +779,11 @@ class Session:
         self._end("redundant")
 
     def client_ended(self, reason: Reason = Reason.ENDED) -> None:
-        """End this client, which left or broke the rules of its encoding, or has its HTTP answer.
+        """End this client: it left, broke a rule of its encoding, got its HTTP answer or reached
+        a time limit, or the relay stops.
 
-        Also called when a time limit passes and when the relay stops. Half-close is not
-        supported, as in the reference relay: the end of one direction is the end of the client.
+        Half-close is not supported, as in the reference relay: the end of one direction is the
+        end of the client.
         """
         if self.state is State.WAIT_UPGRADE:
             self._end(None, reason=reason)
@@ -784,7 +792,7 @@ class Session:
         elif self.state is State.WAIT_PARTNER:
             self._end("lonely", reason=reason)
         elif self.state is State.RELAYING:
-            self._end("happy", reason=reason)
+            self._end(None, reason=reason)
 
     def abandon(self) -> None:
         """End after a fault that left this session inconsistent. Its partner has no pair then."""
@@ -814,7 +822,10 @@ class Session:
         self.end_sent()
 
     def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
-        """Leave the Rendezvous or the pair, record `mood`, send `reply`, finish the transport."""
+        """Leave the Rendezvous, or leave the pair to the partner; record, reply, and finish.
+
+        `mood`: None if there is no record of this client alone.
+        """
         pair, self.pair = self.pair, None
         if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
@@ -898,7 +909,7 @@ class Rendezvous:
         self._ended_bytes = 0
 
     def join(self, newcomer: Session) -> None:
-        """Match the newcomer with the newest client that it matches, or let it wait.
+        """Match the newcomer with the newest client that waits under its token, or let it wait.
 
         The newest is taken, because an older connection may be half dead. (The reference relay
         takes an arbitrary one.) The others of its side become redundant.
@@ -913,8 +924,10 @@ class Rendezvous:
         self.forget(newest)
         pair = Pair(newest, newcomer)
         self.pairs.add(pair)
-        newest.matched(pair)
-        newcomer.matched(pair)
+        for session in (newest, newcomer):
+            session.matched(pair)
+        for session in (newest, newcomer):  # a failed write here can end the pair
+            session.start_relaying()
         for other in tuple(crowd):
             other.displaced()
 
@@ -983,8 +996,9 @@ class Rendezvous:
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
 # When the Session ends, DISCARD replaces the last Framing. A Framing keeps its position in the
-# stream in named fields, so that a half-read handshake or frame can be carried to another process.
-# It writes its own messages (an HTTP answer, a Pong, a Close) to its Transport, already encoded.
+# stream in named fields (CARRIED), so that a reload, which is planned, can carry them. It writes
+# an HTTP answer, a Ping or a Pong to its Transport, already encoded; `closing_bytes` returns a
+# WebSocket's Close.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1064,7 +1078,10 @@ class RawFraming(Framing):
             self._session.bytes_received(rest)
 
     def message_ended(self) -> None:
-        """Accept the end of a message instead of a newline, if the handshake is complete."""
+        """Accept the end of a message instead of a newline, if the handshake is complete.
+
+        The reference relay's own test client sends no newline.
+        """
         if not self._past_line and parse_handshake(self._line):
             self._end_line(self._line)
 
@@ -1375,7 +1392,7 @@ class Connection:
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """Handle readiness for a small amount now. Queue readiness for bulk.
+        """Do a small read or write now. Put a large one into the bulk queue.
 
         `mask` may be out of date, because an earlier event of the turn can change the interest.
         """
@@ -1476,7 +1493,7 @@ class Connection:
             count = self.sock.recv_into(buffer, self.framing.max_read_bytes)
         except BlockingIOError:
             return 0
-        except OSError:  # a reset or a timeout, after everything that came before it
+        except OSError:  # a reset or a timeout; all earlier bytes have been read
             count = 0
         if not count:
             self._peer_ended = True
@@ -1494,10 +1511,10 @@ class Connection:
         return count
 
     def _splice(self, pair: Pair) -> int:
-        """Fill one pipe and pour it to the partner. Return how many bytes moved.
+        """Fill one pipe and pour it to the partner. Return how many bytes were read.
 
-        If no bytes moved, the caller must use recv, which distinguishes the peer's end, an error,
-        an urgent byte and an empty socket.
+        If there were none, the caller must use recv, which distinguishes the peer's end, an
+        error, an urgent byte and an empty socket.
         """
         partner = self.partner
         assert partner is not None
@@ -1520,7 +1537,7 @@ class Connection:
                 self._server.pipes.give_back(pipe)
 
     def _drain(self) -> int:
-        """Send from the backlog. Return how many bytes left it."""
+        """Send from the backlog. Return how many bytes were removed from it."""
         assert self.backlog is not None
         before = len(self.backlog)
         if not self._flush(self.backlog):
@@ -1531,7 +1548,7 @@ class Connection:
         return before
 
     def _flush(self, backlog: bytearray | Pipe) -> bool:
-        """Send from `backlog`. Return whether nothing more is to be sent from it."""
+        """Send from `backlog`. Return whether it is finished: sent, or to be discarded."""
         if self._write_failed:
             return True
         try:
@@ -1699,7 +1716,7 @@ class Timers:
         return min(chores_due, *(queue.next_due() for queue in self._queues))
 
     def postpone(self, seconds: float) -> None:
-        """Move all deadlines of connections."""
+        """Move the deadlines of all queues by `seconds`."""
         for queue in self._queues:
             queue.postpone(seconds)
 
@@ -1732,8 +1749,8 @@ class Door(NamedTuple):
 class Acceptor:
     """Accepts the newcomers of all listeners, or pauses.
 
-    A pause ends at `retry_at`, or earlier if a connection closes and `may_resume` was given. A
-    pause after an unknown error does not end earlier, because the error could repeat at once.
+    A pause ends at `retry_at`. If `may_resume` is true, it ends earlier when a connection closes.
+    Otherwise the same error could repeat at once.
     """
 
     def __init__(
@@ -1904,6 +1921,7 @@ class Drain:
         """Yield one connection of each running pair: the side that is to end first.
 
         A side with a backlog should not end first, so that the pair lasts until it is flushed.
+        The caller ends the pair before it takes the next one.
         """
         for conn in tuple(connections):
             partner = conn.partner
@@ -2061,8 +2079,8 @@ def is_sound(conn: Connection) -> bool:
 # Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn. So
 # no later event of the turn meets a closed socket or a reused descriptor.
 #
-# An exception while a connection, a timer or a chore is served is contained (see Faults). Another
-# exception in the loop ends the process.
+# An exception while a connection, a listener, a timer, a chore, a signal or the stop is served is
+# contained (see Faults). Another exception in the loop ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2070,7 +2088,7 @@ class ServerPhase(enum.Enum):
     """The phases of a Server, in their order. Each stop phase has a deadline."""
 
     SERVING = "serving"
-    STOPPING_BYTES = "stopping: bytes"  # pairs end when what had arrived is read
+    STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
     STOPPING_RECORDS = "stopping: records"  # all connections are closed
     OVER = "over"
 
@@ -2188,8 +2206,8 @@ class Server:
     def _serve_bulk(self) -> list[Connection]:
         """Serve connections of the bulk queue, and return them.
 
-        A turn serves at most a quarter of the queue, and at most TURN_BULK_BYTES or
-        TURN_BULK_SECONDS plus the last step.
+        A turn serves at most a quarter of the queue. It stops after the step that reaches
+        TURN_BULK_BYTES or TURN_BULK_SECONDS.
         """
         served: list[Connection] = []
         moved = 0
@@ -2344,7 +2362,10 @@ class Server:
     # The end.
 
     def stop(self) -> None:
-        """Begin to stop: close the listeners, and end the clients that have no partner."""
+        """Begin to stop: close the listeners, and end the clients that have no partner.
+
+        Pairs of which all arrived bytes are read end too.
+        """
         self._acceptor.close()
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS

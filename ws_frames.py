@@ -7,17 +7,18 @@ The numbers at the checks are sections of RFC 6455, unless they name another RFC
 
     Opening handshake    RequestReader, Request         server
                          upgrade_request, AnswerReader  client
-    Received frames      FrameParser, Event             both; the constructor sets the role
+    Received frames      FrameParser, Event             both; `must_be_masked` sets the role
     Frames to send       frame_header, build_frame      both; a client passes a masking key
 
-The framer supports no extension, no subprotocol and no text messages. It does not assemble
-messages: it returns payload as it arrives, so a frame of 4 GiB takes no more memory than one of
-4 KiB. A reader buffers only what it must check as a whole: a head (32 KiB), a frame header
-(14 bytes) or the payload of a control frame (125 bytes).
+The module supports no extension, no subprotocol and no text messages. FrameParser does not
+assemble messages: it returns payload in pieces, so its memory does not depend on the length of a
+frame. A reader buffers a head (32 KiB), a frame header (13 bytes) or the payload of a control
+frame (125 bytes).
 
 The state of a reader is a few named fields. `place` returns them and `resume` puts them into
-another reader; both work between any two bytes. A reload can carry connections over with
-them. The events and the error do not depend on how the stream is cut into pieces.
+another reader; both work between any two bytes. They are for a reload of the relay, which is
+planned. The joined payload, the control events and the error do not depend on how the stream is
+cut into pieces.
 
 The type of an error tells its cause:
 
@@ -25,7 +26,7 @@ The type of an error tells its cause:
     UpgradeRejected    the request cannot be served; `status` and `answer` are for HTTP
     UpgradeFailed      the server did not accept our upgrade
 
-Any other exception is a programming error, here or in the caller.
+Apart from a ValueError of `resume`, any other exception is a programming error.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ KEY_BYTES = 4
 MAX_CONTROL_BYTES = 125  # 5.5
 
 # Masking: 5.3. XOR_TABLES[n] translates each byte to its XOR with n. All tables take 74 kB.
-TRANSLATED_BYTES = 2048  # translation is faster than integers from this length on (measured)
+TRANSLATED_BYTES = 2048  # from this length on, `translate` is faster than integers (measured)
 ALL_BYTES = int.from_bytes(bytes(range(256)), "little")
 ONES = int.from_bytes(b"\1" * 256, "little")
 XOR_TABLES = [(ALL_BYTES ^ n * ONES).to_bytes(256, "little") for n in range(256)]
@@ -163,7 +164,7 @@ class HeadReader(Reader):
         self._line_start = 0  # where the last line of the head begins
 
     def _collect(self, data: Bytes) -> int | None:
-        """Append `data` to the head. Return the bytes it took from `data` if it is now whole.
+        """Append `data`. If the head is now whole, return how many bytes of `data` belong to it.
 
         If the head is not whole and cannot become whole, `_is_too_long` is true afterwards.
         """
@@ -537,7 +538,7 @@ def unmask(data: Bytes, key: bytes) -> bytes | bytearray:
     """Mask or unmask `data` with a key of four bytes: 5.3.
 
     The standard library has no XOR of bytes. Short data is converted to an integer and back.
-    For long data it is faster to translate the bytes of each position of the key by themselves.
+    For long data, one `translate` for each byte of the key is faster.
     """
     size = len(data)
     if size < TRANSLATED_BYTES:

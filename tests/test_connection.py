@@ -881,3 +881,19 @@ def test_repr_has_the_flags_that_are_set(scene: Scene) -> None:
     scene.queue()
     EVENTS["peer ended"](scene)
     assert repr(scene.conn).endswith(f" queued={scene.conn.queued_bytes()} peer_ended>")
+
+
+def test_a_pair_of_two_clients_that_cannot_be_written_to_ends_at_once(loop: Loop) -> None:
+    """The first `ok` ends the pair, before the other session could begin."""
+    waiting, newcomer = loop.connect_both(tcp=True), loop.connect_both(tcp=True)
+    waiting[0].sendall(handshake("t", "one"))
+    loop.pump()
+    newcomer[1]._write_failed = True
+    newcomer[0].sendall(handshake("t", "other"))
+    loop.wait_for_arrivals()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waiting[1], "sock", Failing(waiting[1].sock, "send", OSError(errno.EPIPE, "")))
+        loop.server.run_once(0)
+    loop.pump()
+    assert loop.server.faults.count == 0
+    assert loop.recorder.moods() == ["happy"]

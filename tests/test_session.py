@@ -77,6 +77,12 @@ def sent(session: Session) -> bytes:
     return session.transport.sent
 
 
+def match(session: Session, other: Session) -> None:
+    """Put a session into a pair with `other`, and let it begin."""
+    session.matched(Pair(session, other))
+    session.start_relaying()
+
+
 # The inputs, by their names in the table ...
 INPUTS: dict[str, Callable[[Setup, Session], object]] = {
     "http": lambda setup, session: session.http_detected(),
@@ -84,7 +90,7 @@ INPUTS: dict[str, Callable[[Setup, Session], object]] = {
     "handshake": lambda setup, session: session.line_received(LINE),
     "junk": lambda setup, session: session.line_received(b"GET / HTTP/1.1\r"),
     "bytes": lambda setup, session: session.bytes_received(b"some bytes"),
-    "matched": lambda setup, session: session.matched(Pair(session, setup.sessions[0])),
+    "matched": lambda setup, session: match(session, setup.sessions[0]),
     "displaced": lambda setup, session: session.displaced(),
     "end": lambda setup, session: session.client_ended(),
     "left": lambda setup, session: session.partner_left(Reason.ENDED),
