@@ -892,7 +892,8 @@ def test_a_pair_of_two_clients_that_cannot_be_written_to_ends_at_once(loop: Loop
     newcomer[0].sendall(handshake("t", "other"))
     loop.wait_for_arrivals()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting[1], "sock", Failing(waiting[1].sock, "send", OSError(errno.EPIPE, "")))
+        broken = Failing(waiting[1].sock, "send", OSError(errno.EPIPE, "broken"))
+        patch.setattr(waiting[1], "sock", broken)
         loop.server.run_once(0)
     loop.pump()
     assert loop.server.faults.count == 0
