@@ -1759,7 +1759,7 @@ class Acceptor:
         admit: Callable[[socket.socket, Role], None],
         clock: Callable[[], float],
     ) -> None:
-        """`admit` is called with each newcomer's socket."""
+        """`admit` is called with each newcomer's socket, and owns it unless it raises."""
         self._listeners = list(listeners)
         self._admit = admit
         self._clock = clock
@@ -1792,7 +1792,11 @@ class Acceptor:
                     name = errno.errorcode.get(error.errno or 0, "unknown error")
                     self.pause(f"accept: {name}, {error_text(error)}", may_resume=False)
             else:
-                self._admit(sock, listener.role)
+                try:
+                    self._admit(sock, listener.role)
+                except Exception:
+                    sock.close()
+                    raise
 
     def pause(
         self, why: str, may_resume: bool = True, seconds: float = ACCEPT_RETRY_SECONDS
@@ -1962,29 +1966,44 @@ class Faults:
         self._unlogged: dict[str, int] = {}
         self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
 
-    def guard(self, work: Callable[[], object], conn: Connection | None = None) -> None:
-        """Call `work`, on behalf of `conn` if given, and contain an exception."""
+    def guard(self, work: Callable[[], object], served: object = None) -> None:
+        """Call `work`, on behalf of `served` if given, and contain an exception."""
         try:
             work()
         except Exception:
-            self.contain(conn)
+            self.contain(served)
 
     def contain(self, served: object) -> None:
-        """Note the exception that is being handled, and end the connection that was served.
-
-        It ends as at any end if it can. If it is not open, or if that fails, it is closed.
-        """
+        """Note the exception that is being handled, and end the connection that was served."""
         self._note_exception()
         self.need_repair = True
+        if isinstance(served, Connection):
+            self._end(served)
+        elif isinstance(served, Door):  # it would be ready again at once
+            self.guard(partial(served.acceptor.pause, "accepting failed", may_resume=False))
+        elif isinstance(served, Acceptor):  # it could not resume
+            served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
+
+    def _end(self, conn: Connection) -> None:
+        """End a connection in order if it is open and sound. Close it otherwise, or if that fails.
+
+        The end in order of an unsound connection would be a second fault.
+        """
         try:
-            if isinstance(served, Connection) and served.phase is Phase.OPEN:
-                served.session.client_ended()
-            elif isinstance(served, Connection):
-                served.doom()
-            elif isinstance(served, Door):  # it would be ready again at once
-                served.acceptor.pause("accepting failed", may_resume=False)
+            if conn.phase is Phase.OPEN and is_sound(conn):
+                conn.session.client_ended()
+                return
         except Exception:
             self._note_exception()
+        self._close(conn)
+
+    def _close_unsound(self, conn: Connection) -> None:
+        if not is_sound(conn):
+            self._close(conn)
+
+    def _close(self, conn: Connection) -> None:
+        self.guard(conn.session.abandon)
+        self.guard(conn.doom)
 
     def repair(self) -> None:
         """Close the connections that a fault left inconsistent, and end their partners in order.
@@ -1997,9 +2016,7 @@ class Faults:
         self.need_repair = False
         for conn in tuple(loop.connections):
             self.guard(conn.advance)
-            if not is_sound(conn):
-                self.guard(conn.doom)
-                self.guard(conn.session.abandon)
+            self.guard(partial(self._close_unsound, conn))
         for pair in tuple(loop.rendezvous.pairs):
             for session in pair.sessions:
                 if pair is not session.pair and pair is not session.ended_pair:
@@ -2233,7 +2250,7 @@ class Server:
         for conn in self._timers.lingering.take_expired(now):
             self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
-            self.faults.guard(partial(self._acceptor.resume, now))
+            self.faults.guard(partial(self._acceptor.resume, now), self._acceptor)
         for chore in self._timers.chores:
             if chore.start(now):
                 self.faults.guard(chore.work)
@@ -2323,10 +2340,11 @@ class Server:
             self._bulk_queue.pop(conn, None)
             self.faults.guard(conn.close, conn)
             self.faults.guard(conn.session.connection_lost, conn)
-            self.connections.discard(conn)
+            if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
+                self.connections.discard(conn)
             self.faults.guard(partial(self._timers.forget, conn), conn)
         if self._has_room():
-            self.faults.guard(partial(self._acceptor.resume, self.clock()))
+            self.faults.guard(partial(self._acceptor.resume, self.clock()), self._acceptor)
 
     def _close_connections(self) -> None:
         for conn in self.connections:
@@ -2345,10 +2363,13 @@ class Server:
             self._timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
         except Exception:
-            self.faults.contain(conn)
             if conn is None:
                 sock.close()
-        if conn is not None and not conn.mask:
+            self.faults.contain(conn)
+        self.faults.guard(partial(self._pause_if_full, conn), conn)
+
+    def _pause_if_full(self, newcomer: Connection | None) -> None:
+        if newcomer is not None and not newcomer.mask:
             # The end of this newcomer makes no room, so it must not end the pause.
             self._acceptor.pause("the selector is full", may_resume=False)
         elif not self._has_room():

@@ -6,14 +6,18 @@ The handlers are found by introspection, so a new one is tested or the test fail
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import select
+import selectors
 import signal
 import socket
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -25,12 +29,15 @@ from helpers import (
     TIMEOUT,
     Client,
     Loop,
+    WebSocketClient,
     close_payload,
     frame,
     handshake,
+    is_readable,
     message,
     reset,
 )
+from invariants import check_server
 from streams import UPGRADE
 
 import transit_relay
@@ -95,7 +102,6 @@ NOT_A_HANDLER = {
     *("Timers.__init__", "Timers.next_due", "Timers.postpone"),
     *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
     *("Acceptor.__init__", "Acceptor.descriptors", "Acceptor.close"),
-    "Connection.is_delivered",  # only in a stop
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
     # After a fault only: a second fault there is tested apart.
     *("Session.abandon", "Rendezvous.expel"),
@@ -103,9 +109,9 @@ NOT_A_HANDLER = {
 
 
 class Handler(NamedTuple):
-    """A method of a class."""
+    """A method of a class, or a function of the module."""
 
-    owner: type
+    owner: type | types.ModuleType
     name: str
 
     def __str__(self) -> str:
@@ -139,8 +145,8 @@ def containing_frame(
     while frame is not None:
         name = frame.f_code.co_name
         if frame.f_code.co_filename == transit_relay.__file__ and (
-            name in ("_guard", "_contain")
-            or (name == "admit" and callee not in ("_has_room", "pause"))
+            name in ("guard", "contain")
+            or name == "admit"
             or (name == "run_once" and callee == "on_ready")
             or (name == "_serve_bulk" and callee == "on_bulk_turn")
         ):
@@ -160,10 +166,13 @@ def served_connection(frame: types.FrameType | None, callee: str) -> object:
     local = found[0].f_locals
     name = found[0].f_code.co_name
     if name == "admit":
-        return local["conn"] or "newcomer"
+        return local["conn"] or "newcomer"  # also while `admit` contains a fault
     if name == "run_once":
         return local["key"].data
-    return local["served"] if name == "_contain" else local["conn"] or "acceptor"
+    if name == "_serve_bulk":
+        return local["conn"]
+    served = local["served"]
+    return served if name == "contain" or isinstance(served, Connection) else "acceptor"
 
 
 class Injection:
@@ -173,6 +182,7 @@ class Injection:
         self.exception: Callable[[], BaseException] | None = None  # None: only note the calls
         self.raise_at_the_end = raise_at_the_end
         self.watched: set[object] = set()
+        self.newcomers: Callable[[], set[Connection]] = set  # while "newcomer" is watched
         self.called: set[Handler] = set()
         self.blamed: object = None
         self.partner: Connection | None = None
@@ -185,8 +195,12 @@ class Injection:
 
         def wrapped(call: Callable[..., object]) -> Callable[..., object]:
             def wrapper(*arguments: object, **options: object) -> object:
+                if self.is_done(handler):
+                    return call(*arguments, **options)
                 served = served_connection(sys._getframe(1), handler.name)
-                is_due = self.raised < self.times and served in self.watched
+                is_due = served in self.watched or (
+                    "newcomer" in self.watched and served in self.newcomers()
+                )
                 if is_due and not self.raise_at_the_end:
                     self.strike(handler, served)
                 result = call(*arguments, **options)
@@ -204,6 +218,12 @@ class Injection:
             patch.setattr(handler.owner, handler.name, call)
         else:
             patch.setattr(handler.owner, handler.name, wrapped(original))
+
+    def is_done(self, handler: Handler) -> bool:
+        """Return whether another call of `handler` has no effect."""
+        if self.exception is None:
+            return handler in self.called
+        return self.raised >= self.times
 
     def strike(self, handler: Handler, served: object) -> None:
         """Raise the exception, or note the call."""
@@ -225,17 +245,29 @@ class Injection:
 
 
 class ListeningLoop(Loop):
-    """A Loop whose Server has a listener."""
+    """A Loop whose Server has a listener. It checks the server only after a turn with a fault."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.server.close()
+        super().__init__(max_pipes=transit_relay.affordable_pipes())
         endpoint = transit_relay.parse_endpoint("tcp:0:interface=127.0.0.1")
-        self.listener = transit_relay.open_listener(endpoint, None)
-        clocks = self.clock, self.wallclock
-        pipes = transit_relay.affordable_pipes()
-        self.server = Server([self.listener], self.recorder, Limits(), *clocks, max_pipes=pipes)
-        self.server.start()
+        (self.listener,) = transit_relay.open_endpoint(endpoint)
+        self.restart(self.listener)
+
+    def pump(self) -> None:
+        """Run turns until nothing is ready or on its way, and one for the timers."""
+        deadline = time.monotonic() + TIMEOUT
+        self.wait_for_arrivals()
+        while self.server._bulk_queue or self.server._selector.select(0):
+            self._run_turn()
+            self.wait_for_arrivals()
+            assert time.monotonic() < deadline, "the loop does not come to rest"
+        self._run_turn()
+
+    def _run_turn(self) -> None:
+        before = self.server.faults.count
+        self.server.run_once(0)
+        if self.server.faults.count > before:
+            check_server(self.server)
 
 
 class Peer:
@@ -307,6 +339,7 @@ class Stage:
         self._chance = random.Random(17)
         self.pairs = [self._meet(number) for number in range(PAIRS)]
         self.connections = set(self.loop.server.connections)
+        self._over_tcp, self.loop._over_tcp = self.loop._over_tcp, []  # `hear` waits for these
         self.injection = Injection()
         self.peers: dict[Connection, Peer] = {}
         self._sent: list[tuple[bytes, bytes]] = []
@@ -325,7 +358,7 @@ class Stage:
     def talk(self) -> None:
         """Have all pairs send. The relay has not read it yet."""
         for one, other in self.pairs:
-            data = self._chance.randbytes(2_000), self._chance.randbytes(3_000)
+            data = self._chance.randbytes(200), self._chance.randbytes(300)
             for client, payload in zip((one, other), data):
                 (wire,) = client.encode(payload)
                 assert client.sock.send(wire) == len(wire)
@@ -333,41 +366,51 @@ class Stage:
 
     def hear(self) -> None:
         """Check that all which was sent has arrived, and nothing else."""
+        self.loop._over_tcp += self._over_tcp
         self.loop.pump()
+        check_server(self.loop.server)
         for (one, other), data in zip(self.pairs * 2, self._sent):
             assert other.receive(len(data[0])) == data[0]
             assert one.receive(len(data[1])) == data[1]
         self._sent.clear()
         for client in (client for pair in self.pairs for client in pair):
-            assert client.receive_now() == b""
+            assert not is_readable(client.sock)
+            if isinstance(client, WebSocketClient):
+                assert not client._bytes and not client._payload
+        self.loop._over_tcp.clear()
 
     # What scenarios use.
 
     def connect(self, role: Role = Role.PORT, tcp: bool = False) -> Peer:
         """Return a new client, whose connection is watched."""
-        before = set(self.loop.server.connections)
-        self.injection.watched.add("newcomer")
+        before = self._expect_newcomer()
         sock = self.loop.connect(tcp, role)
-        self.injection.watched.discard("newcomer")
         return self._watch(before, sock)
 
     def knock(self) -> Peer:
         """Return a new client that is accepted by the listener."""
-        before = set(self.loop.server.connections)
+        before = self._expect_newcomer()
         doors = [
             key.data
             for key in self.loop.server._selector.get_map().values()
             if isinstance(key.data, transit_relay.Door)
         ]
-        self.injection.watched.update(("newcomer", *doors))
+        self.injection.watched.update(doors)
         sock = socket.create_connection(self.loop.listener.sock.getsockname())
         self.loop._clients.append(sock)
         assert select.select([self.loop.listener.sock], [], [], TIMEOUT)[0]
         self.loop.pump()
-        self.injection.watched.difference_update(("newcomer", *doors))
+        self.injection.watched.difference_update(doors)
         return self._watch(before, sock)
 
+    def _expect_newcomer(self) -> set[Connection]:
+        before = set(self.loop.server.connections)
+        self.injection.watched.add("newcomer")
+        self.injection.newcomers = lambda: self.loop.server.connections - before
+        return before
+
     def _watch(self, before: set[Connection], sock: socket.socket) -> Peer:
+        self.injection.watched.discard("newcomer")
         peer = Peer(self.loop, sock)
         for conn in self.loop.server.connections - before:
             self.injection.watched.add(conn)
@@ -396,13 +439,14 @@ class Stage:
         self.talk()
         scenario(self)
         self.loop.pump()
+        check_server(server)
         self.check_blamed()
         self.talk()
         for client in self.loop._clients[clients:]:
             client.close()
         del self.loop._clients[clients:]
-        self.loop._over_tcp = [ends for ends in self.loop._over_tcp if ends[0].fileno() >= 0]
         self.loop.pump()
+        self.loop._over_tcp.clear()
         self.loop.advance(1)
         self.loop.advance(1)
         assert server.connections == self.connections, "a connection is left"
@@ -770,6 +814,68 @@ def test_a_fault_of_a_chore_costs_that_run(
     assert len(errors(caplog)) == 1
 
 
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+@pytest.mark.parametrize(
+    ("handler", "sent", "seconds"),
+    [
+        (Handler(Session, "client_ended"), b"", Limits().handshake_seconds),
+        (
+            Handler(WebSocketFraming, "keep_alive"),
+            UPGRADE + message(handshake(TOKEN, "one")),
+            transit_relay.PING_SECONDS,
+        ),
+        (Handler(Connection, "check_linger"), b"junk\n", transit_relay.LINGER_POLL_SECONDS),
+    ],
+    ids=["handshaking", "silent", "lingering"],
+)
+def test_a_fault_of_a_time_limit_ends_its_connection(
+    loop: Loop,
+    handler: Handler,
+    sent: bytes,
+    seconds: float,
+    exception: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The connection of the next entry has its ordinary end, and a pair relays all bytes."""
+    one, other = loop.meet()
+    clients = [loop.client("unix") for _ in range(2)]
+    for client in clients:
+        client.send(sent)
+    loop.pump()
+    work = FaultyWork(EXCEPTIONS[exception], 1)
+    fail_once(monkeypatch, handler, work)
+    loop.advance(seconds)
+    assert work.calls >= 2
+    assert len(errors(caplog)) == loop.server.faults.count == 1
+    faulty, sound = (client.conn for client in clients)
+    assert faulty is not None and sound is not None
+    assert faulty.phase is not Phase.OPEN and faulty.session.state is State.DONE
+    assert (sound.phase is faulty.phase) == (sent == b"")  # the limit of a handshake ends both
+    one.send(b"data")
+    assert other.receive(4) == b"data"
+
+
+def test_a_fault_of_bulk_that_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is polled again until its peer's end, and both ends are in order."""
+    monkeypatch.setattr(transit_relay, "POLLED_BULK", 0)
+    monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
+    one, other = loop.meet("unix", "unix")
+    work = FaultyWork(MemoryError, 1)
+    fail_once(monkeypatch, Handler(Connection, "on_bulk_turn"), work)
+    one.send(b"data")
+    loop.pump()
+    assert work.calls >= 1 and loop.server.faults.count == 1
+    assert one.conn is not None and one.conn.phase is Phase.LINGERING
+    assert one.conn.mask == selectors.EVENT_READ
+    one.read_to_end()
+    other.read_to_end()
+    one.close()
+    loop.pump()
+    assert one.conn not in loop.server.connections
+    assert loop.recorder.moods() == ["happy"]
+
+
 @pytest.mark.parametrize("name", ["handshaking", "silent", "lingering"])
 def test_a_fault_in_the_time_limits_of_a_closed_connection(
     loop: Loop, name: str, monkeypatch: pytest.MonkeyPatch
@@ -793,10 +899,15 @@ def test_a_fault_in_the_time_limits_of_a_closed_connection(
 
 
 @pytest.mark.parametrize(
-    "handler", [Handler(Session, "abandon"), Handler(Rendezvous, "expel")], ids=str
+    ("handler", "faults"),
+    [
+        (Handler(Session, "abandon"), 3),  # the third: the session that is left as it was
+        (Handler(Rendezvous, "expel"), 2),
+    ],
+    ids=str,
 )
-def test_a_fault_while_another_one_is_mended(
-    loop: Loop, handler: Handler, monkeypatch: pytest.MonkeyPatch
+def test_a_fault_while_another_one_is_contained(
+    loop: Loop, handler: Handler, faults: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other pairs relay all bytes. The connection is closed."""
     one, other = loop.meet()
@@ -808,10 +919,123 @@ def test_a_fault_while_another_one_is_mended(
         second.send(handshake(TOKEN, "other"))
         loop.pump()
         assert first.sock.recv(100) == second.sock.recv(100) == b""
-    assert loop.server.faults.count == 2
+    assert loop.server.faults.count == faults
     one.send(b"data")
     assert other.receive(4) == b"data"
     assert len(loop.server.connections) == 2
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        Handler(Connection, "advance"),
+        Handler(Connection, "doom"),
+        Handler(Session, "abandon"),
+        Handler(Rendezvous, "expel"),
+        Handler(transit_relay, "is_sound"),
+    ],
+    ids=str,
+)
+def test_a_lasting_fault_of_the_repair_lets_the_loop_run_on(
+    loop: Loop, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn repairs at most once. The first turn without the fault leaves nothing to repair."""
+    one, other = loop.meet()
+    first, second = loop.client("unix"), loop.client("unix")
+    first.send(handshake(TOKEN, "one"))
+    loop.pump()
+    repairs = []
+    repair = loop.server.faults.repair
+    monkeypatch.setattr(loop.server.faults, "repair", lambda: repairs.append(repair()))
+    with monkeypatch.context() as patch:
+        work = FaultyWork(MemoryError, 1_000_000)
+        fail_once(patch, handler, work)
+        fail_once(patch, Handler(Session, "matched"), FaultyWork(MemoryError, 1))
+        second.send(handshake(TOKEN, "other"))
+        for turn in range(1, 5):
+            one.sock.send(b"data")
+            loop.wait_for_arrivals()
+            loop.server.run_once(0)
+            assert other.sock.recv(4) == b"data"
+            assert len(repairs) == turn
+        assert work.calls > 0
+    loop.server.run_once(0)
+    loop.pump()
+    assert len(repairs) == 5
+    assert not loop.server.faults.need_repair
+    assert loop.server.rendezvous.waiting == {} and len(loop.server.rendezvous.pairs) == 1
+    assert second.sock.recv(100) == b""
+
+
+def test_a_connection_that_the_selector_refuses_has_its_record_beside_a_fault(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repair of the faulty connection comes after the ordinary end of the refused one."""
+    refused, faulty = loop.client("unix"), loop.client("unix")
+    refused.send(handshake("refused"))
+    loop.pump()
+    conn = refused.conn
+    assert conn is not None and loop.server._selector is not None
+    with monkeypatch.context() as patch:
+        fail_once(patch, Handler(Session, "line_received"), FaultyWork(MemoryError, 1))
+
+        def refuse(fd: int, *_: object) -> None:
+            loop.server._selector.unregister(fd)  # as the selector itself does then
+            raise OSError(errno.ENOSPC, "injected")
+
+        patch.setattr(loop.server._selector, "modify", refuse)
+        faulty.sock.send(b"junk\n")
+        conn.mask |= selectors.EVENT_WRITE  # so that it is registered anew
+        loop.server.every(1e6, partial(loop.server.update_interest, conn))
+        loop.server.run_once(0)
+    assert loop.server.faults.count == 2
+    assert loop.recorder.moods() == ["empty", "lonely"]
+
+
+def test_accept_closes_a_newcomer_that_is_not_admitted(caplog: pytest.LogCaptureFixture) -> None:
+    """The relay does not accept at once again, but after a while."""
+    loop = ListeningLoop()
+    sockets: list[socket.socket] = []
+
+    def fail(sock: socket.socket, _role: Role) -> None:
+        sockets.append(sock)
+        raise AssertionError("injected")
+
+    loop.server._acceptor._admit = fail
+    with socket.create_connection(loop.listener.sock.getsockname(), TIMEOUT) as client:
+        assert select.select([loop.listener.sock], [], [], TIMEOUT)[0]
+        loop.pump()
+        assert [sock.fileno() for sock in sockets] == [-1]
+        assert client.recv(100) == b""
+    assert len(errors(caplog)) == 1 and loop.server.faults.count == 1
+    loop.server._acceptor._admit = loop.server.admit
+    with socket.create_connection(loop.listener.sock.getsockname(), TIMEOUT):
+        assert select.select([loop.listener.sock], [], [], TIMEOUT)[0]
+        loop.pump()
+        assert loop.server.connections == set()
+        loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+        loop.pump()
+        assert len(loop.server.connections) == 1
+    loop.close()
+
+
+def test_a_fault_at_the_end_of_a_pause_is_followed_by_another_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop does not spin between the attempts."""
+    loop = ListeningLoop()
+    acceptor, selector = loop.server._acceptor, loop.server._selector
+    assert selector is not None
+    fail_once(monkeypatch, Handler(transit_relay.Acceptor, "resume"), FaultyWork(MemoryError, 3))
+    acceptor.pause("injected")
+    for faults in range(1, 4):
+        loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+        assert loop.server.faults.count == faults
+        assert loop.listener.fd not in selector.get_map()
+        assert loop.server._timeout() == transit_relay.ACCEPT_RETRY_SECONDS
+    loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+    assert loop.listener.fd in selector.get_map()
+    loop.close()
 
 
 @pytest.mark.parametrize("exception", ["AssertionError", "OSError", "MemoryError"])
@@ -821,7 +1045,7 @@ def test_a_fault_while_another_one_is_mended(
         Handler(Session, "client_ended"),
         Handler(Session, "partner_left"),
         Handler(Connection, "finish"),
-        Handler(Connection, "is_delivered"),
+        Handler(transit_relay, "is_delivered"),
         Handler(transit_relay.Drain, "__init__"),
         Handler(transit_relay.Drain, "finished_pairs"),
         Handler(transit_relay.Drain, "all_pairs"),
@@ -843,7 +1067,7 @@ def test_a_stop_comes_to_its_end_in_spite_of_a_fault(
     work = FaultyWork(EXCEPTIONS[exception], 1)
     with monkeypatch.context() as patch:
         fail_once(patch, handler, work)
-        loop.server._signals.append(signal.SIGTERM)
+        loop.server.signals._noted.append(signal.SIGTERM)
         loop.server.run_once(0)
         loop.pump()
         for client in (client for pair in pairs for client in pair):
