@@ -1950,8 +1950,8 @@ def is_delivered(conn: Connection) -> bool:
 # Faults
 #
 # Unexpected exceptions are contained: they end the connection that was being served, and its pair.
-# The log messages name places in the program and never contain data of a client: of most exceptions
-# only the type is logged, as their message might.
+# A log message has the traceback. It has the message of an AssertionError, OSError or MemoryError,
+# which contain no data of a client; of other exceptions only the type.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1961,7 +1961,7 @@ class Faults:
     def __init__(self, loop: EventLoop) -> None:
         self.count = 0
         self._loop = loop
-        self.need_repair = False  # a fault may have left connections inconsistent
+        self.need_repair = False  # there was a fault since the last repair
         self._throttles: dict[str, Throttle] = {}
         self._unlogged: dict[str, int] = {}
         self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
@@ -1985,20 +1985,20 @@ class Faults:
             served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
 
     def _end(self, conn: Connection) -> None:
-        """End a connection in order if it is open and sound. Close it otherwise, or if that fails.
+        """End a connection in the ordinary way if it is open and consistent. Else close it.
 
-        The end in order of an unsound connection would be a second fault.
+        The ordinary end of an inconsistent connection would be a second fault.
         """
         try:
-            if conn.phase is Phase.OPEN and is_sound(conn):
+            if conn.phase is Phase.OPEN and is_consistent(conn):
                 conn.session.client_ended()
                 return
         except Exception:
             self._note_exception()
         self._close(conn)
 
-    def _close_unsound(self, conn: Connection) -> None:
-        if not is_sound(conn):
+    def _close_inconsistent(self, conn: Connection) -> None:
+        if not is_consistent(conn):
             self._close(conn)
 
     def _close(self, conn: Connection) -> None:
@@ -2006,17 +2006,17 @@ class Faults:
         self.guard(conn.doom)
 
     def repair(self) -> None:
-        """Close the connections that a fault left inconsistent, and end their partners in order.
+        """Close inconsistent connections, and end their partners in the ordinary way.
 
-        The fault may have come while other connections than the served one were changed: its
-        partner, or clients that it displaced. So this checks all connections. It runs at the end
+        A fault can leave more connections inconsistent than the served one: its partner, or
+        clients that it displaced. So this checks all connections. The Server calls it at the end
         of a turn, when all ordinary ends are complete.
         """
         loop = self._loop
         self.need_repair = False
         for conn in tuple(loop.connections):
             self.guard(conn.advance)
-            self.guard(partial(self._close_unsound, conn))
+            self.guard(partial(self._close_inconsistent, conn))
         for pair in tuple(loop.rendezvous.pairs):
             for session in pair.sessions:
                 if pair is not session.pair and pair is not session.ended_pair:
@@ -2063,10 +2063,10 @@ class Faults:
             self._unlogged[place] = self._unlogged.get(place, 0) + 1
 
 
-def is_sound(conn: Connection) -> bool:
-    """Return whether the phase, the state and the books of a connection agree.
+def is_consistent(conn: Connection) -> bool:
+    """Return whether the phase and the state of a connection agree with the Rendezvous.
 
-    They do after each event. After a fault they may not.
+    They agree at the end of a turn without a fault.
     """
     session = conn.session
     rendezvous, pair = session.rendezvous, session.pair
@@ -2081,8 +2081,8 @@ def is_sound(conn: Connection) -> bool:
     if session.ended_pair is not None:
         return session.ended_pair in rendezvous.pairs
     if session.state is State.WAIT_PARTNER:
-        line = session.handshake
-        return line is not None and session in rendezvous.waiting.get(line.token, {})
+        handshake = session.handshake
+        return handshake is not None and session in rendezvous.waiting.get(handshake.token, {})
     return True
 
 

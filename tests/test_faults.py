@@ -932,7 +932,7 @@ def test_a_fault_while_another_one_is_contained(
         Handler(Connection, "doom"),
         Handler(Session, "abandon"),
         Handler(Rendezvous, "expel"),
-        Handler(transit_relay, "is_sound"),
+        Handler(transit_relay, "is_consistent"),
     ],
     ids=str,
 )
