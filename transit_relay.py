@@ -28,7 +28,7 @@ Rendezvous, and those of the Acceptor on the listeners and of the Server on the 
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
-    Looking in           texts about a running relay
+    Status text          texts about a running relay
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
     Listeners            open the sockets of endpoints, or adopt those that are open
     Messages             stderr or the log file, without blocking
@@ -2648,7 +2648,7 @@ class Recorder:
 # ---------------------------------------------------------------------------------------------
 
 
-def leads_to(path: str, file: os.stat_result) -> bool:
+def is_same_file(path: str, file: os.stat_result) -> bool:
     """Return whether `path` leads to `file`; False if it does not exist. Raises OSError."""
     try:
         return os.path.samestat(os.stat(path), file)
@@ -2727,7 +2727,7 @@ USAGE_COLUMNS = {
 }
 # Errors that may pass without a new start: SQLite's message and primary result code for each.
 SQLITE_BUSY = 5
-PASSING_ERRORS = {
+TRANSIENT_ERRORS = {
     "database is locked": SQLITE_BUSY,
     "database table is locked": 6,  # SQLITE_LOCKED
     "disk I/O error": 10,  # SQLITE_IOERR
@@ -2743,10 +2743,10 @@ class UnusableDatabase(SinkError):
 def result_code(error: Exception) -> int | None:
     """Return SQLite's primary result code for an error, or None if it is unknown.
 
-    Before Python 3.11 the code is found by SQLite's message, for PASSING_ERRORS only.
+    Before Python 3.11 the code is found by SQLite's message, for TRANSIENT_ERRORS only.
     """
     code: int | None = getattr(error, "sqlite_errorcode", None)
-    return PASSING_ERRORS.get(str(error)) if code is None else code & 0xFF
+    return TRANSIENT_ERRORS.get(str(error)) if code is None else code & 0xFF
 
 
 def open_usage_database(path: str) -> sqlite3.Connection:
@@ -2852,15 +2852,15 @@ class UsageDatabase(Sink):
             self._db.close()
             self._db = None
 
-    def _transact(self, batch: Sequence[UsageRecord], last: str) -> None:
-        """Write in one transaction, which ends with the statement `last`. Raises SinkError."""
+    def _transact(self, batch: Sequence[UsageRecord], end_statement: str) -> None:
+        """Write in one transaction, which ends with `end_statement`. Raises SinkError."""
         try:
             db = self._open()
             db.execute("BEGIN IMMEDIATE")
             _insert(db, "usage", batch)
             db.execute("DELETE FROM `current`")  # none or several rows become one
             _insert(db, "current", [self._latest])
-            db.execute(last)
+            db.execute(end_statement)
         except Exception as error:
             if self._db is not None and self._path == ":memory:":
                 self._db.rollback()
@@ -2868,9 +2868,9 @@ class UsageDatabase(Sink):
                 self.close()  # the file may be repaired or replaced before the retry
             if not isinstance(error, (self._sqlite_error, OSError)):
                 raise
-            passes = result_code(error) in PASSING_ERRORS.values()
+            is_transient = result_code(error) in TRANSIENT_ERRORS.values()
             text = error_text(error) if isinstance(error, OSError) else str(error)
-            raise (SinkError if passes else UnusableDatabase)(text) from None
+            raise (SinkError if is_transient else UnusableDatabase)(text) from None
         # Move all rows from the write-ahead log to the file: an operator may move the file alone.
         with contextlib.suppress(self._sqlite_error, MemoryError):
             db.execute("PRAGMA wal_checkpoint")
@@ -2880,7 +2880,7 @@ class UsageDatabase(Sink):
 
         SQLite may not notice that a file was moved or removed.
         """
-        if self._file is not None and not leads_to(self._path, self._file):
+        if self._file is not None and not is_same_file(self._path, self._file):
             self.close()
         if self._db is None:
             self._db = open_usage_database(self._path)
@@ -2889,7 +2889,7 @@ class UsageDatabase(Sink):
 
 
 # ---------------------------------------------------------------------------------------------
-# Looking in
+# Status text
 #
 # Text for people about a running relay, made by pure functions from one Snapshot.
 # ---------------------------------------------------------------------------------------------
@@ -2938,7 +2938,7 @@ ENDPOINT_FIELDS = {
     "fd": ("fileno",),
 }
 # The highest value of a field that is a number, and its base.
-NUMBERS = {
+NUMERIC_FIELDS = {
     "port": (65535, 10),
     "backlog": (2**31 - 1, 10),
     "mode": (0o777, 8),
@@ -3039,8 +3039,8 @@ def parse_endpoint(text: str) -> Endpoint:
         if name in given:
             raise UsageError(f"{text}: {name} is given twice (a colon in a value is \\:)")
         given[name] = value
-        if name in NUMBERS:
-            highest, base = NUMBERS[name]
+        if name in NUMERIC_FIELDS:
+            highest, base = NUMERIC_FIELDS[name]
             number = parse_number(value, highest, base)
             if number is None:
                 limit = f"{highest:o}" if base == 8 else f"{highest}"
@@ -3449,7 +3449,7 @@ class LogFile(MessageHandler):
 
     def _append(self, text: bytes) -> None:
         with contextlib.suppress(OSError):
-            if not leads_to(self._path, os.fstat(self.fd)):
+            if not is_same_file(self._path, os.fstat(self.fd)):
                 self._replace()
         os.write(self.fd, text)
 
@@ -3563,14 +3563,14 @@ class PidFile:
                 except BlockingIOError:
                     reason = f"a relay is running, process id {content.decode()}"
                     raise StartupError(f"pidfile {self._path}: {reason}") from None
-                if leads_to(self._path, os.fstat(fd)):
+                if is_same_file(self._path, os.fstat(fd)):
                     undo.pop_all()
                     return fd
 
     def close(self) -> None:
         """Remove the file. If the folder does not allow that, empty the file."""
         try:
-            if leads_to(self._path, os.fstat(self.fd)):
+            if is_same_file(self._path, os.fstat(self.fd)):
                 os.unlink(self._path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -3589,14 +3589,14 @@ class ServiceManager:
         self._watchdog_seconds = watchdog_seconds
         self._socket: socket.socket | None = None  # kept open: descriptors may run out
         self._unsent = ""  # variables that must arrive and were refused
-        self._phase = ""  # begins the status
+        self._status_prefix = ""
         self._warnings = Throttle()
 
     def add_chores(self, server: Server) -> None:
         """Let the loop send the status, and the watchdog's keep-alive."""
 
         def send_status() -> None:
-            self.notify(f"STATUS={self._phase}{status_line(server.snapshot())}")
+            self.notify(f"STATUS={self._status_prefix}{status_line(server.snapshot())}")
 
         if self._address:
             server.every(STATUS_SECONDS, send_status)
@@ -3610,7 +3610,7 @@ class ServiceManager:
 
     def stopping(self) -> None:
         """Report that a stop has begun."""
-        self._phase = "stopping; "
+        self._status_prefix = "stopping; "
         self.notify("STOPPING=1\nSTATUS=stopping", must_arrive=True)
 
     def notify(self, message: str, must_arrive: bool = False) -> None:
@@ -3850,8 +3850,8 @@ def nonempty(text: str) -> str:
     return text
 
 
-def optional(parse: Callable[[str], object] = str) -> Callable[[str], object]:
-    """Return a parser that leaves an empty value as it is: see `take_back`."""
+def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]:
+    """Return a parser that leaves an empty value as it is: see `reset_empty_options`."""
     return lambda text: text and parse(text)
 
 
@@ -3904,14 +3904,14 @@ def make_parser() -> Parser:
     parser.set_defaults(keepalive=limits.keepalive_seconds)
 
     add = parser.add_argument_group("where it listens").add_argument
-    port, web, url = map(optional, (parse_endpoint, parse_websocket_endpoint, websocket_url))
+    port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
     add("-p", "--port", metavar="ENDPOINT", type=port, action="append", help=HELP["port"])
     add("-w", "--websocket", metavar="ENDPOINT", type=web, action="append", help=HELP["websocket"])
     add("-u", "--websocket-url", metavar="URL", type=url, help=HELP["websocket-url"])
 
     add = parser.add_argument_group("what it records").add_argument
-    add("--usage-db", metavar="FILE", type=optional(), help=HELP["usage-db"])
-    add("--log-fd", metavar="N", type=optional(whole_number), help=HELP["log-fd"])
+    add("--usage-db", metavar="FILE", type=allow_empty(), help=HELP["usage-db"])
+    add("--log-fd", metavar="N", type=allow_empty(whole_number), help=HELP["log-fd"])
     add("--blur-usage", metavar="SECONDS", type=whole_number, help=HELP["blur-usage"])
 
     add = parser.add_argument_group("what it limits").add_argument
@@ -3923,8 +3923,8 @@ def make_parser() -> Parser:
     add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
     add("--daemonize", action="store_true", help=HELP["daemonize"])
     add("--no-daemonize", dest="daemonize", action="store_false", help=argparse.SUPPRESS)
-    add("--pidfile", metavar="FILE", type=optional(), help=HELP["pidfile"])
-    add("--logfile", metavar="FILE", type=optional(), help=HELP["logfile"])
+    add("--pidfile", metavar="FILE", type=allow_empty(), help=HELP["pidfile"])
+    add("--logfile", metavar="FILE", type=allow_empty(), help=HELP["logfile"])
     add("--user", metavar="NAME[:GROUP]", type=nonempty, help=HELP["user"])
     add("--no-splice", action="store_true", help=HELP["no-splice"])
     add("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
@@ -3947,14 +3947,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name):
             vars(configured).pop(name, None)
     options = parser.parse_args(arguments, configured)
-    take_back(options, in_files, parser)
+    reset_empty_options(options, in_files, parser)
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
     return options
 
 
-def take_back(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
+def reset_empty_options(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
     """Replace each empty value by the default. Exits if no file names the option.
 
     Otherwise an empty value is an error: it may come from an unset variable in a script.
@@ -3996,7 +3996,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         if option in ("config", "help", "version"):
             parser.error(f"{option} is for the command line only")
         parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
-        take_back(found, set(), parser)
+        reset_empty_options(found, set(), parser)
     parser.place = ""
     vars(configured).update(
         {name: value for name, value in vars(found).items() if value is not None}

@@ -23,7 +23,7 @@ from helpers import RELAY, TIMEOUT, FakeClock, RelayProcess
 
 import transit_relay
 from transit_relay import (
-    PASSING_ERRORS,
+    TRANSIENT_ERRORS,
     Current,
     JsonLines,
     Recorder,
@@ -906,7 +906,7 @@ def test_a_database_that_cannot_be_written_is_refused(
         opened(path)
 
 
-@pytest.mark.parametrize("text", PASSING_ERRORS)
+@pytest.mark.parametrize("text", TRANSIENT_ERRORS)
 def test_a_file_name_does_not_decide_about_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
@@ -926,7 +926,7 @@ def test_a_file_name_does_not_decide_about_a_refusal(
 @pytest.mark.parametrize(
     ("text", "code", "expected"),
     [
-        *((text, None, code) for text, code in PASSING_ERRORS.items()),
+        *((text, None, code) for text, code in TRANSIENT_ERRORS.items()),
         ("unable to open database file", None, None),
         ("file is not a database", None, None),
         ("no such table: database is locked", None, None),
@@ -947,7 +947,7 @@ def test_result_code(text: str, code: int | None, expected: int | None) -> None:
 def test_the_result_codes_are_those_of_sqlite() -> None:
     names = "BUSY", "LOCKED", "IOERR", "CORRUPT", "FULL"
     codes = [getattr(sqlite3, f"SQLITE_{name}") for name in names]
-    assert list(PASSING_ERRORS.values()) == codes
+    assert list(TRANSIENT_ERRORS.values()) == codes
     assert codes[0] == transit_relay.SQLITE_BUSY
 
 
