@@ -2429,18 +2429,22 @@ class Server:
 # Recorder
 #
 # Usage records leave the event loop through queues. Each sink (database, JSON lines) has a queue
-# and a thread that writes batches from it. So an fsync, a locked database or a stalled reader
-# delays no byte. A record stays in its sink until it is written. When too many records wait, new
-# ones are dropped and counted.
+# and a thread that writes batches from it. So the event loop never waits for an fsync, a locked
+# database or a stalled reader. A record stays in its sink until it is written, or until the sink is
+# given up. When too many records wait, new ones are dropped and counted.
 #
-# The loop and the thread of a sink share fields only under the lock of `_changed`.
+# Fields that the loop and the thread of a sink use are changed only under the lock of `_changed`.
+# The loop never changes `_batch`.
+#
+# `CARRIED`, and the parameter `fd` of PidFile and LogFile, are for a reload, which does not exist
+# yet.
 # ---------------------------------------------------------------------------------------------
 
 
 class Sink(threading.Thread):
     """A destination for records, with its queue and the thread that writes."""
 
-    # The fields that a reload carries over: unwritten data, and what is counted since the start.
+    # Unwritten data, and what is counted since the start.
     CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "_dropped")
     gather_seconds = 0.0  # how long to collect more records before a write
 
@@ -2462,7 +2466,7 @@ class Sink(threading.Thread):
         self._complaints = Throttle()
 
     def prepare(self) -> None:
-        """Open the destination and try a write without effect. Raises StartupError."""
+        """Open the destination and test that it can be written. Raises StartupError."""
 
     # Called by the loop.
 
@@ -2615,7 +2619,7 @@ class Recorder:
         """Log how many records were dropped since the last report, at most once a minute."""
         dropped = sum(sink.dropped for sink in self._sinks)
         if dropped > self._reported and self._complaints.is_due(now):
-            log.warning("%d usage records dropped: too many wait", dropped - self._reported)
+            log.warning("%d usage records dropped", dropped - self._reported)
             self._reported = dropped
 
     def stop(self) -> None:
@@ -2649,7 +2653,7 @@ class Recorder:
 
 
 def is_same_file(path: str, file: os.stat_result) -> bool:
-    """Return whether `path` leads to `file`; False if it does not exist. Raises OSError."""
+    """Return whether the file at `path` is `file`; False if it does not exist. Raises OSError."""
     try:
         return os.path.samestat(os.stat(path), file)
     except FileNotFoundError:
@@ -2725,7 +2729,7 @@ USAGE_COLUMNS = {
     "current": ("rebooted", "updated", "connected", "waiting", "incomplete_bytes"),
     "usage": ("started", "total_time", "waiting_time", "total_bytes", "result"),
 }
-# Errors that may pass without a new start: SQLite's message and primary result code for each.
+# Errors that may go away while the relay runs: SQLite's message and primary result code for each.
 SQLITE_BUSY = 5
 TRANSIENT_ERRORS = {
     "database is locked": SQLITE_BUSY,
@@ -2752,8 +2756,9 @@ def result_code(error: Exception) -> int | None:
 def open_usage_database(path: str) -> sqlite3.Connection:
     """Open a usage database (schema 1 of the reference relay), or create it.
 
-    Raises sqlite3.Error, OSError or UnusableDatabase. Then an existing database keeps its content,
-    and a new file that is still empty is removed.
+    Raises sqlite3.Error, OSError or UnusableDatabase. On an error, an existing database is left
+    unchanged, and a file that this call created is removed if it is still empty, unless the error
+    is SQLITE_BUSY.
     """
     import sqlite3
 
@@ -2832,7 +2837,7 @@ class UsageDatabase(Sink):
     def prepare(self) -> None:
         """Open or create the database, and try a write that is rolled back.
 
-        Raises StartupError. An error that may pass is logged instead: records wait.
+        Raises StartupError. A transient error is logged instead: records wait.
         """
         try:
             self._transact((), "ROLLBACK")
@@ -2910,9 +2915,12 @@ def count_text(count: int, noun: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """Return a number of bytes with three digits and a decimal unit (1 kB = 1000 bytes)."""
+    """Return a number of bytes in a decimal unit (1 kB = 1000 bytes).
+
+    The number has at most three significant digits, except for TB.
+    """
     if size < 1000:
-        return f"{size} bytes"
+        return count_text(size, "byte")
     value = float(size)
     for unit in ("kB", "MB", "GB"):
         value /= 1000
@@ -3008,7 +3016,8 @@ class PassedSockets(NamedTuple):
             found, reason = [endpoint.fileno], ""
         elif endpoint.position is not None:
             found = passed[endpoint.position : endpoint.position + 1]
-            reason = f"{self.total} sockets were passed"
+            verb = "was" if self.total == 1 else "were"
+            reason = f"{count_text(self.total, 'socket')} {verb} passed"
         else:
             found = [fd for fd, name in zip(passed, self.names) if name == endpoint.name]
             reason = f"{len(found)} sockets of this name were passed"
@@ -3124,6 +3133,8 @@ def _suggestion(text: str, kind: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # not in the kernel; or switched off
+# getaddrinfo(3), where the system has them: the name has no address, or none of this family.
+NO_IPV6_ADDRESS = [getattr(socket, name, None) for name in ("EAI_ADDRFAMILY", "EAI_NODATA")]
 FREE_PORT_ATTEMPTS = 20  # to find a port that is free on each address of an interface
 NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # no names for addresses and ports
 FileIdentity = tuple[int, int, int]  # device, inode, and time: inode numbers are soon used again
@@ -3190,7 +3201,8 @@ def _identify(path: str) -> FileIdentity:
 
 def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
     """Open all endpoints, or none. Raises StartupError."""
-    # Find all descriptors first: a new socket could get the number of a missing one.
+    # Look up the passed descriptors before opening any file: a new file could reuse the number of
+    # one that is not open.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
     adopted: set[int | None] = set()
     ipv4_ports = {one.port for one in endpoints if one.interface == ANY_IPV4} - {0}
@@ -3257,6 +3269,10 @@ def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[o
         found = socket.getaddrinfo(
             endpoint.interface, 0, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+    except socket.gaierror as error:
+        if family == socket.AF_INET6 and error.errno in NO_IPV6_ADDRESS:
+            raise OSError("the interface has no IPv6 address") from None
+        raise
     except UnicodeError:  # Python encodes the name before it asks the system
         raise OSError("the interface is no address and no name") from None
     return list(dict.fromkeys((one[0], one[4]) for one in found))
@@ -3322,7 +3338,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder until the returned descriptor is closed. Return None if it is not readable.
+    """Lock a folder until the returned descriptor is closed. Return None if it cannot be opened.
 
     After FOLDER_LOCK_SECONDS go on without the lock: a relay would have released it by then.
     """
@@ -3343,7 +3359,10 @@ def _lock_folder(folder: str) -> int | None:
 
 
 def _remove_stale_socket(endpoint: Endpoint) -> None:
-    """Remove the socket of a relay that died. Raises OSError and StartupError if it is not one."""
+    """Remove the socket of a relay that died.
+
+    Raises OSError if a program listens on it, StartupError if the file is not a socket.
+    """
     if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
         raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -3374,8 +3393,9 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
 # ---------------------------------------------------------------------------------------------
 # Messages
 #
-# Where our own messages go: stderr, stdout or the log file. Messages must not delay clients, so
-# a message is dropped if a pipe, a terminal or a socket has no room for it.
+# Where our own messages go: stderr, stdout or the log file. Messages should not delay clients, so
+# a message is dropped if a pipe, a terminal or a socket has no room for it. A write to a file can
+# still block, for example while its disk hangs.
 # ---------------------------------------------------------------------------------------------
 
 SEVERITIES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -3429,7 +3449,7 @@ def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
 
 
 class LogFile(MessageHandler):
-    """Append messages to a file. It is reopened when the path leads elsewhere."""
+    """Append messages to a file. The path is reopened when another file, or none, is there."""
 
     def __init__(self, path: str, fd: int | None = None) -> None:
         """Open or create the file, or take `fd` if it was opened before an exec. Raises OSError."""
@@ -3644,7 +3664,8 @@ def open_descriptors() -> list[int]:
     with contextlib.suppress(OSError):
         return [int(name) for name in os.listdir("/dev/fd")]
     found = []
-    for fd in range(1024):  # no /proc is mounted
+    # Without /proc (Linux) there is no /dev/fd. Higher numbers than these are not found then.
+    for fd in range(1024):
         with contextlib.suppress(OSError):
             os.fstat(fd)
             found.append(fd)
@@ -3652,10 +3673,11 @@ def open_descriptors() -> list[int]:
 
 
 def daemonize(kept: Iterable[int | None]) -> Callable[[], None]:
-    """Go to the background. Return there, with a function to call when all is set up.
+    """Go to the background. Return in the daemon, with a function to call when all is set up.
 
-    The process that was started waits for that call, and exits with 0. If the daemon ends
-    before that call, it exits with 1: stderr is open until then, for the reason.
+    The original process waits and exits with 0 after that call, or with 1 if the daemon ends
+    first. stderr stays open until the call, so that the daemon can print why it failed. The daemon
+    keeps the working directory and the umask.
     All descriptors are closed, except the standard ones and `kept`, in which None stands for no
     descriptor. Raises StartupError.
     """
@@ -3765,25 +3787,27 @@ def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | No
 EPILOG = """\
 endpoints:
   tcp:4001  tcp6:4001  4001         all interfaces, IPv4 and IPv6
-  tcp:4001:interface=127.0.0.1      one address, or all addresses of a name;
-                                    an IPv6 address: interface=\\:\\:1
+  tcp:4001:interface=127.0.0.1      one address, or those of a name that this machine
+                                    has; an IPv6 address: interface=\\:\\:1
   tcp:0                             a free port, which the start message names
   tcp:4001:backlog=N                the queue of new connections (default and least: 1024)
   unix:/run/x.sock[:mode=660]       a unix socket (default mode: 666)
-  systemd:index=0  systemd:name=X   a socket passed by systemd
+  systemd:index=0  systemd:name=X   a socket passed by systemd, the only one of its name
   fd:N                              a listening socket that is open already
 
 configuration file:
   one option per line, without dashes: `blur-usage 3600` or `blur-usage = 3600`;
   a # at the start of a line or after white space begins a comment;
-  the command line takes an option of the file back with --no-daemonize, --splice,
-  or an empty value: --usage-db=
+  a value has no quotes and no escapes, except the backslash of an endpoint;
+  the command line can cancel an option of the file with --no-daemonize, --splice,
+  or an empty value: --usage-db=   (a user: --user=root)
 
 signals:
   SIGTERM, SIGINT, SIGQUIT          stop: queued bytes get 2 s, unwritten records 10 s;
-                                    a second signal ends the relay at once
-  SIGUSR1                           reopen the log file
-  SIGHUP                            ignored
+                                    a second signal ends the relay at once, and
+                                    discards them
+  SIGUSR1                           reopen the log file, if there is one
+  SIGHUP, SIGUSR2, SIGALRM, others  ignored
 
 exit codes:
   0 stopped, all records written    1 the system refused, or records were lost
@@ -3803,9 +3827,13 @@ class Parser(argparse.ArgumentParser):
     place = ""  # the file and line that are parsed; empty: the command line
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Exit with code 2, for an option that is unknown or has a wrong value."""
         message = re.sub("^argument -[a-z]/", "argument ", message)  # files have no short options
-        print_error(f"{self.place}{message} (--help lists all options)", sys.stderr)
+        self.fail(f"{message} (--help lists all options)")
+
+    def fail(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        print_error(f"{self.place}{message}", sys.stderr)
         raise SystemExit(2)
 
 
@@ -3851,39 +3879,41 @@ def nonempty(text: str) -> str:
 
 
 def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]:
-    """Return a parser that leaves an empty value as it is: see `reset_empty_options`."""
+    """Return a parser that passes an empty value on to `reset_empty_options`."""
     return lambda text: text and parse(text)
 
 
 # The text of --help for each option, by its long name. The man page has the same texts.
 HELP = {
     "port": "accept clients here, over TCP and WebSocket; can be given several times"
-    " (default: what systemd passes if no endpoint is named at all, else tcp:4001)",
-    "websocket": "the same, but answer junk by HTTP instead of `bad handshake`, for connections"
-    " from a proxy; can be given several times (default: none: --port takes both)",
+    " (default: the sockets passed by systemd, if there is neither --port nor --websocket;"
+    " otherwise tcp:4001, also when only --websocket is given)",
+    "websocket": "the same, but answer an invalid first line with HTTP status 400 instead of"
+    " `bad handshake`, for connections from a proxy; can be given several times"
+    " (default: none: --port takes both)",
     "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
     " router stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
     "usage-db": "write a row for each transfer to this SQLite database, which is created if it is"
     " missing; :memory: keeps it in memory (default: none)",
     "log-fd": "write a JSON line for each transfer to this open file descriptor (default: none)",
-    "blur-usage": "round recorded start times down to a multiple of this many seconds, and sizes"
-    " down too (default: 0 s: not blurred)",
+    "blur-usage": "round recorded start times down to a multiple of this many seconds; round sizes"
+    " down to 1 kB, 1 MB or 100 MB (default: 0 s: not blurred)",
     "handshake-timeout": "close a connection that has not sent its handshake after this many"
     " seconds; 0 switches it off (default: %(default)g s)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
     "config": "read more options from this file; the command line takes precedence; can be given"
     " several times (default: none)",
-    "daemonize": "go to the background as soon as all is set up; --no-daemonize cancels it"
-    " (default: stay in the foreground)",
+    "daemonize": "go to the background as soon as all is set up, in the current directory, which"
+    " the daemon keeps; --no-daemonize cancels this option (default: stay in the foreground)",
     "pidfile": "write the process id to this file; a second relay with the same file does not"
     " start (default: transit_relay.pid with --daemonize, else none)",
     "logfile": "write messages to this file; it is reopened when it was moved, and on SIGUSR1"
     " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
-    "user": "open everything as root, then run as this user; numbers work too"
-    " (default: do not change)",
-    "no-splice": "copy all bytes; --splice cancels it (default: bulk between TCP clients is"
-    " spliced, moved by the kernel alone, where the system and Python can: Linux, 3.10)",
+    "user": "open sockets, pidfile and log file as root, then run as this user, who must be able to"
+    " write the usage database and its directory; names or numbers (default: do not change)",
+    "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
+    " moves bulk data between TCP clients with splice(2); needs Linux and Python 3.10)",
 }
 
 
@@ -3910,13 +3940,15 @@ def make_parser() -> Parser:
     add("-u", "--websocket-url", metavar="URL", type=url, help=HELP["websocket-url"])
 
     add = parser.add_argument_group("what it records").add_argument
+    count = allow_empty(whole_number)
     add("--usage-db", metavar="FILE", type=allow_empty(), help=HELP["usage-db"])
-    add("--log-fd", metavar="N", type=allow_empty(whole_number), help=HELP["log-fd"])
-    add("--blur-usage", metavar="SECONDS", type=whole_number, help=HELP["blur-usage"])
+    add("--log-fd", metavar="N", type=count, help=HELP["log-fd"])
+    add("--blur-usage", metavar="SECONDS", type=count, help=HELP["blur-usage"])
 
     add = parser.add_argument_group("what it limits").add_argument
-    seconds = partial(whole_number, highest=MAX_KEEPALIVE_SECONDS)
-    add("--handshake-timeout", metavar="SECONDS", type=duration, help=HELP["handshake-timeout"])
+    seconds = allow_empty(partial(whole_number, highest=MAX_KEEPALIVE_SECONDS))
+    time_limit = allow_empty(duration)
+    add("--handshake-timeout", metavar="SECONDS", type=time_limit, help=HELP["handshake-timeout"])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
 
     add = parser.add_argument_group("how it runs").add_argument
@@ -3979,9 +4011,9 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             text = file.read(MAX_CONFIG_CHARACTERS)
     except OSError as error:
-        parser.error(f"argument --config: {path}: {error_text(error)}")
+        parser.fail(f"argument --config: {path}: {error_text(error)}")
     if len(text) == MAX_CONFIG_CHARACTERS:
-        parser.error(f"argument --config: {path}: too long for a configuration")
+        parser.fail(f"argument --config: {path}: too long for a configuration")
     unset = dict.fromkeys(vars(parser.parse_args([])))  # None: in no line
     found = argparse.Namespace(**{**unset, **vars(configured)})
     for number, line in enumerate(text.split("\n"), 1):
@@ -4015,12 +4047,12 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # Start and stop
 #
 # The order matters. Steps that need root come first, then the switch of the user, then the files
-# that belong to that user. Threads start last: a fork would lose them. A start that fails undoes
-# its steps in reverse order.
+# that belong to that user. Threads start last: a fork would lose them. A start that fails closes
+# what it has opened, in reverse order.
 #
 # A step belongs either to the process (`serve`: background, pidfile, log file) or to the relay
-# (`open_relay`: listeners, sinks). A program that only tries whether a relay could start takes
-# the second kind alone, with an `undo` of its own.
+# (`open_relay`: listeners, sinks). A process that only tries whether a relay could start takes the
+# second kind alone, with an `undo` of its own, and ends: it may have changed its user.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -4042,7 +4074,8 @@ def open_relay(
 ) -> Relay:
     """Open listeners and sinks, become the user of `--user`, and build the Server.
 
-    `undo` gets the steps that undo this. Raises StartupError.
+    `undo` gets the steps that close what this opens. Two steps cannot be undone: the raised limit
+    of open files, and the change of the user. Raises StartupError.
     """
     if ws_frames is None and (
         options.websocket_url or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
@@ -4074,6 +4107,7 @@ def open_relay(
 
 def announce(options: argparse.Namespace, relay: Relay) -> None:
     """Log how the relay runs. A start that fails logs none of this."""
+    # The first two messages are those of the Twisted relay.
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:
@@ -4099,7 +4133,7 @@ def serve(options: argparse.Namespace) -> int:
         environment = Environment.take()
         passed = environment.passed_sockets()
         endpoints = choose_endpoints(options, passed)
-        # First: a file that is opened could get the number of a missing descriptor.
+        # Before any file is opened: see open_listeners.
         named = {passed.find(endpoint) for endpoint in endpoints}
         unused = {passed.find(endpoint) for endpoint in passed.endpoints()} - named
         log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
@@ -4119,7 +4153,11 @@ def serve(options: argparse.Namespace) -> int:
             if passed.remark:
                 log.warning(passed.remark)
             if unused:
-                log.warning("sockets passed to us, but named by no endpoint: %d", len(unused))
+                log.warning(
+                    "sockets passed to us, but named by no endpoint: %d; their connections are"
+                    " never accepted: add --port=systemd:index=N, or do not pass them",
+                    len(unused),
+                )
             announce(options, relay)
             manager.ready()
             if detach is not None:

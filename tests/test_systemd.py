@@ -109,7 +109,7 @@ def test_unused_sockets_are_reported(
     """Clients can connect to them, and would wait for ever."""
     with start("a:b", *passed[:2], arguments=arguments) as relay:
         relay.wait_for("^Transit starting on")
-        message = b"warning: sockets passed to us, but named by no endpoint: %d\n" % unused
+        message = b"warning: sockets passed to us, but named by no endpoint: %d; " % unused
         assert (message in relay.stderr) == (unused > 0)
         assert relay.stderr.count(b"warning: ") == (unused > 0)
         assert relay.stop() == 0
@@ -387,6 +387,7 @@ def test_without_a_service_manager_nothing_is_logged() -> None:
     ("size", "text"),
     [
         (0, "0 bytes"),
+        (1, "1 byte"),
         (999, "999 bytes"),
         (1000, "1 kB"),
         (1234, "1.23 kB"),
