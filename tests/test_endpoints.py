@@ -977,6 +977,7 @@ def test_nothing_is_remarked_without_a_reason(
         ({"LISTEN_FDS": "-1"}, "systemd:index=0", "0 sockets were passed"),
         ({"LISTEN_FDS": "9" * 5000}, "systemd:index=0", "0 sockets were passed"),
         ({}, "systemd:index=2", "2 sockets were passed"),
+        ({"LISTEN_FDS": "1"}, "systemd:index=1", "1 socket was passed"),
         ({}, "systemd:name=relay", "0 sockets of this name"),
         ({"LISTEN_FDNAMES": "a:b"}, "systemd:name=relay", "0 sockets of this name"),
         ({"LISTEN_FDNAMES": "relay:relay"}, "systemd:name=relay", "2 sockets of this name"),
