@@ -187,7 +187,13 @@ def test_the_command_line_cancels_an_option(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--logfile="], ["--port="], ["--keepalive="], ["--usage-db=", "--user="], ["-w", "", "-w", "tcp:4002"]],
+    [
+        ["--logfile="],
+        ["--port="],
+        ["--keepalive="],
+        ["--usage-db=", "--user="],
+        ["-w", "", "-w", "tcp:4002"],
+    ],
 )
 def test_an_empty_value_cancels_only_an_option_of_a_file(
     conf: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
