@@ -2459,7 +2459,7 @@ class Sink(threading.Thread):
         self._dropped = 0
         self._stopping = False
         self._finished = False
-        self._gone = False  # SinkGone was raised: further records are ignored
+        self._gone = False  # SinkGone was raised
         # Used by the thread only, once it runs.
         self._failing = False  # the last write failed
         self._complained = False  # a warning about the failure was logged
@@ -2471,7 +2471,10 @@ class Sink(threading.Thread):
     # Called by the loop.
 
     def put(self, record: UsageRecord) -> None:
-        """Queue a record, or count it as dropped. Does not wait for a write."""
+        """Queue a record, or count it as dropped. Does not wait for a write.
+
+        After SinkGone the record is dropped without being counted.
+        """
         with self._changed:
             if self._gone:
                 return
@@ -2508,7 +2511,7 @@ class Sink(threading.Thread):
 
     @property
     def dropped(self) -> int:
-        """Return how many records were dropped since the start."""
+        """Return how many records were dropped and counted since the start."""
         with self._changed:
             return self._dropped
 
@@ -2639,7 +2642,7 @@ class Recorder:
             sink.join(max(0.0, deadline - time.monotonic()))
 
     def lost(self) -> int:
-        """Return how many records are unwritten or were dropped, summed over the sinks."""
+        """Return how many records are unwritten or were counted as dropped, in all sinks."""
         return sum(sink.unwritten + sink.dropped for sink in self._sinks)
 
 
@@ -3804,8 +3807,8 @@ configuration file:
 
 signals:
   SIGTERM, SIGINT, SIGQUIT          stop: queued bytes get 2 s, unwritten records 10 s;
-                                    a second signal ends the relay at once, and
-                                    discards them
+                                    a second signal ends the relay without waiting
+                                    for them
   SIGUSR1                           reopen the log file, if there is one
   SIGHUP, SIGUSR2, SIGALRM, others  ignored
 
@@ -3913,7 +3916,7 @@ HELP = {
     "user": "open sockets, pidfile and log file as root, then run as this user, who must be able to"
     " write the usage database and its directory; names or numbers (default: do not change)",
     "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
-    " moves bulk data between TCP clients with splice(2); needs Linux and Python 3.10)",
+    " moves bulk data between TCP clients with splice; needs Linux and Python 3.10)",
 }
 
 
@@ -4107,7 +4110,7 @@ def open_relay(
 
 def announce(options: argparse.Namespace, relay: Relay) -> None:
     """Log how the relay runs. A start that fails logs none of this."""
-    # The first two messages are those of the Twisted relay.
+    # The Twisted relay has these texts about blurring.
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:

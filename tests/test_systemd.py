@@ -109,7 +109,10 @@ def test_unused_sockets_are_reported(
     """Clients can connect to them, and would wait for ever."""
     with start("a:b", *passed[:2], arguments=arguments) as relay:
         relay.wait_for("^Transit starting on")
-        message = b"warning: sockets passed to us, but named by no endpoint: %d; " % unused
+        message = (
+            b"warning: sockets passed to us, but named by no endpoint: %d; their connections are"
+            b" never accepted: add --port=systemd:index=N, or do not pass them\n" % unused
+        )
         assert (message in relay.stderr) == (unused > 0)
         assert relay.stderr.count(b"warning: ") == (unused > 0)
         assert relay.stop() == 0
