@@ -2884,7 +2884,7 @@ class UsageDatabase(Sink):
             db.execute("PRAGMA wal_checkpoint")
 
     def _open(self) -> sqlite3.Connection:
-        """Return the database. Open it anew if its path no longer leads to the open file.
+        """Return the database. Open it again if another file, or none, is at its path.
 
         SQLite may not notice that a file was moved or removed.
         """
