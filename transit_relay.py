@@ -176,10 +176,10 @@ MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAM
 BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
-POLLED_BULK = 16  # a connection behind this many in the bulk queue is not polled
+MAX_POLLED_BULK = 16  # a connection behind this many in the bulk queue is not polled
 PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pipes to pay off
 MAX_PIPES = 32  # half of the pipes that a user may have by default
-IDLE_PIPES = 8  # empty pipes kept for the next reads
+MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
 MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
@@ -205,7 +205,7 @@ QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
 GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses these at most
 RETRY_SECONDS = 1  # how often a failed sink tries again
-STALL_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
+SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
 STOP_RECORD_SECONDS = 10  # a stop then waits this long for the sinks
 STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
@@ -517,7 +517,7 @@ class PipePool:
     def give_back(self, pipe: Pipe) -> None:
         """Return a lent pipe to the pool. Keep it if it is empty and few are idle."""
         self._lent -= 1
-        if len(pipe) or len(self._idle) >= IDLE_PIPES:
+        if len(pipe) or len(self._idle) >= MAX_IDLE_PIPES:
             pipe.close()
         else:
             self._idle.append(pipe)
@@ -654,7 +654,7 @@ class State(enum.Enum):
     DONE = "done"
 
 
-HANDSHAKING = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
+BEFORE_HANDSHAKE = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
 
 
 class Handshake(NamedTuple):
@@ -1027,7 +1027,7 @@ class Framing:
         """Return the bytes to send before the end of the connection."""
         return b""
 
-    def drained(self) -> None:
+    def backlog_sent(self) -> None:
         """Note that the backlog is empty."""
 
     def keep_alive(self) -> None:
@@ -1255,7 +1255,7 @@ class WebSocketFraming(Framing):
         code = ws_frames.GOING_AWAY if reason is Reason.STOPPING else ws_frames.NORMAL
         return self._pong + (self._close_frame or ws_frames.build_close(code))
 
-    def drained(self) -> None:
+    def backlog_sent(self) -> None:
         """Send the waiting Pong."""
         pong, self._pong = self._pong, b""
         if pong:
@@ -1274,7 +1274,7 @@ class WebSocketFraming(Framing):
         if waits and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
             self._session.client_ended()
             return
-        if self._session.state not in HANDSHAKING and not self._transport.queued_bytes():
+        if self._session.state not in BEFORE_HANDSHAKE and not self._transport.queued_bytes():
             self._transport.write(ws_frames.build_frame(ws_frames.PING))
             self._unanswered_pings += 1
         self._transport.note_activity()
@@ -1543,7 +1543,7 @@ class Connection:
         if not self._flush(self.backlog):
             return before - len(self.backlog)
         self._set_backlog(None)
-        self.framing.drained()
+        self.framing.backlog_sent()
         self.advance()
         return before
 
@@ -1735,7 +1735,7 @@ class Timers:
 # ---------------------------------------------------------------------------------------------
 
 
-class Door(NamedTuple):
+class ListenerHandler(NamedTuple):
     """One listener in the selector."""
 
     acceptor: Acceptor
@@ -1773,7 +1773,7 @@ class Acceptor:
         """Begin to accept. Raises OSError if the selector refuses a listener."""
         self._selector = selector
         for listener in self._listeners:
-            selector.register(listener.fd, EVENT_READ, Door(self, listener))
+            selector.register(listener.fd, EVENT_READ, ListenerHandler(self, listener))
         self._is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
@@ -1850,7 +1850,7 @@ class Acceptor:
 # ---------------------------------------------------------------------------------------------
 # Signals and stops
 #
-# A signal handler notes the signal and wakes the loop, which acts on it. `Drain` checks whether a
+# A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks whether a
 # stop has delivered everything.
 # ---------------------------------------------------------------------------------------------
 
@@ -1901,7 +1901,7 @@ class Signals:
             sock.close()
 
 
-class Drain:
+class StopProgress:
     """Checks the delivery of the bytes that had arrived when a stop began."""
 
     def __init__(self, connections: Iterable[Connection]) -> None:
@@ -1979,7 +1979,7 @@ class Faults:
         self.need_repair = True
         if isinstance(served, Connection):
             self._end(served)
-        elif isinstance(served, Door):  # it would be ready again at once
+        elif isinstance(served, ListenerHandler):  # it would be ready again at once
             self.guard(partial(served.acceptor.pause, "accepting failed", may_resume=False))
         elif isinstance(served, Acceptor):  # it could not resume
             served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
@@ -2152,7 +2152,7 @@ class Server:
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
         self._deadline = float("inf")  # of the current stop phase
-        self._drain: Drain | None = None  # set when a stop begins
+        self._stop_progress: StopProgress | None = None  # set when a stop begins
 
     def start(self) -> None:
         """Open the selector and begin to accept. Raises OSError."""
@@ -2187,9 +2187,9 @@ class Server:
         served = self._serve_bulk()
         for action in self.signals.take_actions():
             self.faults.guard(action)
-        if self._drain is not None:
+        if self._stop_progress is not None:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
-            self.faults.guard(partial(self._end_pairs, self._drain.finished_pairs(served)))
+            self.faults.guard(partial(self._end_pairs, self._stop_progress.finished_pairs(served)))
         self._run_timers(self.clock())
         self._reap()
         if self.faults.need_repair:
@@ -2243,7 +2243,7 @@ class Server:
 
     def _run_timers(self, now: float) -> None:
         for conn in self._timers.handshaking.take_expired(now):
-            if conn.session.state in HANDSHAKING:
+            if conn.session.state in BEFORE_HANDSHAKE:
                 self.faults.guard(conn.session.client_ended, conn)
         for conn in self._timers.silent.take_expired(now):
             self.faults.guard(conn.framing.keep_alive, conn)
@@ -2315,7 +2315,7 @@ class Server:
         served.
         """
         self._bulk_queue[conn] = self._bulk_queue.get(conn, 0) | ready
-        if len(self._bulk_queue) > POLLED_BULK and not conn.is_unpolled:
+        if len(self._bulk_queue) > MAX_POLLED_BULK and not conn.is_unpolled:
             conn.is_unpolled = True
             self.update_interest(conn)
 
@@ -2390,11 +2390,11 @@ class Server:
         self._acceptor.close()
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
-        self._drain = Drain(self.connections)
+        self._stop_progress = StopProgress(self.connections)
         for conn in tuple(self.connections):
             if conn.session.pair is None:
                 self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
-        self._end_pairs(self._drain.finished_pairs(self.connections))
+        self._end_pairs(self._stop_progress.finished_pairs(self.connections))
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
@@ -2412,10 +2412,12 @@ class Server:
     def _continue_stop(self, now: float) -> None:
         """Enter the next phase of the stop, if this one is complete or its deadline passed."""
         if self.phase is ServerPhase.STOPPING_BYTES:
-            if self._drain is not None:  # None: `stop` met a fault
-                if now < self._deadline and not self._drain.is_complete():
+            if self._stop_progress is not None:  # None: `stop` met a fault
+                if now < self._deadline and not self._stop_progress.is_complete():
                     return
-                self.faults.guard(partial(self._end_pairs, self._drain.all_pairs(self.connections)))
+                self.faults.guard(
+                    partial(self._end_pairs, self._stop_progress.all_pairs(self.connections))
+                )
             self._close_connections()
             self.recorder.update(self.snapshot().current())
             self.recorder.stop()
@@ -2677,11 +2679,11 @@ class JsonLines(Sink):
         self._chunk_records = 0  # how many records of the batch the chunk encodes
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write one chunk of lines, if the reader makes room within STALL_SECONDS."""
+        """Write one chunk of lines, if the reader makes room within SINK_WAIT_SECONDS."""
         if not self._chunk:
             self._encode_chunk(batch)
         try:
-            if self._chunk and takes_bytes(self._fd, STALL_SECONDS):
+            if self._chunk and takes_bytes(self._fd, SINK_WAIT_SECONDS):
                 self._chunk = self._chunk[os.write(self._fd, self._chunk) :]
         except BlockingIOError:
             pass  # another process may have made the descriptor non-blocking
@@ -2769,7 +2771,9 @@ def open_usage_database(path: str) -> sqlite3.Connection:
     is_new = not os.path.exists(target)
     if not is_new and not os.path.isfile(target):
         raise UnusableDatabase("not a regular file")
-    db = sqlite3.connect(path, timeout=STALL_SECONDS, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(
+        path, timeout=SINK_WAIT_SECONDS, isolation_level=None, check_same_thread=False
+    )
     try:
         db.execute("SELECT * FROM sqlite_master")  # rolls back what a killed process left
         if path == ":memory:" or os.path.getsize(target) == 0:

@@ -73,7 +73,7 @@ INVALID_DATA = 1007
 
 # Limits of a head, line ends included. nginx passes on heads of 24 kB.
 MAX_HEAD_BYTES = 32 * 1024
-MAX_LINE_BYTES = 16 * 1024
+MAX_HEAD_LINE_BYTES = 16 * 1024
 
 # The grammar of a head: RFC 7230.
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # 3.2.6
@@ -171,7 +171,7 @@ class HeadReader(Reader):
         seen = len(self._head)
         self._head += data[: MAX_HEAD_BYTES - seen]
         line_end = self._head.find(b"\n", seen) + 1
-        while 0 < line_end <= self._line_start + MAX_LINE_BYTES:
+        while 0 < line_end <= self._line_start + MAX_HEAD_LINE_BYTES:
             if self._line_start and self._head[self._line_start : line_end] in EMPTY_LINES:
                 del self._head[line_end:]
                 return line_end - seen
@@ -181,7 +181,7 @@ class HeadReader(Reader):
 
     def _is_too_long(self) -> bool:
         line_bytes = len(self._head) - self._line_start
-        return len(self._head) == MAX_HEAD_BYTES or line_bytes >= MAX_LINE_BYTES
+        return len(self._head) == MAX_HEAD_BYTES or line_bytes >= MAX_HEAD_LINE_BYTES
 
 
 class RequestReader(HeadReader):
@@ -204,13 +204,15 @@ class RequestReader(HeadReader):
             return parse_request(bytes(self._head)), data[taken:]
         if self._is_too_long():
             method = "HEAD" if self._head.startswith(b"HEAD ") else "GET"
-            limits = f"a head of over {MAX_HEAD_BYTES} bytes, or a line of over {MAX_LINE_BYTES}"
+            limits = (
+                f"a head of over {MAX_HEAD_BYTES} bytes, or a line of over {MAX_HEAD_LINE_BYTES}"
+            )
             raise UpgradeRejected(431, limits, method=method)
         return None
 
     def _check_request_line(self, seen: int) -> None:
         """Check the request line, or its start. `seen` bytes of it were there before."""
-        end = self._head.find(b"\n", seen, MAX_LINE_BYTES) + 1
+        end = self._head.find(b"\n", seen, MAX_HEAD_LINE_BYTES) + 1
         if end:
             is_http = REQUEST_LINE.fullmatch(self._head, 0, end)
         elif seen < CHECKED_START_BYTES:

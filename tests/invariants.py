@@ -6,8 +6,8 @@ import termios
 from collections.abc import Sequence
 
 from transit_relay import (
-    IDLE_PIPES,
     MAX_BACKLOG_BYTES,
+    MAX_IDLE_PIPES,
     PIPE_BYTES,
     Phase,
     Pipe,
@@ -27,7 +27,7 @@ def check_pipe(pipe: Pipe) -> None:
 def check_pool(pool: PipePool, lent: Sequence[Pipe]) -> None:
     """Raise AssertionError unless exactly `lent` are lent, and only they have bytes."""
     assert len({*lent, *pool._idle}) == pool._lent + len(pool._idle), "lent twice, or lost"
-    assert pool._lent <= pool._max_pipes and len(pool._idle) <= IDLE_PIPES
+    assert pool._lent <= pool._max_pipes and len(pool._idle) <= MAX_IDLE_PIPES
     assert all(map(len, lent)) and not any(map(len, pool._idle))
     for pipe in (*lent, *pool._idle):
         check_pipe(pipe)

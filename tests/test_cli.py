@@ -641,7 +641,7 @@ def test_blur_usage(relay: Start, tmp_path: Path, width: int) -> None:
 def test_locked_database_does_not_delay_transfers(relay: Start, tmp_path: Path) -> None:
     """The sink would wait an hour for the lock. The transfers end before that."""
     database = tmp_path / "usage.sqlite"
-    running = relay("--usage-db", str(database), program=patched(STALL_SECONDS=3600))
+    running = relay("--usage-db", str(database), program=patched(SINK_WAIT_SECONDS=3600))
     with locked(database):
         for _ in range(20):
             transfer(running)
@@ -671,7 +671,7 @@ def test_stalled_log_reader_does_not_delay_transfers(relay: Start) -> None:
                 "--log-fd",
                 str(writer),
                 pass_fds=[writer],
-                program=patched(STALL_SECONDS=3600),
+                program=patched(SINK_WAIT_SECONDS=3600),
             )
         for _ in range(20):
             transfer(running)

@@ -84,7 +84,7 @@ CLASSES: list[type] = [
     Session,
     Pair,
     Rendezvous,
-    transit_relay.Door,
+    transit_relay.ListenerHandler,
     transit_relay.Acceptor,
     TimeLimit,
     Timers,
@@ -156,7 +156,7 @@ def containing_frame(
 
 
 def served_connection(frame: types.FrameType | None, callee: str) -> object:
-    """Return the connection, or the Door, on whose behalf this code runs.
+    """Return the connection, or the ListenerHandler, on whose behalf this code runs.
 
     "newcomer" stands for a connection that is not yet made, "acceptor" for a task without one.
     """
@@ -393,7 +393,7 @@ class Stage:
         doors = [
             key.data
             for key in self.loop.server._selector.get_map().values()
-            if isinstance(key.data, transit_relay.Door)
+            if isinstance(key.data, transit_relay.ListenerHandler)
         ]
         self.injection.watched.update(doors)
         sock = socket.create_connection(self.loop.listener.sock.getsockname())
@@ -713,7 +713,7 @@ def test_a_fault_ends_one_connection_and_its_pair(
 NEEDED_TO_CONTAIN = {
     *("Connection.partner", "Connection.interest", "Connection._usable_events"),
     *("Connection.close", "Session.partner", "Pair.partner_of", "Server.update_interest"),
-    *("Door.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
+    *("ListenerHandler.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
 }
 
 
@@ -858,7 +858,7 @@ def test_a_fault_of_a_time_limit_ends_its_connection(
 
 def test_a_fault_of_bulk_that_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is polled again until its peer's end, and both ends are in order."""
-    monkeypatch.setattr(transit_relay, "POLLED_BULK", 0)
+    monkeypatch.setattr(transit_relay, "MAX_POLLED_BULK", 0)
     monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
     one, other = loop.meet("unix", "unix")
     work = FaultyWork(MemoryError, 1)
@@ -1046,10 +1046,10 @@ def test_a_fault_at_the_end_of_a_pause_is_followed_by_another_attempt(
         Handler(Session, "partner_left"),
         Handler(Connection, "finish"),
         Handler(transit_relay, "is_delivered"),
-        Handler(transit_relay.Drain, "__init__"),
-        Handler(transit_relay.Drain, "finished_pairs"),
-        Handler(transit_relay.Drain, "all_pairs"),
-        Handler(transit_relay.Drain, "is_complete"),
+        Handler(transit_relay.StopProgress, "__init__"),
+        Handler(transit_relay.StopProgress, "finished_pairs"),
+        Handler(transit_relay.StopProgress, "all_pairs"),
+        Handler(transit_relay.StopProgress, "is_complete"),
         Handler(Server, "_close_connections"),
         Handler(Server, "snapshot"),
         Handler(transit_relay.Recorder, "stop"),

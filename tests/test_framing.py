@@ -519,8 +519,8 @@ def test_a_client_with_much_unread_gets_the_newest_pong_only(room: Room) -> None
     client.feed(frame(PING, b"5") + frame(PING, b"6"))
     assert client.frames() == [(PONG, b"1"), (PONG, b"2")] and partner.sent == b"data"
     client.queued = 0
-    client.framing.drained()
-    client.framing.drained()
+    client.framing.backlog_sent()
+    client.framing.backlog_sent()
     assert client.frames() == [(PONG, b"1"), (PONG, b"2"), (PONG, b"6")]
 
 
@@ -530,7 +530,7 @@ def test_a_newer_pong_replaces_one_that_waits(room: Room) -> None:
     client.feed(frame(PING, b"old"))
     client.queued = 1
     client.feed(frame(PING, b"new"))
-    client.framing.drained()
+    client.framing.backlog_sent()
     assert client.frames() == [(PONG, b"new")]
 
 
@@ -539,7 +539,7 @@ def test_a_pong_that_waits_is_sent_before_the_close(room: Room) -> None:
     client.queued = 64 * 1024 + 1
     client.feed(frame(PING, b"p"))
     client.feed(frame(CLOSE))
-    client.framing.drained()
+    client.framing.backlog_sent()
     assert client.frames() == [(PONG, b"p"), (CLOSE, b"")]
 
 
@@ -720,7 +720,7 @@ def test_activity_is_noted(room: Room) -> None:
     client.feed(frame(BINARY, b"x")[1:] + frame(PONG))
     assert client.activities == 2 and partner.activities == 0
     partner.feed(b"data")
-    client.framing.drained()
+    client.framing.backlog_sent()
     assert client.activities == 4
 
 
@@ -796,7 +796,7 @@ def test_a_raw_client_is_sent_nothing_but_its_data(room: Room) -> None:
     for client in (room.client(), room.partner()):
         framing = client.framing
         framing.keep_alive()
-        framing.drained()
+        framing.backlog_sent()
         assert framing.closing_bytes(Reason.ENDED) == framing.closing_bytes(Reason.STOPPING) == b""
         assert list(framing.encode(b"data")) == [b"data"]
         assert client.sent == b"" and client.activities == 0
@@ -821,7 +821,7 @@ def test_discard_writes_and_reports_nothing(room: Room, kind: str) -> None:
     client.queued = 0
     for data in (b"anything\n", LINE, UPGRADE, frame(BINARY, LINE), frame(PING), frame(CLOSE)):
         client.feed(data)
-        client.framing.drained()
+        client.framing.backlog_sent()
         client.framing.keep_alive()
         assert observed() == before and client.framing is DISCARD
     assert DISCARD.closing_bytes(Reason.ENDED) == DISCARD.closing_bytes(Reason.STOPPING) == b""
@@ -924,5 +924,5 @@ def test_a_pong_that_waits_is_carried(room: Room) -> None:
     client.queued = 64 * 1024 + 1
     client.feed(frame(PING, b"waits"))
     carry(client)
-    client.framing.drained()
+    client.framing.backlog_sent()
     assert client.frames() == [(PONG, b"waits")]

@@ -58,7 +58,7 @@ from transit_relay import (
 )
 from ws_frames import (
     MAX_HEAD_BYTES,
-    MAX_LINE_BYTES,
+    MAX_HEAD_LINE_BYTES,
     TRANSLATED_BYTES,
     AnswerReader,
     RequestReader,
@@ -344,7 +344,7 @@ def head(chance: random.Random) -> bytes:
         index = chance.randrange(len(fields))
         fields[index] = chance.choice([fields[index - 1], "X: y", "Sec-WebSocket-Version: 8", ": "])
     elif kind < 0.22:
-        size = chance.choice([MAX_LINE_BYTES, MAX_HEAD_BYTES // 4])
+        size = chance.choice([MAX_HEAD_LINE_BYTES, MAX_HEAD_BYTES // 4])
         fields += ["X: " + "x" * size] * (MAX_HEAD_BYTES // size)
     method = chance.choice(["GET"] * 12 + ["HEAD", "POST", "OPTIONS"])
     version = chance.choice(["1"] * 12 + ["0", "2"])

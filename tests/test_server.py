@@ -39,7 +39,6 @@ from transit_relay import (
     STOP_SIGNALS,
     Connection,
     Current,
-    Drain,
     Endpoint,
     Limits,
     Listener,
@@ -49,6 +48,7 @@ from transit_relay import (
     ServerPhase,
     Session,
     State,
+    StopProgress,
     descriptor_budget,
     prepare_socket,
     socket_options,
@@ -504,7 +504,7 @@ def test_a_fault_in_a_bulk_turn_leaves_the_backlog_to_its_client(
     relayed = sending.read_bytes - len(handshake())
     receiver.sendall(b"x")  # both methods have something to do
     with monkeypatch.context() as patch:
-        patch.setattr(transit_relay, "POLLED_BULK", 0)
+        patch.setattr(transit_relay, "MAX_POLLED_BULK", 0)
         calls = raise_once(patch, Connection, method, AssertionError("injected"))
         loop.server.queue_bulk(conn, EVENT_READ | EVENT_WRITE)
         assert conn.is_unpolled
@@ -1024,7 +1024,7 @@ def test_a_stop_asks_a_connection_until_it_has_everything(
     """All looks together ask each of them once, and each look asks one more."""
     monkeypatch.setattr(transit_relay, "is_delivered", FakeConnection.is_delivered)
     conns = [FakeConnection() for _ in range(2_000)]
-    drain = Drain(conns)  # type: ignore[arg-type]
+    drain = StopProgress(conns)  # type: ignore[arg-type]
     looks = 0
     order = random.Random(1).sample(conns, len(conns))
     for conn in order:
@@ -1046,9 +1046,9 @@ def test_a_turn_of_a_stop_looks_only_at_connections_that_were_served(
         loop.server.run_once(0)
     looked_at: list[int] = []
     asked: list[Connection] = []
-    real_finished, real_delivered = Drain.finished_pairs, transit_relay.is_delivered
+    real_finished, real_delivered = StopProgress.finished_pairs, transit_relay.is_delivered
 
-    def finished_pairs(self: Drain, conns: Any) -> Any:
+    def finished_pairs(self: StopProgress, conns: Any) -> Any:
         looked_at.append(len(conns))
         return real_finished(self, conns)
 
@@ -1056,7 +1056,7 @@ def test_a_turn_of_a_stop_looks_only_at_connections_that_were_served(
         asked.append(conn)
         return real_delivered(conn)
 
-    monkeypatch.setattr(Drain, "finished_pairs", finished_pairs)
+    monkeypatch.setattr(StopProgress, "finished_pairs", finished_pairs)
     monkeypatch.setattr(transit_relay, "is_delivered", is_delivered)
     for _ in range(10):
         loop.server.run_once(0)

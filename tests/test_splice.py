@@ -35,11 +35,11 @@ from processes import patched
 import transit_relay
 from transit_relay import (
     BULK_BYTES,
-    IDLE_PIPES,
+    MAX_IDLE_PIPES,
     MAX_PIPES,
+    MAX_POLLED_BULK,
     PIPE_BYTES,
     PIPES_PAUSE_SECONDS,
-    POLLED_BULK,
     TURN_BULK_SECONDS,
     Connection,
     Pipe,
@@ -100,7 +100,7 @@ def test_some_idle_pipes_are_kept(pool: PipePool) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for pipe in lend_all(pool):
         pool.give_back(pipe)
-    assert len(os.listdir("/proc/self/fd")) - before == 2 * IDLE_PIPES
+    assert len(os.listdir("/proc/self/fd")) - before == 2 * MAX_IDLE_PIPES
 
 
 def test_a_pipe_with_bytes_in_it_is_never_lent_again(pool: PipePool) -> None:
@@ -439,7 +439,7 @@ def test_a_turn_of_bulk_is_bounded_by_time(loop: Loop, monkeypatch: pytest.Monke
 
 def test_a_long_bulk_queue_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest is polled, and each connection again when its bulk is moved."""
-    senders = Senders(loop, POLLED_BULK + 4)
+    senders = Senders(loop, MAX_POLLED_BULK + 4)
     monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)  # one in a turn
     loop.server.run_once(0)
     check_server(loop.server)
@@ -467,7 +467,7 @@ def test_as_long_as_reads_are_large_a_connection_stays_unpolled(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the others have their turns meanwhile."""
-    senders = Senders(loop, POLLED_BULK + 4)
+    senders = Senders(loop, MAX_POLLED_BULK + 4)
     monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)
     monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)  # all reads are large
     receivers = len(senders.conns)
@@ -487,7 +487,7 @@ def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of many receivers begins to read at the same time."""
-    monkeypatch.setattr(transit_relay, "POLLED_BULK", 1)
+    monkeypatch.setattr(transit_relay, "MAX_POLLED_BULK", 1)
     monkeypatch.setattr(transit_relay, "TURN_BULK_BYTES", 1)
     pairs = [loop.pair() for _ in range(8)]
     for one, _ in pairs:

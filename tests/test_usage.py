@@ -99,7 +99,7 @@ def messages() -> Iterator[Messages]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten all pauses, and the wait for a lock."""
     monkeypatch.setattr(transit_relay, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(transit_relay, "STALL_SECONDS", 0.01)
+    monkeypatch.setattr(transit_relay, "SINK_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(transit_relay, "STOP_POLL_SECONDS", 0.01)
     monkeypatch.setattr(UsageDatabase, "gather_seconds", 0.0)
 

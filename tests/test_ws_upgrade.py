@@ -18,7 +18,7 @@ from transit_relay import HttpFraming, Role, State
 from ws_frames import (
     CHECKED_START_BYTES,
     MAX_HEAD_BYTES,
-    MAX_LINE_BYTES,
+    MAX_HEAD_LINE_BYTES,
     METHODS,
     AnswerReader,
     Request,
@@ -146,9 +146,9 @@ ACCEPTED: dict[str, bytes] = {
     "a key with other unused bits": request(key=OTHER_KEY),
     "32 KiB": padded(MAX_HEAD_BYTES, request()),
     "32 KiB with line feeds": padded(MAX_HEAD_BYTES, request(end="\n"), b"\n\n"),
-    "a field of 16 KiB": with_line(MAX_LINE_BYTES, request()),
-    "a field of 16 KiB with line feeds": with_line(MAX_LINE_BYTES, request(end="\n"), b"\n"),
-    "a request line of 16 KiB": request("GET /" + "x" * (MAX_LINE_BYTES - 16) + " HTTP/1.1"),
+    "a field of 16 KiB": with_line(MAX_HEAD_LINE_BYTES, request()),
+    "a field of 16 KiB with line feeds": with_line(MAX_HEAD_LINE_BYTES, request(end="\n"), b"\n"),
+    "a request line of 16 KiB": request("GET /" + "x" * (MAX_HEAD_LINE_BYTES - 16) + " HTTP/1.1"),
 }
 
 
@@ -167,7 +167,7 @@ def test_upgraded_requests(head: bytes) -> None:
 
 def ends(head: bytes) -> list[list[bytes]]:
     """Cut a long head near its ends and near the limits. Also return it whole and bytewise."""
-    limits = (CHECKED_START_BYTES, MAX_LINE_BYTES, MAX_HEAD_BYTES, len(head))
+    limits = (CHECKED_START_BYTES, MAX_HEAD_LINE_BYTES, MAX_HEAD_BYTES, len(head))
     near_limits = {n for limit in limits for n in range(limit - 6, limit + 3) if n < len(head)}
     cuts = [*range(1, 30), *sorted(near_limits)]
     return [[head], *([head[:n], head[n:]] for n in cuts), [*map(bytes, zip(head))]]
@@ -311,17 +311,20 @@ REJECTED: dict[str, tuple[bytes, int]] = {
     "32,769 bytes of another version": (padded(MAX_HEAD_BYTES + 1, request(version="8")), 431),
     "no end": (padded(MAX_HEAD_BYTES + 10, request())[:-4], 431),
     "no end of a HEAD": (padded(MAX_HEAD_BYTES + 10, plain("HEAD / HTTP/1.1"))[:-4], 431),
-    "a field of 16 KiB and a byte": (with_line(MAX_LINE_BYTES + 1, request()), 431),
-    "a long field with a line feed": (with_line(MAX_LINE_BYTES + 1, request(end="\n"), b"\n"), 431),
-    "a long field of a HEAD": (with_line(MAX_LINE_BYTES + 1, plain("HEAD / HTTP/1.1")), 431),
+    "a field of 16 KiB and a byte": (with_line(MAX_HEAD_LINE_BYTES + 1, request()), 431),
+    "a long field with a line feed": (
+        with_line(MAX_HEAD_LINE_BYTES + 1, request(end="\n"), b"\n"),
+        431,
+    ),
+    "a long field of a HEAD": (with_line(MAX_HEAD_LINE_BYTES + 1, plain("HEAD / HTTP/1.1")), 431),
     "a long field before a malformed one": (
-        with_line(MAX_LINE_BYTES + 1, request())[:-2] + b"X\r\n\r\n",
+        with_line(MAX_HEAD_LINE_BYTES + 1, request())[:-2] + b"X\r\n\r\n",
         431,
     ),
     "a request line of 16 KiB and a byte": (plain("GET /" + "x" * 16_369 + " HTTP/1.1"), 431),
     "a long line that is no request line": (plain("GET /" + "x" * 20_000 + " HTTP/3"), 431),
     "a malformed request line before a long field": (
-        with_line(MAX_LINE_BYTES + 1, plain("GET / HTTP/1.2")),
+        with_line(MAX_HEAD_LINE_BYTES + 1, plain("GET / HTTP/1.2")),
         400,
     ),
     "a request line that is malformed far behind": (
@@ -429,9 +432,9 @@ def receive_bytewise(reader: RequestReader | AnswerReader, data: bytes) -> None:
     ("head", "limit"),
     [
         (padded(MAX_HEAD_BYTES + 10, request()), MAX_HEAD_BYTES),
-        (with_line(MAX_LINE_BYTES + 10, request()), len(request()) - 2 + MAX_LINE_BYTES),
-        (b"GET /" + b"x" * MAX_LINE_BYTES, MAX_LINE_BYTES),
-        (b"x" * MAX_LINE_BYTES, MAX_LINE_BYTES),
+        (with_line(MAX_HEAD_LINE_BYTES + 10, request()), len(request()) - 2 + MAX_HEAD_LINE_BYTES),
+        (b"GET /" + b"x" * MAX_HEAD_LINE_BYTES, MAX_HEAD_LINE_BYTES),
+        (b"x" * MAX_HEAD_LINE_BYTES, MAX_HEAD_LINE_BYTES),
     ],
     ids=["head", "field", "request line", "first word"],
 )
@@ -647,8 +650,8 @@ BAD_ANSWERS: dict[str, bytes] = {
     ),
     "32,769 bytes": padded(MAX_HEAD_BYTES + 1, answer()),
     "no end": padded(MAX_HEAD_BYTES + 10, answer())[:-4],
-    "a field of 16 KiB and a byte": with_line(MAX_LINE_BYTES + 1, answer()),
-    "no end of the first line": b"HTTP/1.1 101 " + b"x" * MAX_LINE_BYTES,
+    "a field of 16 KiB and a byte": with_line(MAX_HEAD_LINE_BYTES + 1, answer()),
+    "no end of the first line": b"HTTP/1.1 101 " + b"x" * MAX_HEAD_LINE_BYTES,
 }
 
 
@@ -719,7 +722,7 @@ def test_bad_answers(head: bytes) -> None:
 
 @pytest.mark.parametrize(
     "head",
-    [padded(MAX_HEAD_BYTES, answer()), with_line(MAX_LINE_BYTES, answer())],
+    [padded(MAX_HEAD_BYTES, answer()), with_line(MAX_HEAD_LINE_BYTES, answer())],
     ids=["head", "line"],
 )
 def test_the_longest_answers(head: bytes) -> None:
