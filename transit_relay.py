@@ -1850,8 +1850,8 @@ class Acceptor:
 # ---------------------------------------------------------------------------------------------
 # Signals and stops
 #
-# A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks whether a
-# stop has delivered everything.
+# A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks
+# whether a stop has delivered everything.
 # ---------------------------------------------------------------------------------------------
 
 
