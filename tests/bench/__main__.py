@@ -277,7 +277,7 @@ def enter_network(as_it_is: bool) -> str:
     if not as_it_is:
         try:
             network.enter_our_own()
-            which = f"in a network of our own (the machine's is {of_machine})"
+            which = f"in a separate network namespace (the host uses {of_machine})"
         except network.NotPermitted as error:
             which = f"in the machine's network ({error})"
     return f"TCP with {network.congestion_control()}, {which}"
