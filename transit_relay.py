@@ -39,8 +39,8 @@ Rendezvous, and those of the Acceptor on the listeners and of the Server on the 
 The path of a byte from client A to its partner B:
 
  1. `Server.run_once` learns from the selector that A is readable and calls
-    `Connection.on_ready`, which receives into a buffer that all connections share, or puts a
-    large read into the bulk queue.
+    `Connection.on_ready`, which receives into a buffer that all connections share, or, after
+    a large read, puts the next one into the bulk queue.
  2. A's Framing removes the WebSocket encoding, if there is one. It passes the bytes that follow
     the handshake line to A's Session.
  3. The Session counts them in the Pair and passes them to B's Connection. B's Framing encodes
@@ -54,8 +54,9 @@ pipe is free.
 
 The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
 pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end, or
-for LINGER_SECONDS. One whose peer has ended already is closed after the flush. `Server._reap`
-closes sockets at the end of a turn, after all handlers have returned.
+until LINGER_SECONDS after the peer's kernel has acknowledged everything. A Connection whose peer
+has ended already is closed after the flush. `Server._reap` closes sockets at the end of a turn,
+after all handlers have returned.
 """
 
 from __future__ import annotations
@@ -165,13 +166,13 @@ READ_BYTES = 256 * 1024  # the largest read that is copied
 FRAMED_READ_BYTES = (
     64 * 1024
 )  # the largest read from a WebSocket; 30 ms of work if all is empty frames
-FRAMES_PER_READ = 1_000  # a read is sized to contain at most this many frames: 3 ms of work
-COSTLY_FRAMES = 100  # a client whose last read had more frames (0.3 ms) waits in the bulk queue
+FRAMES_PER_READ = 1_000  # a read is sized for this many frames like the last ones: 3 ms
+COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the next one waits in the bulk queue
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
 MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
 FRAME_HEADERS_BYTES = 1024  # headers of the messages made from one read, and a Close
-# The tests assert this bound. It follows from the rules of backpressure.
+# The largest backlog outside a pipe, which follows from backpressure. The tests assert it.
 MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
 BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
@@ -193,7 +194,7 @@ RESERVED_FDS = 16  # kept free of connections and pipes: SQLite's journal, log f
 MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released at a MemoryError, so that handlers can go on
 SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspended
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
-LINGER_BLIND_SECONDS = 60  # the same where the system does not report acknowledgements
+LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
@@ -203,7 +204,7 @@ MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can conta
 COMPLAINT_SECONDS = 60  # the same warning is logged at most this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
-GATHER_SECONDS = 0.5  # one fsync for all records of this time; a kill loses these at most
+GATHER_SECONDS = 0.5  # one fsync for the records of this time; a kill loses what is queued
 RETRY_SECONDS = 1  # how often a failed sink tries again
 SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
@@ -386,8 +387,8 @@ def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
 def prepare_socket(sock: socket.socket, tcp_options: Sequence[tuple[int, int, int]]) -> None:
     """Make an accepted socket non-blocking and set its options.
 
-    A socket inherits the options of its listener. But a newcomer that was queued before the
-    listener had them, as in a start by systemd, would be without.
+    An accepted socket inherits its listener's options, unless it was queued before the listener
+    had them, as in a start by systemd.
     """
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:  # it has no TCP options
@@ -529,7 +530,7 @@ class PipePool:
 
 
 def affordable_pipes() -> int:
-    """Return how many pipes the relay may use: half of a user's quota, or 0 without splice."""
+    """Return how many pipes to use: half of a user's quota, at most MAX_PIPES; 0 without splice."""
     if splice is None:
         return 0
     pages = PIPE_USER_PAGES
@@ -569,7 +570,7 @@ class Role(enum.Enum):
 class Reason(enum.Enum):
     """Why the relay ends a connection. A WebSocket Close has a code for it."""
 
-    ENDED = "ended"  # a client left or was refused, or a time limit passed
+    ENDED = "ended"  # any other end: a client left or was refused, a time limit, a fault
     STOPPING = "stopping"  # the relay stops
 
 
@@ -603,7 +604,7 @@ class Transport(Protocol):
         """Restart the time of silence, after which `framing.keep_alive` is called."""
 
     def finish(self, reason: Reason) -> None:
-        """Flush the backlog and end the connection. Nothing is sent afterwards."""
+        """Queue the closing bytes, flush the backlog and end. Nothing can be sent afterwards."""
 
 
 class EventLoop(Protocol):
@@ -635,9 +636,9 @@ class EventLoop(Protocol):
 # ---------------------------------------------------------------------------------------------
 # Session
 #
-# The state machine of one client. It has no socket and stores no data of the stream. The Framing,
-# the Connection and the Rendezvous report events to it. It calls its Transport (in the relay: its
-# Connection).
+# The state machine of one client. It has no socket and stores no data of the stream. Framing,
+# Connection, Rendezvous, Server and Faults report events to it. It calls its Transport (in the
+# relay: its Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
@@ -700,7 +701,7 @@ class Session:
     The record of a pair (mood happy) is written in `end_sent` of the client that stayed.
     """
 
-    # A reload carries these fields. The others are links to other objects.
+    # The planned reload will carry these fields. The others are links to other objects.
     CARRIED = ("accepted", "handshake", "started", "state")
     __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
@@ -725,7 +726,7 @@ class Session:
         """Return the other session of the pair, while relaying."""
         return None if self.pair is None else self.pair.partner_of(self)
 
-    # Events, from the Framing, the Connection and the Rendezvous.
+    # Events, from the Framing, the Connection, the Rendezvous, the Server and Faults.
 
     def http_detected(self) -> None:
         """Note that the client uses HTTP. Its byte stream begins after an upgrade."""
@@ -780,7 +781,7 @@ class Session:
 
     def client_ended(self, reason: Reason = Reason.ENDED) -> None:
         """End this client: it left, broke a rule of its encoding, got its HTTP answer or reached
-        a time limit, or the relay stops.
+        a time limit, or the relay stops or met a fault.
 
         Half-close is not supported, as in the reference relay: the end of one direction is the
         end of the client.
@@ -795,7 +796,7 @@ class Session:
             self._end(None, reason=reason)
 
     def abandon(self) -> None:
-        """End after a fault that left this session inconsistent. Its partner has no pair then."""
+        """End after a fault that left this session inconsistent. `repair` ends its partner."""
         self.pair = self.ended_pair = None
         self.state = State.DONE
         self.rendezvous.expel(self)
@@ -822,7 +823,7 @@ class Session:
         self.end_sent()
 
     def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
-        """Leave the Rendezvous, or leave the pair to the partner; record, reply, and finish.
+        """Leave the Rendezvous or the pair. Record a client without a partner, reply, and finish.
 
         `mood`: None if there is no record of this client alone.
         """
@@ -1217,8 +1218,8 @@ class WebSocketFraming(Framing):
         except ws_frames.ProtocolError as error:
             self._close_frame = ws_frames.build_close(error.code)
         self._pass_on(payload, pongs)
-        # Choose a size for the next read that would give FRAMES_PER_READ frames at most. It grows
-        # fourfold at most.
+        # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
+        # one: up to four times its size, but FIRST_READ_BYTES at least.
         growth = min(4, FRAMES_PER_READ // events)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
         self.is_costly = events > COSTLY_FRAMES
@@ -1296,9 +1297,9 @@ def first_framing(session: Session, transport: Transport) -> Framing:
 # the encoding of one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES). A spliced backlog
 # stays in its pipe (PIPE_BYTES).
 #
-# After a failed write the relay still reads and delivers what this client has sent. After our FIN
-# it goes on reading: to close a socket with unread input sends a reset, which can destroy bytes
-# in flight to the peer.
+# After a failed write the relay still reads and delivers what has arrived from this client. After
+# our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
+# bytes in flight to the peer.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1322,11 +1323,11 @@ class Connection:
     flushed: the backlog is empty, or a write failed and it was discarded. A client that never
     reads stays in `flushing`, or in `lingering` with bytes that its kernel does not acknowledge:
     these two cases have no time limit yet.
-    doom: a stop whose time is over, a fault, or a selector that refuses the registration.
+    doom: the last step of a stop, a fault, or a selector that refuses the registration.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
-    # A reload carries these fields. The others are links, or follow from these.
+    # The planned reload will carry these fields. The others are links, or follow from these.
     CARRIED = (
         "_is_bulk",
         "_linger_deadline",
@@ -1350,10 +1351,10 @@ class Connection:
         self.backlog: bytearray | Pipe | None = None  # None: nothing is queued
         self.mask = 0  # the registered events; only Server.update_interest sets this
         self.is_unpolled = False  # in the bulk queue, and not in the selector
-        self._is_bulk = False  # the last read was large
+        self._is_bulk = False  # the last read was large or costly: the next one is queued
         self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
-        self._linger_deadline: float | None = None  # set when everything is acknowledged
+        self._linger_deadline: float | None = None  # set if all is acknowledged, or none reported
 
     def __repr__(self) -> str:
         """Return the state of the connection, without data of its client."""
@@ -1392,7 +1393,7 @@ class Connection:
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """Do a small read or write now. Put a large one into the bulk queue.
+        """Do a small write now, and a read if the last one was small. Queue the others as bulk.
 
         `mask` may be out of date, because an earlier event of the turn can change the interest.
         """
@@ -1563,7 +1564,7 @@ class Connection:
         return self._write_failed or not len(backlog)
 
     def _stop_writing(self) -> None:
-        """Note a failed write: this client is gone, but what it sent is still delivered.
+        """Note a failed write: this client is gone, but what has arrived from it is delivered.
 
         The partner is no longer read, because its bytes would be lost. On Linux, reads after
         SHUT_RD return the received bytes and then the end, which ends the pair.
@@ -1730,8 +1731,8 @@ class Timers:
 # Accepting
 #
 # The Acceptor accepts newcomers. It pauses when the relay has as many connections as its
-# descriptors allow, and when a resource is used up. During a pause the listeners are not in the
-# selector, and newcomers wait in the kernel's queue.
+# descriptors allow, when a resource is used up, and after an error of accept or of the selector.
+# During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1749,8 +1750,8 @@ class ListenerHandler(NamedTuple):
 class Acceptor:
     """Accepts the newcomers of all listeners, or pauses.
 
-    A pause ends at `retry_at`. If `may_resume` is true, it ends earlier when a connection closes.
-    Otherwise the same error could repeat at once.
+    A pause ends at `retry_at`, or earlier when a connection closes, if `may_resume` is true. It is
+    false after an error that could repeat at once, because a closed connection does not cure it.
     """
 
     def __init__(
@@ -1766,7 +1767,7 @@ class Acceptor:
         self._selector: selectors.BaseSelector | None = None
         self._is_accepting = False
         self._may_resume = False  # a closed connection ends the pause
-        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause that time ends
+        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause, or one without end
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
@@ -1905,7 +1906,7 @@ class StopProgress:
     """Checks the delivery of the bytes that had arrived when a stop began."""
 
     def __init__(self, connections: Iterable[Connection]) -> None:
-        """Note how much has arrived from each client."""
+        """Note how much has arrived from each client that has a partner."""
         self._arrived_bytes = {
             conn: conn.read_bytes + unread_bytes(conn.sock)
             for conn in connections
@@ -1924,7 +1925,7 @@ class StopProgress:
     def all_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
         """Yield one connection of each running pair: the side that is to end first.
 
-        A side with a backlog should not end first, so that the pair lasts until it is flushed.
+        The side without a backlog ends first: the record waits until the other side is flushed.
         The caller ends the pair before it takes the next one.
         """
         for conn in tuple(connections):
@@ -1940,7 +1941,7 @@ class StopProgress:
 
 
 def is_delivered(conn: Connection) -> bool:
-    """Return whether everything, our end included, is acknowledged, if the system reports it."""
+    """Return whether all, our end included, is acknowledged (or sent, if that is not reported)."""
     if conn.phase is Phase.LINGERING:
         return not unacknowledged_bytes(conn.sock)
     return conn.phase is Phase.CLOSED
@@ -1950,8 +1951,8 @@ def is_delivered(conn: Connection) -> bool:
 # Faults
 #
 # Unexpected exceptions are contained: they end the connection that was being served, and its pair.
-# A log message has the traceback. It has the message of an AssertionError, OSError or MemoryError,
-# which contain no data of a client; of other exceptions only the type.
+# A log message has the traceback and the type of the exception. It has the message only of an
+# AssertionError, OSError or MemoryError, which contains no data of a client.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2223,8 +2224,8 @@ class Server:
     def _serve_bulk(self) -> list[Connection]:
         """Serve connections of the bulk queue, and return them.
 
-        A turn serves at most a quarter of the queue. It stops after the step that reaches
-        TURN_BULK_BYTES or TURN_BULK_SECONDS.
+        A turn serves a quarter of the queue at most, rounded up. It stops after the step that
+        reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
         """
         served: list[Connection] = []
         moved = 0
