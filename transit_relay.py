@@ -2016,6 +2016,8 @@ class Faults:
         loop = self._loop
         self.need_repair = False
         for conn in tuple(loop.connections):
+            if conn.backlog is not None and not len(conn.backlog):
+                self.guard(partial(conn._set_backlog, None))
             self.guard(conn.advance)
             self.guard(partial(self._close_inconsistent, conn))
         for pair in tuple(loop.rendezvous.pairs):
