@@ -902,8 +902,9 @@ class Rendezvous:
         """`record` is called with each record; `clock` returns monotonic seconds."""
         self.record = record
         self.clock = clock
-        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set.
-        self.waiting: dict[bytes, dict[Session, None]] = {}
+        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set, but a
+        # single client is in a tuple, which needs less memory.
+        self.waiting: dict[bytes, tuple[Session] | dict[Session, None]] = {}
         self.waiting_clients = 0
         self.pairs: set[Pair] = set()
         self.pairs_ended = 0
@@ -916,11 +917,11 @@ class Rendezvous:
         takes an arbitrary one.) The others of its side become redundant.
         """
         assert newcomer.handshake is not None
-        crowd = self.waiting.setdefault(newcomer.handshake.token, {})
-        newest = next(reversed(crowd), None)
+        token = newcomer.handshake.token
+        crowd = self.waiting.get(token)
+        newest = None if crowd is None else next(reversed(crowd))
         if newest is None or not self._are_partners(newcomer, newest):
-            crowd[newcomer] = None
-            self.waiting_clients += 1
+            self._add(token, newcomer)
             return
         self.forget(newest)
         pair = Pair(newest, newcomer)
@@ -929,7 +930,7 @@ class Rendezvous:
             session.matched(pair)
         for session in (newest, newcomer):  # a failed write here can end the pair
             session.start_relaying()
-        for other in tuple(crowd):
+        for other in tuple(self.waiting.get(token, ())):
             other.displaced()
 
     @staticmethod
@@ -940,16 +941,26 @@ class Rendezvous:
     def forget(self, session: Session) -> None:
         """Remove a client that waits."""
         assert session.handshake is not None
-        crowd = self.waiting.get(session.handshake.token, {})
-        assert session in crowd, session
+        assert session in self.waiting.get(session.handshake.token, ()), session
         self._remove(session.handshake.token, session)
 
     def _remove(self, token: bytes, session: Session) -> None:
         crowd = self.waiting[token]
-        del crowd[session]
-        self.waiting_clients -= 1
-        if not crowd:
+        if len(crowd) == 1:
             del self.waiting[token]
+        elif isinstance(crowd, dict):
+            del crowd[session]
+        self.waiting_clients -= 1
+
+    def _add(self, token: bytes, session: Session) -> None:
+        crowd = self.waiting.get(token)
+        if crowd is None:
+            self.waiting[token] = (session,)
+        elif isinstance(crowd, dict):
+            crowd[session] = None
+        else:
+            self.waiting[token] = {crowd[0]: None, session: None}
+        self.waiting_clients += 1
 
     def record_single(self, session: Session, mood: str) -> None:
         """Record a client that never had a partner."""
@@ -1965,7 +1976,8 @@ class Faults:
         self.need_repair = False  # there was a fault since the last repair
         self._throttles: dict[str, Throttle] = {}
         self._unlogged: dict[str, int] = {}
-        self._memory_reserve: bytearray | None = bytearray(MEMORY_RESERVE_BYTES)
+        # `bytes` maps memory and does not touch it, so that it is not resident.
+        self._memory_reserve: bytes | None = bytes(MEMORY_RESERVE_BYTES)
 
     def guard(self, work: Callable[[], object], served: object = None) -> None:
         """Call `work`, on behalf of `served` if given, and contain an exception."""
@@ -2042,7 +2054,7 @@ class Faults:
         """Allocate the reserve again, if it was released and there is room."""
         if self._memory_reserve is None:
             with contextlib.suppress(MemoryError):
-                self._memory_reserve = bytearray(MEMORY_RESERVE_BYTES)
+                self._memory_reserve = bytes(MEMORY_RESERVE_BYTES)
 
     def _note_exception(self) -> None:
         error = sys.exc_info()[1]
@@ -2085,7 +2097,7 @@ def is_consistent(conn: Connection) -> bool:
         return session.ended_pair in rendezvous.pairs
     if session.state is State.WAIT_PARTNER:
         handshake = session.handshake
-        return handshake is not None and session in rendezvous.waiting.get(handshake.token, {})
+        return handshake is not None and session in rendezvous.waiting.get(handshake.token, ())
     return True
 
 

@@ -593,13 +593,13 @@ def test_a_memory_error_costs_one_connection(
 def test_the_memory_reserve_waits_until_there_is_room(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(size: int) -> bytearray:
+    def no_memory(size: int) -> bytes:
         raise MemoryError
 
     faults = loop.server.faults
     assert len(faults._memory_reserve or b"") == MEMORY_RESERVE_BYTES
     with monkeypatch.context() as patch:
-        patch.setattr(transit_relay, "bytearray", no_memory, raising=False)
+        patch.setattr(transit_relay, "bytes", no_memory, raising=False)
         try:
             raise MemoryError
         except MemoryError:
