@@ -10,6 +10,8 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import inspect
+import itertools
 import os
 import random
 import re
@@ -53,6 +55,19 @@ def handshake(token: str = "t", side: str | None = None) -> bytes:
     if side is not None:
         line += b" for side " + side.encode().ljust(16, b"0")
     return line + b"\n"
+
+
+def docstring_table(owner: type) -> list[list[str]]:
+    """Return the cells of each row of the table in a class's docstring.
+
+    The columns begin where the dashes of its ruler begin.
+    """
+    lines = (inspect.getdoc(owner) or "").splitlines()
+    ruler = next(n for n, line in enumerate(lines) if line.startswith("-----"))
+    starts = [match.start() for match in re.finditer("-+", lines[ruler])]
+    columns = [slice(*ends) for ends in zip(starts, [*starts[1:], None])]
+    rows = itertools.takewhile(str.strip, lines[ruler + 1 :])
+    return [[row[column].strip() for column in columns] for row in rows]
 
 
 def digest(data: bytes) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
-import itertools
 import random
 import select
 import socket
@@ -21,6 +19,7 @@ from helpers import (
     Loop,
     close_payload,
     digest,
+    docstring_table,
     frame,
     handshake,
     read_to_end,
@@ -299,17 +298,7 @@ class Row(NamedTuple):
     done: str
 
 
-def read_table() -> list[Row]:
-    """Return the rows of the table in Connection's docstring."""
-    lines = (inspect.getdoc(Connection) or "").splitlines()
-    ruler = next(n for n, line in enumerate(lines) if line.startswith("-----"))
-    starts = [n for n, sign in enumerate(lines[ruler]) if sign == "-" != lines[ruler][n - 1 : n]]
-    columns = [slice(*ends) for ends in zip(starts, [*starts[1:], None])]
-    rows = itertools.takewhile(str.strip, lines[ruler + 1 :])
-    return [Row(*(row[column].strip() for column in columns)) for row in rows]
-
-
-TABLE = read_table()
+TABLE = [Row(*cells) for cells in docstring_table(Connection)]
 LISTED = {(row.phase, row.event) for row in TABLE}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from helpers import FakeClock, FakeTransport, handshake
+from helpers import FakeClock, FakeTransport, docstring_table, handshake
 
 from transit_relay import (
     Pair,
@@ -144,23 +143,10 @@ class Row(NamedTuple):
     reply: str
 
 
-def read_table() -> list[Row]:
-    """Return the rows of the table in Session's docstring."""
-    lines = (inspect.getdoc(Session) or "").splitlines()
-    ruler = next(n for n, line in enumerate(lines) if line.startswith("-----"))
-    columns = [slice(*dashes) for dashes in dashed(lines[ruler])]
-    rows = itertools.takewhile(str.strip, lines[ruler + 1 :])
-    cells = ([row[column].strip() for column in columns] for row in rows)
-    return [Row(State(state), name, State(after), *more) for state, name, after, *more in cells]
-
-
-def dashed(ruler: str) -> list[tuple[int, int | None]]:
-    """Return the start and end of the columns under a ruler of dashes. The last has no end."""
-    starts = [n for n, sign in enumerate(ruler) if sign == "-" and ruler[n - 1 : n] != "-"]
-    return list(zip(starts, [*starts[1:], None]))
-
-
-TABLE = read_table()
+TABLE = [
+    Row(State(state), name, State(after), *more)
+    for state, name, after, *more in docstring_table(Session)
+]
 LISTED = {(row[0], row[1]) for row in TABLE}
 
 
