@@ -2353,13 +2353,24 @@ class Server:
         while self._doomed:
             conn, _ = self._doomed.popitem(last=False)
             self._bulk_queue.pop(conn, None)
-            self.faults.guard(conn.close, conn)
-            self.faults.guard(conn.session.connection_lost, conn)
+            try:
+                self._close(conn)
+            except Exception:
+                self.faults.contain(conn)
             if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
                 self.connections.discard(conn)
-            self.faults.guard(partial(self._timers.forget, conn), conn)
         if self._has_room():
             self.faults.guard(partial(self._acceptor.resume, self.clock()), self._acceptor)
+
+    def _close(self, conn: Connection) -> None:
+        """Close a connection. A step that fails does not prevent the next ones."""
+        try:
+            conn.close()
+        finally:
+            try:
+                conn.session.connection_lost()
+            finally:
+                self._timers.forget(conn)
 
     def _close_connections(self) -> None:
         for conn in self.connections:
@@ -2377,19 +2388,18 @@ class Server:
             self.connections.add(conn)
             self._timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
+            self._pause_if_full(conn)
         except Exception:
             if conn is None:
                 sock.close()
             self.faults.contain(conn)
-        self.faults.guard(partial(self._pause_if_full, conn), conn)
 
-    def _pause_if_full(self, newcomer: Connection | None) -> None:
-        if newcomer is not None and not newcomer.mask:
+    def _pause_if_full(self, newcomer: Connection) -> None:
+        if not newcomer.mask:
             # The end of this newcomer makes no room, so it must not end the pause.
             self._acceptor.pause("the selector is full", may_resume=False)
         elif not self._has_room():
-            count = len(self.connections)
-            why = f"{count} connections, the most that can be open"
+            why = f"{len(self.connections)} connections, the most that can be open"
             self._acceptor.pause(why, seconds=float("inf"))
 
     def _has_room(self) -> bool:
@@ -2430,9 +2440,8 @@ class Server:
             if self._stop_progress is not None:  # None: `stop` met a fault
                 if now < self._deadline and not self._stop_progress.is_complete():
                     return
-                self.faults.guard(
-                    partial(self._end_pairs, self._stop_progress.all_pairs(self.connections))
-                )
+                pairs = self._stop_progress.all_pairs(self.connections)
+                self.faults.guard(partial(self._end_pairs, pairs))
             self._close_connections()
             self.recorder.update(self.snapshot().current())
             self.recorder.stop()

@@ -547,9 +547,10 @@ def unmask(data: Bytes, key: bytes) -> bytes | bytearray:
         pad = int.from_bytes((key * (size // 4 + 1))[:size], "little")
         return (int.from_bytes(data, "little") ^ pad).to_bytes(size, "little")
     result = bytearray(data)
-    for position in range(KEY_BYTES):
-        table = XOR_TABLES[key[position]]
-        result[position::KEY_BYTES] = result[position::KEY_BYTES].translate(table)
+    result[0::4] = result[0::4].translate(XOR_TABLES[key[0]])
+    result[1::4] = result[1::4].translate(XOR_TABLES[key[1]])
+    result[2::4] = result[2::4].translate(XOR_TABLES[key[2]])
+    result[3::4] = result[3::4].translate(XOR_TABLES[key[3]])
     return result
 
 

@@ -149,6 +149,7 @@ def containing_frame(
             or name == "admit"
             or (name == "run_once" and callee == "on_ready")
             or (name == "_serve_bulk" and callee == "on_bulk_turn")
+            or (name == "_reap" and callee == "_close")
         ):
             return frame, callee
         frame, callee = frame.f_back, callee if name == "wrapper" else name
@@ -169,7 +170,7 @@ def served_connection(frame: types.FrameType | None, callee: str) -> object:
         return local["conn"] or "newcomer"  # also while `admit` contains a fault
     if name == "run_once":
         return local["key"].data
-    if name == "_serve_bulk":
+    if name in ("_serve_bulk", "_reap"):
         return local["conn"]
     served = local["served"]
     return served if name == "contain" or isinstance(served, Connection) else "acceptor"
