@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test fuzz interop check-packaging bench bench-quick bench-against lint install uninstall \
+.PHONY: help pytest test test-in-process test-processes fuzz interop check-packaging bench bench-quick bench-against lint install uninstall \
 	onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
@@ -37,8 +37,20 @@ endef
 pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
-test: ## run the tests; PYTHON=python3.9 make test for another Python
-	@$(find_pytest); "$$python" -m pytest -q tests
+# The tests that start many relays as processes. They wait for much of their time.
+process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure cli daemon endings hostile kill systemd))
+process_log = build/test-processes.log
+
+# Two runs of pytest share the tests. The output of the second one is printed at the end.
+test: pytest ## run the tests; PYTHON=python3.9 make test for another Python
+	@mkdir -p $(dir $(process_log)); \
+	$(MAKE) -s -j2 test-in-process test-processes; status=$$?; cat $(process_log); exit $$status
+
+test-in-process:
+	@$(find_pytest); "$$python" -m pytest -q tests $(addprefix --ignore=,$(process_tests))
+
+test-processes:
+	@$(find_pytest); "$$python" -m pytest -q $(process_tests) >$(process_log) 2>&1
 
 fuzz: ## run the fuzz tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other inputs
 	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \

@@ -163,9 +163,7 @@ IGNORED_SIGNALS = {
 }
 
 READ_BYTES = 256 * 1024  # the largest read that is copied
-FRAMED_READ_BYTES = (
-    64 * 1024
-)  # the largest read from a WebSocket; 30 ms of work if all is empty frames
+FRAMED_READ_BYTES = 64 * 1024  # the largest WebSocket read; 30 ms of work if of empty frames
 FRAMES_PER_READ = 1_000  # a read is sized for this many frames like the last ones: 3 ms
 COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the next one waits in the bulk queue
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
@@ -363,7 +361,7 @@ def blur_size(size: int) -> int:
 
 
 def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
-    """Return the options of an accepted TCP socket: level, option, value.
+    """Return the options of a client's TCP socket: level, option, value.
 
     `keepalive_seconds`: silence before the first keepalive probe; 0: the system's default.
     """
@@ -384,16 +382,11 @@ def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
     return options
 
 
-def prepare_socket(sock: socket.socket, tcp_options: Sequence[tuple[int, int, int]]) -> None:
-    """Make an accepted socket non-blocking and set its options.
-
-    An accepted socket inherits its listener's options, unless it was queued before the listener
-    had them, as in a start by systemd.
-    """
-    sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:  # it has no TCP options
+def set_options(sock: socket.socket, options: Sequence[tuple[int, int, int]]) -> None:
+    """Set the options of a TCP socket, as far as the system accepts them. Skip a unix socket."""
+    if sock.family == socket.AF_UNIX:
         return
-    for level, option, value in tcp_options:
+    for level, option, value in options:
         try:
             sock.setsockopt(level, option, value)
         except OSError:  # the relay works without it
@@ -461,15 +454,20 @@ class Pipe:
     def __len__(self) -> int:
         return self._filled
 
-    def fill(self, sock: socket.socket) -> None:
-        """Move what `sock` has received into the pipe, up to its size. Raises OSError.
+    def fill(self, sock: socket.socket) -> int:
+        """Move what `sock` has received into the pipe, up to its size. Return how many bytes.
 
-        The pipe must be empty: a full pipe and an empty socket have the same errno, EAGAIN.
+        If it is 0, a recv distinguishes the peer's end, an error, an urgent byte and an empty
+        socket. The pipe must be empty: a full pipe and an empty socket have the same errno, EAGAIN.
         """
         assert splice is not None and not self._filled
-        self._filled = splice(
-            sock.fileno(), self._write_fd, PIPE_BYTES, None, None, SPLICE_F_NONBLOCK
-        )
+        try:
+            self._filled = splice(
+                sock.fileno(), self._write_fd, PIPE_BYTES, None, None, SPLICE_F_NONBLOCK
+            )
+        except OSError:
+            pass
+        return self._filled
 
     def pour(self, sock: socket.socket) -> None:
         """Move bytes from the pipe to `sock`, as many as it accepts. Raises OSError."""
@@ -720,11 +718,6 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.state.value}>"
-
-    @property
-    def partner(self) -> Session | None:
-        """Return the other session of the pair, while relaying."""
-        return None if self.pair is None else self.pair.partner_of(self)
 
     # Events, from the Framing, the Connection, the Rendezvous, the Server and Faults.
 
@@ -1380,11 +1373,12 @@ class Connection:
     @property
     def partner(self) -> Connection | None:
         """Return the connection of the partner, while relaying."""
-        partner = self.session.partner
-        if partner is None:
+        pair = self.session.pair
+        if pair is None:
             return None
-        assert isinstance(partner.transport, Connection)
-        return partner.transport
+        partner = pair.partner_of(self.session).transport
+        assert isinstance(partner, Connection)
+        return partner
 
     # Readiness.
 
@@ -1425,9 +1419,11 @@ class Connection:
     def on_bulk_turn(self, ready: int) -> int:
         """Handle readiness that was queued. Return how many bytes moved."""
         moved = 0
-        if ready & self._usable_events() & EVENT_WRITE:
+        usable = ready & self._usable_events()
+        if usable & EVENT_WRITE:
             moved += self._drain()
-        if ready & self._usable_events() & EVENT_READ:
+            usable = ready & self._usable_events()
+        if usable & EVENT_READ:
             moved += self._receive()
         if self.is_unpolled:
             # A connection that moves bulk stays in the queue and out of the selector.
@@ -1525,8 +1521,7 @@ class Connection:
     def _splice(self, pair: Pair) -> int:
         """Fill one pipe and pour it to the partner. Return how many bytes were read.
 
-        If there were none, the caller must use recv, which distinguishes the peer's end, an
-        error, an urgent byte and an empty socket.
+        If there were none, the caller must use recv: see `Pipe.fill`.
         """
         partner = self.partner
         assert partner is not None
@@ -1534,9 +1529,7 @@ class Connection:
         if pipe is None:
             return 0
         try:
-            with contextlib.suppress(OSError):
-                pipe.fill(self.sock)
-            count = len(pipe)
+            count = pipe.fill(self.sock)
             if count:
                 self.read_bytes += count
                 self._is_bulk = count >= BULK_BYTES
@@ -1769,11 +1762,17 @@ class Acceptor:
         self,
         listeners: Sequence[Listener],
         admit: Callable[[socket.socket, Role], None],
+        options: Sequence[tuple[int, int, int]],
         clock: Callable[[], float],
     ) -> None:
-        """`admit` is called with each newcomer's socket, and owns it unless it raises."""
+        """`admit` is called with each newcomer's socket, and owns it unless it raises.
+
+        `options`: of a newcomer's TCP socket.
+        """
         self._listeners = list(listeners)
         self._admit = admit
+        self._options = options
+        self._inherited: set[Listener] = set()  # whose newcomers have the options from it
         self._clock = clock
         self._selector: selectors.BaseSelector | None = None
         self._is_accepting = False
@@ -1785,17 +1784,24 @@ class Acceptor:
         """Begin to accept. Raises OSError if the selector refuses a listener."""
         self._selector = selector
         for listener in self._listeners:
+            set_options(listener.sock, self._options)
             selector.register(listener.fd, EVENT_READ, ListenerHandler(self, listener))
         self._is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
-        """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener."""
+        """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener.
+
+        On Linux a connection inherits the options that its listener has when it is queued. An
+        empty queue shows that no connection is left that was queued before `start` set them.
+        """
         for _ in range(ACCEPTS_PER_WAKEUP):
             if not self._is_accepting:
                 return
             try:
                 sock, _address = listener.sock.accept()
             except BlockingIOError:
+                if sys.platform == "linux":
+                    self._inherited.add(listener)
                 return
             except OSError as error:
                 if error.errno in OUT_OF_RESOURCES:
@@ -1805,6 +1811,8 @@ class Acceptor:
                     self.pause(f"accept: {name}, {error_text(error)}", may_resume=False)
             else:
                 try:
+                    if listener not in self._inherited:
+                        set_options(sock, self._options)
                     self._admit(sock, listener.role)
                 except Exception:
                     sock.close()
@@ -2155,9 +2163,9 @@ class Server:
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        self._acceptor = Acceptor(listeners, self.admit, clock)
+        options = socket_options(limits.keepalive_seconds)
+        self._acceptor = Acceptor(listeners, self.admit, options, clock)
         self._max_connections = max_connections
-        self._tcp_options = socket_options(limits.keepalive_seconds)
         self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self._timers = Timers(limits)
@@ -2383,7 +2391,7 @@ class Server:
         """Add a newcomer. `role`: of the listener that accepted it."""
         conn = None
         try:
-            prepare_socket(sock, self._tcp_options)
+            sock.setblocking(False)
             conn = Connection(sock, self, role)
             self.connections.add(conn)
             self._timers.handshaking.start(conn, self.clock())
@@ -3919,14 +3927,14 @@ HELP = {
     "port": "accept clients here, over TCP and WebSocket; can be given several times"
     " (default: the sockets passed by systemd, if there is neither --port nor --websocket;"
     " otherwise tcp:4001, also when only --websocket is given)",
-    "websocket": "the same, but answer an invalid first line with HTTP status 400 instead of"
-    " `bad handshake`, for connections from a proxy; can be given several times"
-    " (default: none: --port takes both)",
+    "websocket": "the same, for connections from a proxy: a first line that is not HTTP and does"
+    " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
+    " several times (default: none; a --port endpoint accepts WebSocket clients too)",
     "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
     " router stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
-    "usage-db": "write a row for each transfer to this SQLite database, which is created if it is"
-    " missing; :memory: keeps it in memory (default: none)",
-    "log-fd": "write a JSON line for each transfer to this open file descriptor (default: none)",
+    "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
+    " :memory: keeps it in memory (default: none)",
+    "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
     "blur-usage": "round recorded start times down to a multiple of this many seconds; round sizes"
     " down to 1 kB, 1 MB or 100 MB (default: 0 s: not blurred)",
     "handshake-timeout": "close a connection that has not sent its handshake after this many"

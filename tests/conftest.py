@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import py_compile
 from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import Loop, RelayProcess
+from helpers import RELAY, Loop, RelayProcess
 
 import transit_relay
+
+
+def pytest_sessionstart() -> None:
+    """Cache the bytecode for entry.py, also where PYTHONDONTWRITEBYTECODE is set."""
+    py_compile.compile(str(RELAY))
 
 
 def open_descriptors() -> int:

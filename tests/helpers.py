@@ -39,11 +39,15 @@ from transit_relay import (
     Recorder,
     Role,
     Server,
+    Session,
     UsageRecord,
+    set_options,
+    socket_options,
 )
 
 TIMEOUT = 5 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))  # seconds
 RELAY = Path(transit_relay.__file__).resolve()
+ENTRY = Path(__file__).with_name("entry.py")
 WEB = ("--websocket", "tcp:0:interface=127.0.0.1")  # an option of a RelayProcess
 DIRECTIONS = [("tcp", "tcp"), ("tcp", "ws"), ("ws", "tcp"), ("ws", "ws")]  # of a pair
 BOUND_BYTES = 2 * 1024 * 1024  # of the relay's memory, for one client or pair
@@ -471,6 +475,7 @@ class Loop:
         self._clients.append(ours)
         if tcp:
             self._over_tcp.append((ours, its))
+            set_options(its, socket_options(Limits().keepalive_seconds))
         self.server.admit(its, role)
         return ours
 
@@ -639,6 +644,11 @@ def read_to_end(sock: socket.socket) -> bytes:
     return Client(sock).read_to_end()
 
 
+def partner_of(session: Session) -> Session | None:
+    """Return the other session of the pair, if there is a pair."""
+    return None if session.pair is None else session.pair.partner_of(session)
+
+
 class RelayProcess:
     """A real relay, as an operator starts it. The end of the `with` block kills it."""
 
@@ -648,8 +658,9 @@ class RelayProcess:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         pass_fds: Sequence[int] = (),
-        program: Sequence[str] = (sys.executable, str(RELAY)),
+        program: Sequence[str] = (sys.executable, str(ENTRY)),
     ) -> None:
+        """`program`: what is started; the default is faster than the script RELAY."""
         self.process = subprocess.Popen(
             [*program, *arguments],
             stdin=subprocess.DEVNULL,

@@ -60,7 +60,7 @@ def send_all_that_is_accepted(*floods: Flood) -> None:
     No event reports that there will be no more room. A very slow relay may be sent less than it
     would accept.
     """
-    while ready := select.select([], floods, [], TIMEOUT / 10)[1]:
+    while ready := select.select([], floods, [], TIMEOUT / 20)[1]:
         for flood in ready:
             flood.send()
 

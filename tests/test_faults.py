@@ -713,7 +713,7 @@ def test_a_fault_ends_one_connection_and_its_pair(
 # The containment itself uses these, or a connection cannot be closed without them.
 NEEDED_TO_CONTAIN = {
     *("Connection.partner", "Connection.interest", "Connection._usable_events"),
-    *("Connection.close", "Session.partner", "Pair.partner_of", "Server.update_interest"),
+    *("Connection.close", "Pair.partner_of", "Server.update_interest"),
     *("ListenerHandler.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
 }
 

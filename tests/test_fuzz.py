@@ -66,7 +66,7 @@ from ws_frames import (
     UpgradeRejected,
 )
 
-CASES = int(os.environ.get("RELAY_FUZZ_CASES", "5000"))
+CASES = int(os.environ.get("RELAY_FUZZ_CASES", "2000"))
 FIRST = int(os.environ.get("RELAY_FUZZ_FIRST", "0"))
 # Four tests try a third each. One case in five is not mutated, so about CASES are.
 THIRD, SIXTEENTH = CASES // 3, CASES // 16

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import ClassVar, NamedTuple
 
 import pytest
-from helpers import FakeClock, FakeTransport, handshake
+from helpers import FakeClock, FakeTransport, handshake, partner_of
 from invariants import check_rendezvous
 
 from transit_relay import (
@@ -48,8 +48,8 @@ def are_a_pair(one: Session, other: Session) -> bool:
     """Return whether these two relay to each other."""
     return (
         one.state == other.state == State.RELAYING
-        and one.partner is other
-        and other.partner is one
+        and partner_of(one) is other
+        and partner_of(other) is one
         and one.pair is other.pair
         and one.pair is not None
         and set(one.pair.sessions) == {one, other}
@@ -228,7 +228,7 @@ def test_many_at_random(seed: int) -> None:
             client.line_received(b"junk")
             alone["errory"] += 1
         elif event == "bytes":
-            partner, data = client.partner, b"%d " % step
+            partner, data = partner_of(client), b"%d " % step
             client.bytes_received(data)
             if state == State.RELAYING:
                 assert partner is not None and isinstance(partner.transport, FakeTransport)

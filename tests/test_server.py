@@ -50,7 +50,7 @@ from transit_relay import (
     State,
     StopProgress,
     descriptor_budget,
-    prepare_socket,
+    set_options,
     socket_options,
 )
 
@@ -298,16 +298,24 @@ def test_descriptors_are_kept_for_records_and_pipes(
 
 
 def test_options_of_accepted_sockets(loop: Loop) -> None:
-    """They are set for a client that came before the relay listened, too (systemd)."""
+    """They are set for a client that came before the relay listened (systemd), and for later ones.
+
+    The first client is accepted before the queue was seen empty, the third one afterwards.
+    """
     listening = socket.create_server(("127.0.0.1", 0))
-    with socket.create_connection(listening.getsockname()):
+    with contextlib.ExitStack() as clients:
+        clients.enter_context(socket.create_connection(listening.getsockname()))
         loop.restart(Listener(listening, Endpoint("tcp", "tcp")))
-        loop.pump()
-        (conn,) = loop.server.connections
-        assert not conn.sock.getblocking()
-        assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
-        assert conn.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for number in (1, 2, 3):
+            loop.pump()
+            assert len(loop.server.connections) == number
+            for conn in loop.server.connections:
+                assert not conn.sock.getblocking()
+                assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+                assert conn.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert keepalive_times(conn.sock) == [200, 15, 4]
+            clients.enter_context(socket.create_connection(listening.getsockname()))
 
 
 def keepalive_times(sock: socket.socket) -> list[int]:
@@ -344,9 +352,6 @@ class RefusingOptions:
         self.family = family
         self.asked: list[tuple[int, int, int]] = []
 
-    def setblocking(self, flag: bool) -> None:
-        assert not flag
-
     def setsockopt(self, *option: int) -> None:
         self.asked.append(option)  # type: ignore[arg-type]
         raise OSError(errno.EOPNOTSUPP, "injected")
@@ -356,13 +361,13 @@ def test_one_refused_option_does_not_skip_the_others() -> None:
     options = socket_options(200)
     assert len(options) == 6
     sock: Any = RefusingOptions(socket.AF_INET6)
-    prepare_socket(sock, options)
+    set_options(sock, options)
     assert sock.asked == options
 
 
 def test_a_unix_socket_is_asked_for_no_tcp_option() -> None:
     sock: Any = RefusingOptions(socket.AF_UNIX)
-    prepare_socket(sock, socket_options(200))
+    set_options(sock, socket_options(200))
     assert sock.asked == []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from helpers import FakeClock, FakeTransport, docstring_table, handshake
+from helpers import FakeClock, FakeTransport, docstring_table, handshake, partner_of
 
 from transit_relay import (
     Pair,
@@ -61,7 +61,7 @@ class Setup:
         for session in self.sessions:
             transport = session.transport
             assert isinstance(transport, FakeTransport)
-            seen.append((session.state, transport.sent, transport.finished, session.partner))
+            seen.append((session.state, transport.sent, transport.finished, partner_of(session)))
         return seen
 
 
@@ -331,7 +331,7 @@ def test_the_bytes_of_a_pair_are_counted_from_both_sides_after_the_handshakes(se
 @pytest.mark.parametrize("path", [path for path in PATHS if PATHS[path][0] != State.DONE])
 def test_both_transports_get_the_reason(setup: Setup, path: str, reason: Reason) -> None:
     session = reach(setup, path)
-    partner = session.partner
+    partner = partner_of(session)
     session.client_ended(reason)
     for one in (session, partner):
         assert one is None or (
@@ -359,14 +359,14 @@ def test_each_is_the_others_partner_when_its_transport_is_notified(setup: Setup)
 
         def partner_changed(self) -> None:
             assert self.session is not None
-            self.partners.append((self.session.partner, self.sent))
+            self.partners.append((partner_of(self.session), self.sent))
 
     transports = [ObservingTransport(), ObservingTransport()]
     one, other = (Session(transport, setup.rendezvous, 0.0) for transport in transports)
     for transport, session in zip(transports, (one, other)):
         transport.session = session
     one.line_received(LINE)
-    assert one.partner is None and transports[0].partners == []
+    assert partner_of(one) is None and transports[0].partners == []
     other.line_received(PARTNERS_LINE)
     assert transports[0].partners == [(other, b"")]
     assert transports[1].partners == [(one, b"")]
@@ -415,7 +415,7 @@ def test_an_abandoned_session_is_in_no_book_and_its_pair_is_recorded_once(
 ) -> None:
     """The partner is not changed. `Faults.repair` ends it."""
     session = reach(setup, path)
-    partner, records = session.partner, list(setup.records)
+    partner, records = partner_of(session), list(setup.records)
     session.abandon()
     assert (session.state, session.pair, session.ended_pair) == (State.DONE, None, None)
     session.abandon()  # a second call changes nothing

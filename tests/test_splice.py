@@ -616,7 +616,7 @@ def cut_some_while_others_run(meet: Meet, turn: Callable[[], None]) -> None:
     chance = random.Random(1)
     streams = [Stream(*meet(seed), seed) for seed in range(64)]
     victims: list[Stream] = []
-    for number in range(250):
+    for number in range(150):
         if len(victims) < 8:
             victims.append(Stream(*meet(1000 + number), 1000 + number))
         if chance.random() < 0.5:
