@@ -9,9 +9,10 @@ it is used, without addresses, tokens or sides.
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
 beside it, which implements WebSocket frames, every listener accepts WebSocket clients as well.
 
-The file is divided into sections. At run time a section uses names of the sections above it.
-These calls go down: the methods in the section Interfaces, those of a Session on its Pair and the
-Rendezvous, and those of the Acceptor on the listeners and of the Server on the Recorder.
+The file is divided into sections. At run time a section uses names of the sections above it. Four
+kinds of calls go to a later section: to the methods in the section Interfaces, from a Session to
+its Pair and the Rendezvous, from the Acceptor to the listeners, and from the Server to the
+Recorder. Callbacks go down too: a finished record, a newcomer's socket, the action of a signal.
 
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
@@ -31,7 +32,7 @@ Rendezvous, and those of the Acceptor on the listeners and of the Server on the 
     Status text          texts about a running relay
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
     Listeners            open the sockets of endpoints, or adopt those that are open
-    Messages             stderr or the log file, without blocking
+    Messages             stderr, stdout or the log file
     Daemon               pidfile, log file, user, background, systemd
     Command line         options, and the configuration file
     Start and stop       the order of a start
@@ -39,8 +40,8 @@ Rendezvous, and those of the Acceptor on the listeners and of the Server on the 
 The path of a byte from client A to its partner B:
 
  1. `Server.run_once` learns from the selector that A is readable and calls
-    `Connection.on_ready`, which receives into a buffer that all connections share, or, after
-    a large read, puts the next one into the bulk queue.
+    `Connection.on_ready`, which receives into a buffer that all connections share. If the
+    last read was large, it puts the connection into the bulk queue instead.
  2. A's Framing removes the WebSocket encoding, if there is one. It passes the bytes that follow
     the handshake line to A's Session.
  3. The Session counts them in the Pair and passes them to B's Connection. B's Framing encodes
@@ -48,9 +49,9 @@ The path of a byte from client A to its partner B:
  4. B's Connection copies the bytes that the kernel does not accept into its backlog. While B has
     a backlog, A is not read. So the backlog is about one read.
 
-If both clients are raw, A's Connection counts the bytes in the Pair and writes them to B's
-Connection directly. After a large read, `splice` moves the next one through a kernel pipe, if a
-pipe is free.
+If both clients are raw, later reads bypass Framing and Session: A's Connection counts the bytes in
+the Pair and writes them to B's Connection. After a large read, `splice` moves the next one through
+a kernel pipe, if a pipe is free.
 
 The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
 pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end, or
@@ -113,7 +114,7 @@ log = logging.getLogger(PROGRAM)
 # Constants and errors
 #
 # The first block has values of the protocol and of the operating system. The second block has
-# values that we chose, with the reason. `Limits` has the time limits that an operator can set.
+# values that we chose. `Limits` has the time limits that an operator can set.
 # ---------------------------------------------------------------------------------------------
 
 # The protocol: magic-wormhole-protocols, transit.md.
@@ -175,7 +176,7 @@ MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAM
 BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
-MAX_POLLED_BULK = 16  # a connection behind this many in the bulk queue is not polled
+MAX_POLLED_BULK = 16  # in a longer bulk queue, a connection that is queued is not polled
 PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pipes to pay off
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
@@ -188,7 +189,7 @@ ACCEPTS_PER_WAKEUP = 64  # per listener and turn, so that a flood does not starv
 ACCEPT_RETRY_SECONDS = 1  # after EMFILE and similar; asyncio's ACCEPT_RETRY_DELAY
 LISTEN_BACKLOG = 1024  # newcomers that the kernel queues; its own limit is somaxconn
 MAX_OPEN_FILES = 1024 * 1024  # the soft limit is raised no further than this
-RESERVED_FDS = 16  # kept free of connections and pipes: SQLite's journal, log files
+RESERVED_FDS = 16  # kept free of connections and pipes: the selector, SQLite's journal, log files
 MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released at a MemoryError, so that handlers can go on
 SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspended
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
@@ -199,7 +200,7 @@ CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 
 STATUS_SECONDS = 10  # how often systemd is sent a status line
 MAX_CONFIG_CHARACTERS = 1024 * 1024
 MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can contain user input
-COMPLAINT_SECONDS = 60  # the same warning is logged at most this often
+COMPLAINT_SECONDS = 60  # a throttled warning is logged at most this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
 GATHER_SECONDS = 0.5  # one fsync for the records of this time; a kill loses what is queued
@@ -222,7 +223,7 @@ class UsageError(argparse.ArgumentTypeError):
 
 
 class StartupError(Exception):
-    """The system refuses what the options ask for: one line on stderr, exit code 1."""
+    """The system refuses what the options ask for: a message of one line, exit code 1."""
 
 
 class SinkError(Exception):
@@ -251,23 +252,27 @@ def startup_errors(subject: str) -> Iterator[None]:
 
 
 def parse_number(text: str, highest: int, base: int = 10) -> int | None:
-    """Return `text` as a number, or None if it is not a number from 0 to `highest`."""
+    """Return `text` as a number, or None if it is not a number from 0 to `highest`.
+
+    `highest` has at most 15 digits.
+    """
     digits = "[0-7]" if base == 8 else "[0-9]"
     number = int(text, base) if re.fullmatch(digits + "{1,15}", text) else None
     return None if number is None or number > highest else number
 
 
 class Throttle:
-    """Allows one log message per COMPLAINT_SECONDS."""
+    """Allows something once per period, for example a log message. The first one is allowed."""
 
-    def __init__(self) -> None:
-        self._next_at = float("-inf")
+    def __init__(self, seconds: float = COMPLAINT_SECONDS) -> None:
+        self._seconds = seconds
+        self.next_at = float("-inf")  # monotonic seconds
 
-    def is_due(self, now: float) -> bool:
-        """Return whether to log at `now` (monotonic seconds). If so, the next pause begins."""
-        if now < self._next_at:
+    def take(self, now: float) -> bool:
+        """Return whether it is allowed at `now`. If so, begin the next period."""
+        if now < self.next_at:
             return False
-        self._next_at = now + COMPLAINT_SECONDS
+        self.next_at = now + self._seconds
         return True
 
 
@@ -288,7 +293,7 @@ class UsageRecord(NamedTuple):
     started: float  # seconds since the epoch, at the accept; of a pair the earlier one
     total_time: float  # seconds
     waiting_time: float | None  # seconds between the two accepts; None without a partner
-    total_bytes: int  # relayed in both directions; 0 without a partner
+    total_bytes: int  # received from both clients of a pair; 0 without a partner
     mood: str
 
     def blurred(self, seconds: int) -> UsageRecord:
@@ -404,7 +409,7 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Return whether a write of at most PIPE_BUF bytes will not block. Wait up to `seconds`."""
+    """Return whether `fd` has room for PIPE_BUF bytes. Wait for it up to `seconds`."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
@@ -542,8 +547,8 @@ def affordable_pipes() -> int:
 def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
     """Return the maximum number of connections, and of pipes, for `limit` descriptors.
 
-    `open_now`: descriptors that are in use. RESERVED_FDS stay free for SQLite's journal and for
-    log files. A pipe has two descriptors; pipes get at most an eighth of the limit.
+    `open_now`: descriptors that are in use. RESERVED_FDS are kept for other purposes. A pipe has
+    two descriptors; pipes get at most an eighth of the limit. At least one connection is allowed.
     """
     pipes = min(affordable_pipes(), limit // 16)
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
@@ -590,7 +595,7 @@ class Transport(Protocol):
         """Encode and send `data`, now or later. The caller may then reuse its buffer."""
 
     def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send encoded bytes, now or when there is room."""
+        """Send encoded bytes, now or when there is room. After a failed write, discard them."""
 
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
@@ -616,7 +621,7 @@ class EventLoop(Protocol):
     wallclock: Callable[[], float]  # seconds since the epoch
 
     def update_interest(self, conn: Connection) -> None:
-        """Register what `conn.interest()` returns now."""
+        """Register what `conn.interest()` returns now, unless `conn` is unpolled."""
 
     def queue_bulk(self, conn: Connection, ready: int) -> None:
         """Call `conn.on_bulk_turn(ready)` when the bulk queue reaches `conn`."""
@@ -634,9 +639,9 @@ class EventLoop(Protocol):
 # ---------------------------------------------------------------------------------------------
 # Session
 #
-# The state machine of one client. It has no socket and stores no data of the stream. Framing,
-# Connection, Rendezvous, Server and Faults report events to it. It calls its Transport (in the
-# relay: its Connection).
+# The state machine of one client. It has no socket, and of the stream it stores the handshake only.
+# Framing, Connection, Rendezvous, Server, Faults and the partner's Session report events to it. It
+# calls its Transport (in the relay: its Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
@@ -677,7 +682,7 @@ class Session:
     r"""The state machine of one client, from accept to the end.
 
     tests/test_session.py executes this table. In the state `done`, a line, bytes and `end` have no
-    effect. Any other input that is not listed raises AssertionError.
+    effect. Each other input raises AssertionError in the states for which it is not listed.
 
     state           input      next            mood       reply
     --------------  ---------  --------------  ---------  ----------------
@@ -696,7 +701,8 @@ class Session:
     relaying        left       done            -          -
 
     An HTTP client has no byte stream, and no record, before its upgrade to WebSocket.
-    The record of a pair (mood happy) is written in `end_sent` of the client that stayed.
+    The record of a pair (mood happy) is written in `end_sent` of the client that stayed. After a
+    fault, `Rendezvous.expel` may write it.
     """
 
     # The planned reload will carry these fields. The others are links to other objects.
@@ -710,8 +716,8 @@ class Session:
         self.transport = transport
         self.rendezvous = rendezvous
         self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
-        self.accepted = rendezvous.clock()
-        self.started = started
+        self.accepted = rendezvous.clock()  # monotonic seconds
+        self.started = started  # the same moment, seconds since the epoch
         self.handshake: Handshake | None = None  # while the client waits for a partner
         self.pair: Pair | None = None  # while relaying
         self.ended_pair: Pair | None = None  # this client stayed; the record is not yet written
@@ -719,7 +725,7 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session {self.state.value}>"
 
-    # Events, from the Framing, the Connection, the Rendezvous, the Server and Faults.
+    # Events.
 
     def http_detected(self) -> None:
         """Note that the client uses HTTP. Its byte stream begins after an upgrade."""
@@ -789,7 +795,7 @@ class Session:
             self._end(None, reason=reason)
 
     def abandon(self) -> None:
-        """End after a fault that left this session inconsistent. `repair` ends its partner."""
+        """End after a fault, without the ordinary steps. `Faults.repair` ends the partner."""
         self.pair = self.ended_pair = None
         self.state = State.DONE
         self.rendezvous.expel(self)
@@ -858,7 +864,7 @@ class Pair:
         self.accepted = first.accepted  # monotonic seconds
         self.waiting_time = second.accepted - first.accepted
         self.total_bytes = 0  # from both clients while the pair ran
-        # Between two raw clients, bytes bypass Framing and Session.
+        # Between two raw clients, later reads bypass Framing and Session.
         self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
 
     def partner_of(self, session: Session) -> Session:
@@ -895,8 +901,8 @@ class Rendezvous:
         """`record` is called with each record; `clock` returns monotonic seconds."""
         self.record = record
         self.clock = clock
-        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set, but a
-        # single client is in a tuple, which needs less memory.
+        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set. As long
+        # as there was one client only, a tuple has it, because a tuple needs less memory.
         self.waiting: dict[bytes, tuple[Session] | dict[Session, None]] = {}
         self.waiting_clients = 0
         self.pairs: set[Pair] = set()
@@ -1000,10 +1006,10 @@ class Rendezvous:
 #     DetectFraming --+--> RawFraming                          a line, then data
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
 #
-# When the Session ends, DISCARD replaces the last Framing. A Framing keeps its position in the
-# stream in named fields (CARRIED), so that a reload, which is planned, can carry them. It writes
-# an HTTP answer, a Ping or a Pong to its Transport, already encoded; `closing_bytes` returns a
-# WebSocket's Close.
+# When the Connection finishes, DISCARD replaces the last Framing. A Framing keeps its position in
+# the stream in named fields (CARRIED), so that a reload, which is planned, can carry them. It
+# writes an HTTP answer, a Ping or a Pong to its Transport, already encoded; `closing_bytes` returns
+# a WebSocket's Close.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1139,7 +1145,10 @@ class HttpFraming(Framing):
         self._reader = ws_frames.RequestReader()
 
     def receive(self, data: memoryview) -> None:
-        """Answer the request when its head is complete. After an upgrade, frames follow."""
+        """Answer the request when its head is complete, or cannot become valid.
+
+        After an upgrade, frames follow.
+        """
         try:
             read = self._reader.receive(data)
             if read is None:
@@ -1272,8 +1281,8 @@ class WebSocketFraming(Framing):
 
         A waiting client that has not answered MAX_UNANSWERED_PINGS is ended. Pings are counted,
         not seconds, because a relay that was suspended has sent none. A paired client is not
-        ended here, because the relay may not be reading it. No Ping is sent before the handshake,
-        which has its own time limit, nor behind a backlog.
+        ended here, because the relay may not be reading it. No Ping is sent before the handshake
+        or behind a backlog.
         """
         waits = self._session.state is State.WAIT_PARTNER
         if waits and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
@@ -1325,9 +1334,9 @@ class Connection:
     any        doom                       closed     the backlog is discarded
 
     flushed: the backlog is empty, or a write failed and it was discarded. A client that never
-    reads stays in `flushing`, or in `lingering` with bytes that its kernel does not acknowledge:
+    reads can stay in `flushing`, or in `lingering` while its kernel does not acknowledge all bytes:
     these two cases have no time limit yet.
-    doom: the last step of a stop, a fault, or a selector that refuses the registration.
+    doom: the time of a stop is over, a fault, or a selector that refuses the registration.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
@@ -1383,11 +1392,7 @@ class Connection:
     # Readiness.
 
     def interest(self) -> int:
-        """Return the events to be registered for this connection."""
-        return 0 if self.is_unpolled else self._usable_events()
-
-    def _usable_events(self) -> int:
-        """Return the events that this connection could handle now."""
+        """Return the events that this connection can handle now."""
         if self.phase is Phase.CLOSED:
             return 0
         mask = 0 if self.backlog is None else EVENT_WRITE
@@ -1398,7 +1403,7 @@ class Connection:
         return mask
 
     def on_ready(self, mask: int) -> None:
-        """Do a small write now, and a read if the last one was small. Queue the others as bulk.
+        """Do a small write now, and a read if the last one was cheap. Queue the others as bulk.
 
         `mask` may be out of date, because an earlier event of the turn can change the interest.
         """
@@ -1419,15 +1424,15 @@ class Connection:
     def on_bulk_turn(self, ready: int) -> int:
         """Handle readiness that was queued. Return how many bytes moved."""
         moved = 0
-        usable = ready & self._usable_events()
+        usable = ready & self.interest()
         if usable & EVENT_WRITE:
             moved += self._drain()
-            usable = ready & self._usable_events()
+            usable = ready & self.interest()
         if usable & EVENT_READ:
             moved += self._receive()
         if self.is_unpolled:
             # A connection that moves bulk stays in the queue and out of the selector.
-            if moved >= BULK_BYTES and self._usable_events():
+            if moved >= BULK_BYTES and self.interest():
                 self._server.queue_bulk(self, EVENT_READ | EVENT_WRITE)
             else:
                 self.is_unpolled = False
@@ -1441,7 +1446,7 @@ class Connection:
         self.write(*self.framing.encode(data))
 
     def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send at once what the kernel accepts. Copy only the rest to the backlog."""
+        """Send what the kernel accepts, unless there is a backlog. Copy the rest to the backlog."""
         if self._write_failed:
             return
         if self.backlog is not None:
@@ -1456,7 +1461,7 @@ class Connection:
                 self._stop_writing()
                 return
             sent = 0
-        if more or sent < len(data):  # `unsent` finds out whether several parts were sent
+        if more or sent < len(data):  # `sent` counts all parts, so `unsent` compares it
             left = unsent((data, *more), sent)
             if left:
                 self._set_backlog(left)
@@ -1643,9 +1648,10 @@ class Connection:
 # ---------------------------------------------------------------------------------------------
 # Timers
 #
-# There is one queue for each kind of time limit. All entries of a queue have the same limit, and a
-# new entry goes to the end, so the queue is sorted. It stores when each entry began, not its
-# deadline. An expired entry may be obsolete, which the Server checks. Chores are periodic tasks.
+# There is one queue for each time limit that many connections have. All entries of a queue have the
+# same limit, and a new entry goes to the end, so the queue is sorted. It stores when each entry
+# began, not its deadline. An expired entry may be obsolete: then its handler does nothing. Chores
+# are periodic tasks.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1688,36 +1694,27 @@ class TimeLimit:
         return set(self._since)
 
 
-class Chore:
+class Chore(NamedTuple):
     """A periodic task. It is due at once for the first time."""
 
-    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
-        self.due = float("-inf")  # monotonic seconds
-        self.work = work
-        self._seconds = seconds
-
-    def start(self, now: float) -> bool:
-        """Return whether the task is due at `now`. If so, its next period begins."""
-        if now < self.due:
-            return False
-        self.due = now + self._seconds
-        return True
+    period: Throttle
+    work: Callable[[], None]
 
 
 class Timers:
-    """The queues of all time limits, and the chores."""
+    """The queues of the time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # An entry stays in the queue after its handshake. The Server ignores it when it expires.
+        # A connection stays in this queue after its handshake. The Server checks its state.
         self.handshaking = TimeLimit(limits.handshake_seconds)
-        self.lingering = TimeLimit(LINGER_POLL_SECONDS)
+        self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
-        self._queues = (self.handshaking, self.lingering, self.silent)
+        self._queues = (self.handshaking, self.linger_polls, self.silent)
         self.chores: list[Chore] = []
 
     def next_due(self) -> float:
         """Return when the first limit or chore is due; infinity if there is none."""
-        chores_due = min((chore.due for chore in self.chores), default=float("inf"))
+        chores_due = min((chore.period.next_at for chore in self.chores), default=float("inf"))
         return min(chores_due, *(queue.next_due() for queue in self._queues))
 
     def postpone(self, seconds: float) -> None:
@@ -1735,7 +1732,8 @@ class Timers:
 # Accepting
 #
 # The Acceptor accepts newcomers. It pauses when the relay has as many connections as its
-# descriptors allow, when a resource is used up, and after an error of accept or of the selector.
+# descriptors allow, when a resource is used up, and after an error of accept or of the selector
+# that may concern the next newcomer too.
 # During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
 # ---------------------------------------------------------------------------------------------
 
@@ -1754,30 +1752,27 @@ class ListenerHandler(NamedTuple):
 class Acceptor:
     """Accepts the newcomers of all listeners, or pauses.
 
-    A pause ends at `retry_at`, or earlier when a connection closes, if `may_resume` is true. It is
-    false after an error that could repeat at once, because a closed connection does not cure it.
+    A pause ends at `retry_at`, or earlier when a connection closes, if `may_end_early` is true. It
+    is false after an error that could repeat at once.
     """
 
     def __init__(
         self,
         listeners: Sequence[Listener],
         admit: Callable[[socket.socket, Role], None],
-        options: Sequence[tuple[int, int, int]],
+        limits: Limits,
         clock: Callable[[], float],
     ) -> None:
-        """`admit` is called with each newcomer's socket, and owns it unless it raises.
-
-        `options`: of a newcomer's TCP socket.
-        """
+        """`admit` is called with each newcomer's socket, and owns it unless it raises."""
         self._listeners = list(listeners)
         self._admit = admit
-        self._options = options
+        self._options = socket_options(limits.keepalive_seconds)
         self._inherited: set[Listener] = set()  # whose newcomers have the options from it
         self._clock = clock
         self._selector: selectors.BaseSelector | None = None
-        self._is_accepting = False
-        self._may_resume = False  # a closed connection ends the pause
-        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause, or one without end
+        self.is_accepting = False
+        self._may_end_early = False  # a closed connection ends the pause
+        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause, or until a close
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
@@ -1786,7 +1781,7 @@ class Acceptor:
         for listener in self._listeners:
             set_options(listener.sock, self._options)
             selector.register(listener.fd, EVENT_READ, ListenerHandler(self, listener))
-        self._is_accepting = bool(self._listeners)
+        self.is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
         """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener.
@@ -1795,7 +1790,7 @@ class Acceptor:
         empty queue shows that no connection is left that was queued before `start` set them.
         """
         for _ in range(ACCEPTS_PER_WAKEUP):
-            if not self._is_accepting:
+            if not self.is_accepting:
                 return
             try:
                 sock, _address = listener.sock.accept()
@@ -1808,7 +1803,7 @@ class Acceptor:
                     self.pause(error_text(error))
                 elif error.errno not in NEWCOMER_LOST:
                     name = errno.errorcode.get(error.errno or 0, "unknown error")
-                    self.pause(f"accept: {name}, {error_text(error)}", may_resume=False)
+                    self.pause(f"accept: {name}, {error_text(error)}", may_end_early=False)
             else:
                 try:
                     if listener not in self._inherited:
@@ -1819,21 +1814,21 @@ class Acceptor:
                     raise
 
     def pause(
-        self, why: str, may_resume: bool = True, seconds: float = ACCEPT_RETRY_SECONDS
+        self, why: str, may_end_early: bool = True, seconds: float = ACCEPT_RETRY_SECONDS
     ) -> None:
         """Stop accepting for `seconds`. Log the reason, at most once a minute."""
-        if not self._is_accepting:
+        if not self.is_accepting:
             return
         now = self._clock()
-        self._may_resume = may_resume
+        self._may_end_early = may_end_early
         self.retry_at = now + seconds
         self._unregister()
-        if self._complaints.is_due(now):
+        if self._complaints.take(now):
             log.warning("newcomers have to wait: %s", why)
 
     def resume(self, now: float) -> None:
         """End a pause, if its time is over or if it may end earlier."""
-        if self._is_accepting or (now < self.retry_at and not self._may_resume):
+        if self.is_accepting or (now < self.retry_at and not self._may_end_early):
             return
         assert self._selector is not None
         self.retry_at = now + ACCEPT_RETRY_SECONDS  # if `start` fails
@@ -1841,8 +1836,8 @@ class Acceptor:
         try:
             self.start(self._selector)
         except OSError as error:
-            self._is_accepting = True
-            self.pause(error_text(error), may_resume=False)
+            self.is_accepting = True
+            self.pause(error_text(error), may_end_early=False)
         else:
             self.retry_at = float("inf")
 
@@ -1859,7 +1854,7 @@ class Acceptor:
         self._listeners = []
 
     def _unregister(self) -> None:
-        self._is_accepting = False
+        self.is_accepting = False
         if self._selector is not None:
             registered = self._selector.get_map()
             for listener in self._listeners:
@@ -1895,7 +1890,7 @@ class Signals:
         return self._sockets[0].fileno()
 
     def install(self) -> None:
-        """Install the handlers. Ignore unused signals that would end the process."""
+        """Install the handlers. Ignore those of IGNORED_SIGNALS that have no action."""
         signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
         for number in IGNORED_SIGNALS - set(self._actions):
             signal.signal(number, signal.SIG_IGN)
@@ -1933,19 +1928,19 @@ class StopProgress:
         }
         self._undelivered = list(connections)
 
-    def finished_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
+    def finished_leavers(self, connections: Iterable[Connection]) -> Iterator[Connection]:
         """Yield the leaver of each pair of which all arrived bytes are read."""
-        for leaver in self.all_pairs(connections):
+        for leaver in self.leavers(connections):
             partner = leaver.partner
             assert partner is not None
             if all(one.read_bytes >= self._arrived_bytes[one] for one in (leaver, partner)):
                 yield leaver
 
-    def all_pairs(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield one connection of each running pair: the side that is to end first.
+    def leavers(self, connections: Iterable[Connection]) -> Iterator[Connection]:
+        """Yield for each connection of a running pair which of the two is to leave first.
 
-        The side without a backlog ends first: the record waits until the other side is flushed.
-        The caller ends the pair before it takes the next one.
+        A client without a backlog leaves first. The other one then flushes its backlog, and the
+        record is written. A pair that the caller ends is not yielded again.
         """
         for conn in tuple(connections):
             partner = conn.partner
@@ -2001,7 +1996,7 @@ class Faults:
         if isinstance(served, Connection):
             self._end(served)
         elif isinstance(served, ListenerHandler):  # it would be ready again at once
-            self.guard(partial(served.acceptor.pause, "accepting failed", may_resume=False))
+            self.guard(partial(served.acceptor.pause, "accepting failed", may_end_early=False))
         elif isinstance(served, Acceptor):  # it could not resume
             served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
 
@@ -2078,7 +2073,7 @@ class Faults:
 
     def _log(self, place: str, message: str) -> None:
         self.count += 1
-        if self._throttles.setdefault(place, Throttle()).is_due(self._loop.clock()):
+        if self._throttles.setdefault(place, Throttle()).take(self._loop.clock()):
             unlogged = self._unlogged.pop(place, 0)
             more = f" ({unlogged} more since the last message)" if unlogged else ""
             log.error("%s%s", message, more)
@@ -2119,8 +2114,7 @@ def is_consistent(conn: Connection) -> bool:
 # Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn. So
 # no later event of the turn meets a closed socket or a reused descriptor.
 #
-# An exception while a connection, a listener, a timer, a chore, a signal or the stop is served is
-# contained (see Faults). Another exception in the loop ends the process.
+# An exception of a handler is contained (see Faults). Another one in the loop ends the process.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2163,8 +2157,7 @@ class Server:
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        options = socket_options(limits.keepalive_seconds)
-        self._acceptor = Acceptor(listeners, self.admit, options, clock)
+        self._acceptor = Acceptor(listeners, self.admit, limits, clock)
         self._max_connections = max_connections
         self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
@@ -2212,7 +2205,9 @@ class Server:
             self.faults.guard(action)
         if self._stop_progress is not None:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
-            self.faults.guard(partial(self._end_pairs, self._stop_progress.finished_pairs(served)))
+            self.faults.guard(
+                partial(self._end_pairs, self._stop_progress.finished_leavers(served))
+            )
         self._run_timers(self.clock())
         self._reap()
         if self.faults.need_repair:
@@ -2225,7 +2220,7 @@ class Server:
 
         If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
         goes on, and select can return an empty list although sockets are ready. Then ask again
-        before any timer runs, and move the deadlines.
+        before any timer runs, and move the deadlines of the queues and of a stop.
         """
         assert self._selector is not None, "not started"
         before = self.clock()
@@ -2270,12 +2265,12 @@ class Server:
                 self.faults.guard(conn.session.client_ended, conn)
         for conn in self._timers.silent.take_expired(now):
             self.faults.guard(conn.framing.keep_alive, conn)
-        for conn in self._timers.lingering.take_expired(now):
+        for conn in self._timers.linger_polls.take_expired(now):
             self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
             self.faults.guard(partial(self._acceptor.resume, now), self._acceptor)
         for chore in self._timers.chores:
-            if chore.start(now):
+            if chore.period.take(now):
                 self.faults.guard(chore.work)
         if self.phase is not ServerPhase.SERVING:
             self.faults.guard(partial(self._continue_stop, now))
@@ -2291,7 +2286,7 @@ class Server:
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
         """Call `work`, which must not block, in the next turn and then every `seconds`."""
-        self._timers.chores.append(Chore(seconds, work))
+        self._timers.chores.append(Chore(Throttle(seconds), work))
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
@@ -2314,7 +2309,7 @@ class Server:
 
     def update_interest(self, conn: Connection) -> None:
         """Register what `conn` is interested in. Doom it if the selector refuses."""
-        mask = conn.interest()
+        mask = 0 if conn.is_unpolled else conn.interest()
         if mask == conn.mask:
             return
         assert self._selector is not None, "not started"
@@ -2348,7 +2343,7 @@ class Server:
 
     def poll_linger(self, conn: Connection) -> None:
         """Start the poll timer of a lingering connection."""
-        self._timers.lingering.start(conn, self.clock())
+        self._timers.linger_polls.start(conn, self.clock())
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn."""
@@ -2367,7 +2362,7 @@ class Server:
                 self.faults.contain(conn)
             if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
                 self.connections.discard(conn)
-        if self._has_room():
+        if self._has_room() and not self._acceptor.is_accepting:
             self.faults.guard(partial(self._acceptor.resume, self.clock()), self._acceptor)
 
     def _close(self, conn: Connection) -> None:
@@ -2405,7 +2400,7 @@ class Server:
     def _pause_if_full(self, newcomer: Connection) -> None:
         if not newcomer.mask:
             # The end of this newcomer makes no room, so it must not end the pause.
-            self._acceptor.pause("the selector is full", may_resume=False)
+            self._acceptor.pause("the selector refused one", may_end_early=False)
         elif not self._has_room():
             why = f"{len(self.connections)} connections, the most that can be open"
             self._acceptor.pause(why, seconds=float("inf"))
@@ -2427,7 +2422,7 @@ class Server:
         for conn in tuple(self.connections):
             if conn.session.pair is None:
                 self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
-        self._end_pairs(self._stop_progress.finished_pairs(self.connections))
+        self._end_pairs(self._stop_progress.finished_leavers(self.connections))
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
@@ -2439,7 +2434,7 @@ class Server:
             log.info("%s: stopping", name)
             self.stop()
         else:
-            log.info("%s again: ending at once", name)
+            log.info("%s: ending at once", name)
             self.phase = ServerPhase.OVER
 
     def _continue_stop(self, now: float) -> None:
@@ -2448,7 +2443,7 @@ class Server:
             if self._stop_progress is not None:  # None: `stop` met a fault
                 if now < self._deadline and not self._stop_progress.is_complete():
                     return
-                pairs = self._stop_progress.all_pairs(self.connections)
+                pairs = self._stop_progress.leavers(self.connections)
                 self.faults.guard(partial(self._end_pairs, pairs))
             self._close_connections()
             self.recorder.update(self.snapshot().current())
@@ -2555,7 +2550,7 @@ class Sink(threading.Thread):
         """Write records from the front of `batch`, and `current` where the format has it.
 
         Return the number of records written; the next batch begins with the first unwritten one.
-        Raises SinkError (the same batch is tried again) or SinkGone (the sink is given up).
+        Raises SinkError (the records are tried again) or SinkGone (the sink is given up).
         """
         raise NotImplementedError
 
@@ -2615,7 +2610,7 @@ class Sink(threading.Thread):
     def _report_failure(self, reason: str) -> None:
         """Note the failure, and log it unless that was done within the last minute."""
         self._failing = True
-        if self._complaints.is_due(time.monotonic()):
+        if self._complaints.take(time.monotonic()):
             self._complained = True
             log.warning("%s: %s; %d records wait", self.name, reason, self.unwritten)
 
@@ -2655,7 +2650,7 @@ class Recorder:
     def report_dropped(self, now: float) -> None:
         """Log how many records were dropped since the last report, at most once a minute."""
         dropped = sum(sink.dropped for sink in self._sinks)
-        if dropped > self._reported and self._complaints.is_due(now):
+        if dropped > self._reported and self._complaints.take(now):
             log.warning("%d usage records dropped", dropped - self._reported)
             self._reported = dropped
 
@@ -2676,15 +2671,16 @@ class Recorder:
             sink.join(max(0.0, deadline - time.monotonic()))
 
     def lost(self) -> int:
-        """Return how many records are unwritten or were counted as dropped, in all sinks."""
+        """Return how many records are unwritten or counted as dropped, summed over all sinks."""
         return sum(sink.unwritten + sink.dropped for sink in self._sinks)
 
 
 # ---------------------------------------------------------------------------------------------
 # Sinks
 #
-# The two destinations of records. JSON lines go to a descriptor whose reader may stall or leave.
-# The database may be locked, damaged, moved away or on a full disk. Records wait meanwhile.
+# The two destinations of records. JSON lines go to a descriptor whose reader may stall, or leave,
+# which ends the sink. The database may be locked, damaged, moved away or on a full disk: its
+# records wait meanwhile.
 # sqlite3 is imported with `--usage-db` only: without this option the relay runs without it.
 # ---------------------------------------------------------------------------------------------
 
@@ -2698,7 +2694,7 @@ def is_same_file(path: str, file: os.stat_result) -> bool:
 
 
 class JsonLines(Sink):
-    """`--log-fd`: one JSON object a line. A line that was begun is completed first."""
+    """`--log-fd`: one JSON object a line. After a partial write, the rest of it comes first."""
 
     CARRIED = (*Sink.CARRIED, "_chunk", "_chunk_records")
     chunk_bytes = select.PIPE_BUF
@@ -2744,15 +2740,15 @@ CREATE TABLE `version` (`version` INTEGER);  -- one row: 1
 CREATE TABLE `current`                       -- one row: the state at the time `updated`
 (
  `rebooted` INTEGER,                         -- start of the relay, seconds since the epoch
- `updated` INTEGER,                          -- when this row was written, likewise
- `connected` INTEGER,                        -- connections that have a partner
+ `updated` INTEGER,                          -- the time of these numbers, likewise
+ `connected` INTEGER,                        -- two for each pair that has no record yet
  `waiting` INTEGER,                          -- tokens that wait for a partner
- `incomplete_bytes` INTEGER                  -- bytes of pairs that still run
+ `incomplete_bytes` INTEGER                  -- bytes of the pairs that have no record yet
 );
-CREATE TABLE `usage`                         -- one row per pair or single connection
+CREATE TABLE `usage`                         -- one row per pair or connection without one
 (
  `started` INTEGER,                          -- seconds since the epoch, may be blurred
- `total_time` INTEGER,                       -- seconds from first accept to last end
+ `total_time` INTEGER,                       -- seconds from the first accept to the end
  `waiting_time` INTEGER,                     -- seconds between the two accepts, or NULL
  `total_bytes` INTEGER,                      -- both directions, may be blurred
  `result` VARCHAR                            -- happy, lonely, redundant, impatient, errory, empty
@@ -2793,9 +2789,9 @@ def result_code(error: Exception) -> int | None:
 def open_usage_database(path: str) -> sqlite3.Connection:
     """Open a usage database (schema 1 of the reference relay), or create it.
 
-    Raises sqlite3.Error, OSError or UnusableDatabase. On an error, an existing database is left
-    unchanged, and a file that this call created is removed if it is still empty, unless the error
-    is SQLITE_BUSY.
+    Raises sqlite3.Error, OSError or UnusableDatabase. On an error, an existing database keeps its
+    content, and a file that this call created is removed if it is still empty, unless the error is
+    SQLITE_BUSY.
     """
     import sqlite3
 
@@ -2835,7 +2831,7 @@ def _create_schema(db: sqlite3.Connection) -> None:
 
 
 def _check_schema(db: sqlite3.Connection) -> None:
-    """Raise UnusableDatabase unless all tables, columns and the version are the expected ones."""
+    """Raise UnusableDatabase if a table or column is missing, or if the version is not ours."""
     for table, columns in USAGE_COLUMNS.items():
         missing = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info(`{table}`)")}
         if missing:
@@ -2886,7 +2882,7 @@ class UsageDatabase(Sink):
             self._report_failure(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
-        """Write all or nothing, with the latest `current`: the file may be a new one."""
+        """Write all or nothing. Write `current` each time, because a new file has no such row."""
         self._latest = current or self._latest
         self._transact(batch, "COMMIT")
         return len(batch)
@@ -2915,7 +2911,8 @@ class UsageDatabase(Sink):
             is_transient = result_code(error) in TRANSIENT_ERRORS.values()
             text = error_text(error) if isinstance(error, OSError) else str(error)
             raise (SinkError if is_transient else UnusableDatabase)(text) from None
-        # Move all rows from the write-ahead log to the file: an operator may move the file alone.
+        # Move the rows from a write-ahead log to the file, if no reader prevents that, because an
+        # operator may move the file alone.
         with contextlib.suppress(self._sqlite_error, MemoryError):
             db.execute("PRAGMA wal_checkpoint")
 
@@ -3167,8 +3164,9 @@ def _suggestion(text: str, kind: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Listeners
 #
-# A Listener is one open listening socket. An endpoint has one for each address of its interface.
-# A refusal by the system is a StartupError, whose text names the endpoint.
+# A Listener is one open listening socket. An endpoint has one for each address of its interface;
+# a socket for all of IPv6 serves IPv4 too. A refusal by the system is a StartupError, whose text
+# names the endpoint.
 # ---------------------------------------------------------------------------------------------
 
 NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # not in the kernel; or switched off
@@ -3180,21 +3178,21 @@ FileIdentity = tuple[int, int, int]  # device, inode, and time: inode numbers ar
 
 
 class Listener:
-    """An open listening socket. A reload has to carry `fd`, `endpoint` and `made`."""
+    """An open listening socket. A reload has to carry `fd`, `endpoint` and `made_file`."""
 
     def __init__(
-        self, sock: socket.socket, endpoint: Endpoint, made: FileIdentity | None = None
+        self, sock: socket.socket, endpoint: Endpoint, made_file: FileIdentity | None = None
     ) -> None:
-        """Listen on `sock`. `made`: the file of a unix socket, if this relay made that file."""
+        """Take over `sock`, which listens. `made_file`: its file, if this relay made one."""
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
         self.endpoint = endpoint
-        self.made = made
+        self.made_file = made_file
         self.role = endpoint.role
         is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         self.port: int | None = sock.getsockname()[1] if is_tcp else None
-        self.label = endpoint.text  # for messages, with the real address and port
+        self.label = endpoint.text  # for messages; for TCP with the real port and address
         if endpoint.kind in ("tcp", "tcp6"):
             host, _ = socket.getnameinfo(sock.getsockname(), NUMERIC)
             interface = ":interface=" + host.replace(":", "\\:") if endpoint.interface else ""
@@ -3204,7 +3202,7 @@ class Listener:
     def bound(self) -> tuple[int, object, bool]:
         """Return the family and the address, and whether it is for IPv6 only.
 
-        A reload finds a listener by this: two endpoints may be spellings of one address.
+        The planned reload needs this, because two endpoints may be spellings of one address.
         """
         address = self.sock.getsockname()
         if isinstance(address, str):  # of a unix socket
@@ -3221,7 +3219,7 @@ class Listener:
 
     def _has_file(self) -> bool:
         """Return whether this relay made the file at the path. Raises OSError."""
-        return self.made is not None and _identify(self.endpoint.path) == self.made
+        return self.made_file is not None and _identify(self.endpoint.path) == self.made_file
 
     def close(self) -> None:
         """Close the socket, and remove its file if that is still the one that we made."""
@@ -3230,7 +3228,7 @@ class Listener:
         with contextlib.suppress(OSError):
             if self._has_file():
                 os.unlink(self.endpoint.path)
-        self.made = None
+        self.made_file = None
 
 
 def _identify(path: str) -> FileIdentity:
@@ -3240,14 +3238,14 @@ def _identify(path: str) -> FileIdentity:
 
 def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
     """Open all endpoints, or none. Raises StartupError."""
-    # Look up the passed descriptors before opening any file: a new file could reuse the number of
-    # one that is not open.
+    # Look up the passed descriptors before opening a socket, which could get the number of a
+    # descriptor that is not open.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
     adopted: set[int | None] = set()
     ipv4_ports = {one.port for one in endpoints if one.interface == ANY_IPV4} - {0}
     listeners: list[Listener] = []
     with contextlib.ExitStack() as undo:
-        # Adopt passed sockets first: the error for a path that is given twice depends on it.
+        # Adopt passed sockets first, so that `_open_error_text` finds a path that is given twice.
         for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
             if fd is not None and fd in adopted:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
@@ -3337,7 +3335,7 @@ def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
                 continue
             socks.append(undo.enter_context(sock))
             port = sock.getsockname()[1]
-            if host == ANY_IPV6:  # serves IPv4 too
+            if host == ANY_IPV6:  # serves IPv4 too, unless `ipv6_only`
                 break
         undo.pop_all()
     return socks
@@ -3445,12 +3443,12 @@ class MessageHandler(logging.Handler):
     """Pass each message to a function that writes it. A message that fails is dropped."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
-        """`write` must not block. It may raise OSError."""
+        """`write` should not block for long. It may raise OSError."""
         super().__init__()
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the text of `record` with a newline. Warnings and errors begin with their level."""
+        """Write `record` in the format of this handler, which can contain `severity`."""
         record.severity = SEVERITIES.get(record.levelno, "")
         text = self.format(record).encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
@@ -3469,7 +3467,7 @@ def limit_message(text: bytes) -> bytes:
 
 
 def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
-    """Return a function that writes to `fd` and does not block. It may raise OSError.
+    """Return a function that writes to `fd`, if possible without blocking. It may raise OSError.
 
     `fd` itself stays blocking: other processes may share its open file description, and with
     it O_NONBLOCK. A pipe or terminal is opened again instead, as an open file of our own.
@@ -3519,7 +3517,10 @@ class LogFile(MessageHandler):
             os.close(old)
 
     def _open(self) -> int:
-        """Open the path, and note whether that created the file: a link may lead anywhere."""
+        """Open the path, and note whether that created the file.
+
+        `switch_user` gives away no other file, because the path can be a link to any file.
+        """
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             fd = os.open(self._path, flags | os.O_EXCL, 0o666)
@@ -3558,8 +3559,8 @@ MAX_ID = 2**32 - 2  # of a user or group; the next number stands for "no change"
 class Environment(NamedTuple):
     """The variables of the service manager, as they were at the start.
 
-    sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) describe them. A program that this
-    process executes later needs them again.
+    sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) describe them. The planned reload will
+    pass them on to its new program.
     """
 
     listen_pid: str = ""
@@ -3581,7 +3582,7 @@ class Environment(NamedTuple):
     def watchdog_seconds(self) -> float:
         """Return the time limit of this process's watchdog, or 0. To be called before a fork."""
         is_for_us = self.watchdog_pid in ("", str(os.getpid()))
-        microseconds = parse_number(self.watchdog_usec, 10**15) if is_for_us else None
+        microseconds = parse_number(self.watchdog_usec, 10**15 - 1) if is_for_us else None
         return (microseconds or 0) / 1e6
 
 
@@ -3689,7 +3690,7 @@ class ServiceManager:
         except OSError as error:
             if must_arrive:
                 self._unsent = message + "\n"
-            if self._warnings.is_due(time.monotonic()):
+            if self._warnings.take(time.monotonic()):
                 log.warning("the service manager cannot be notified: %s", error_text(error))
 
     def close(self) -> None:
@@ -3717,8 +3718,8 @@ def daemonize(kept: Iterable[int | None]) -> Callable[[], None]:
     The original process waits and exits with 0 after that call, or with 1 if the daemon ends
     first. stderr stays open until the call, so that the daemon can print why it failed. The daemon
     keeps the working directory and the umask.
-    All descriptors are closed, except the standard ones and `kept`, in which None stands for no
-    descriptor. Raises StartupError.
+    Inherited descriptors are closed, except the standard ones and `kept`, in which None stands for
+    no descriptor. Raises StartupError.
     """
     with startup_errors("--daemonize"):
         null = os.open(os.devnull, os.O_RDWR)
@@ -3796,9 +3797,9 @@ def find_user(text: str) -> tuple[str | None, int, int]:
 def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
-    The user gets what this process has created: unix sockets, and the log file, which must be
-    reopened after a rotation. The user may be unable to read Python's library: what is needed
-    later is imported by now.
+    The user gets the unix sockets that this process has created, and the log file, which must be
+    reopened after a rotation. The pidfile stays root's. The user may be unable to read Python's
+    library: what is needed later is imported by now.
     """
     name, uid, gid = find_user(text)
     if (os.geteuid(), os.getegid()) == (uid, gid):
@@ -3846,7 +3847,7 @@ signals:
                                     a second signal ends the relay without waiting
                                     for them
   SIGUSR1                           reopen the log file, if there is one
-  SIGHUP, SIGUSR2, SIGALRM, others  ignored
+  SIGHUP, SIGUSR2, SIGALRM          ignored, and some others
 
 exit codes:
   0 stopped, all records written    1 the system refused, or records were lost
@@ -3922,7 +3923,7 @@ def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]
     return lambda text: text and parse(text)
 
 
-# The text of --help for each option, by its long name. The man page has the same texts.
+# The texts of --help, by the long name of the option. The man page has the same texts.
 HELP = {
     "port": "accept clients here, over TCP and WebSocket; can be given several times"
     " (default: the sockets passed by systemd, if there is neither --port nor --websocket;"
@@ -3931,7 +3932,7 @@ HELP = {
     " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
     " several times (default: none; a --port endpoint accepts WebSocket clients too)",
     "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
-    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket)",
+    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP)",
     "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
     " :memory: keeps it in memory (default: none)",
     "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
@@ -4026,9 +4027,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def reset_empty_options(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
-    """Replace each empty value by the default. Exits if no file names the option.
+    """Replace each empty value by the default. Exits if no file sets the option.
 
-    Otherwise an empty value is an error: it may come from an unset variable in a script.
+    An empty value may only cancel an option of a file. Elsewhere it is an error, because it may
+    come from an unset variable in a script.
     """
     for name, value in vars(options).items():
         if value in ("", [""]) and name in in_files:
@@ -4075,7 +4077,10 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Return the endpoints of the options, else the passed sockets, else port 4001."""
+    """Return the endpoints of the options. Without any of them, use the passed sockets.
+
+    Without a `--port` or a passed socket, add tcp:4001.
+    """
     ports = options.port
     if not ports and not options.websocket:
         ports = passed.endpoints()
@@ -4086,12 +4091,11 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # Start and stop
 #
 # The order matters. Steps that need root come first, then the switch of the user, then the files
-# that belong to that user. Threads start last: a fork would lose them. A start that fails closes
-# what it has opened, in reverse order.
+# that belong to that user. Threads start last: a fork would lose them. A start that fails removes
+# its pidfile and its unix sockets. The end of the process closes the rest.
 #
 # A step belongs either to the process (`serve`: background, pidfile, log file) or to the relay
-# (`open_relay`: listeners, sinks). A process that only tries whether a relay could start takes the
-# second kind alone, with an `undo` of its own, and ends: it may have changed its user.
+# (`open_relay`: listeners, sinks). The planned reload will need the second kind alone.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -4113,8 +4117,8 @@ def open_relay(
 ) -> Relay:
     """Open listeners and sinks, become the user of `--user`, and build the Server.
 
-    `undo` gets the steps that close what this opens. Two steps cannot be undone: the raised limit
-    of open files, and the change of the user. Raises StartupError.
+    `undo` gets the steps that close the listeners. The raised limit of open files, the change of
+    the user and a new database remain. Raises StartupError.
     """
     if ws_frames is None and (
         options.websocket_url or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
@@ -4156,7 +4160,7 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
-        log.info("TCP clients only: Python finds no ws_frames.py (beside transit_relay.py)")
+        log.info("no WebSocket clients: Python finds no ws_frames.py (beside transit_relay.py)")
     suffixes = {Role.WEBSOCKET: " (websocket)"}
     labels = [one.label + suffixes.get(one.role, "") for one in relay.listeners]
     ports = [one.port for one in relay.listeners if one.role is Role.WEBSOCKET and one.port]
@@ -4172,7 +4176,7 @@ def serve(options: argparse.Namespace) -> int:
         environment = Environment.take()
         passed = environment.passed_sockets()
         endpoints = choose_endpoints(options, passed)
-        # Before any file is opened: see open_listeners.
+        # Before any file is opened, which could get the number of a descriptor that is not open.
         named = {passed.find(endpoint) for endpoint in endpoints}
         unused = {passed.find(endpoint) for endpoint in passed.endpoints()} - named
         log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)

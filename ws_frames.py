@@ -22,7 +22,7 @@ cut into pieces.
 
 The type of an error tells its cause:
 
-    ProtocolError      the peer broke a rule of frames; `code` is the Close code to send
+    ProtocolError      the peer broke a rule of frames, or sent text; `code` is for the Close
     UpgradeRejected    the request cannot be served; `status` and `answer` are for HTTP
     UpgradeFailed      the server did not accept our upgrade
 
@@ -81,7 +81,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/1\.([01])\
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [ -~\t\x80-\xff]*)?\r?\n")  # 3.1.2
 FIELD = re.compile(rb"(" + TOKEN + rb"):([ -~\t\x80-\xff]*)\r?\n")  # 3.2; no obsolete folding
 EMPTY_LINES = (b"\r\n", b"\n")  # 3.5: a line feed alone ends a line too
-# The start of a line that may become a request line. Junk is refused before its line ends.
+# The start of a line that may become a request line. Most junk is refused before its line ends.
 REQUEST_LINE_START = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~\x80-\xff]*(?: [!-~]*\r?)?)?)?")
 CHECKED_START_BYTES = 256  # of an unfinished request line; the rest is checked at its end
 
@@ -99,7 +99,10 @@ REASONS = {
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of frames. Fail the connection (7.1.7) with the Close code `code`."""
+    """The peer broke a rule of frames, or sent a text message.
+
+    Fail the connection (7.1.7) with the Close code `code`.
+    """
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -192,8 +195,8 @@ class RequestReader(HeadReader):
     def receive(self, data: Bytes) -> tuple[Request, Bytes] | None:
         """Return the request and the bytes that follow its head, or None until it is whole.
 
-        Raises UpgradeRejected: 400 for anything that is not HTTP, 431 for a head that is too
-        long. Most junk is refused at its first bytes.
+        Raises UpgradeRejected: 431 for a head that is too long, 400 for another one that is not
+        HTTP. Most junk is refused at its first bytes.
         """
         seen = len(self._head)
         in_request_line = not self._line_start
@@ -332,7 +335,7 @@ def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> by
 
 
 def not_allowed(method: str) -> UpgradeRejected:
-    """Return the error for a method that is not in METHODS. RFC 7231, 6.5.5."""
+    """Return the error for a method that this request may not have. RFC 7231, 6.5.5."""
     allowed = ", ".join(METHODS)
     return UpgradeRejected(405, f"this takes {allowed}", f"Allow: {allowed}", method=method)
 
@@ -393,8 +396,8 @@ class AnswerReader(HeadReader):
 # ---------------------------------------------------------------------------------------------
 # Received frames, section 5
 #
-# A frame is a header and a payload. The parser checks a header as soon as it is whole. It
-# returns the payload of a data frame in pieces, and that of a control frame when it is whole.
+# A frame is a header and a payload. The parser checks a header while it arrives. It returns the
+# payload of a data frame in pieces, and that of a control frame when it is whole.
 # Of the message to which the frames belong it keeps one bit: whether the message goes on.
 # ---------------------------------------------------------------------------------------------
 
@@ -410,7 +413,7 @@ class Event(NamedTuple):
     """
 
     opcode: int
-    payload: Bytes  # of an unmasked BINARY: a view of the caller's buffer
+    payload: Bytes  # of an unmasked BINARY: a view of the caller's data, or of a copy
     is_last: bool = True
 
 
@@ -537,7 +540,7 @@ class FrameParser(Reader):
 
 
 def unmask(data: Bytes, key: bytes) -> bytes | bytearray:
-    """Mask or unmask `data` with a key of four bytes: 5.3.
+    """Mask or unmask `data` (the same operation) with a key of four bytes: 5.3.
 
     The standard library has no XOR of bytes. Short data is converted to an integer and back.
     For long data, one `translate` for each byte of the key is faster.

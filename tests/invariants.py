@@ -60,9 +60,9 @@ def check_server(server: Server) -> None:
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
-    lingering = server._timers.lingering.connections()
+    lingering = server._timers.linger_polls.connections()
     for conn in server.connections:
-        assert conn.mask == conn.interest(), conn
+        assert conn.mask == (0 if conn.is_unpolled else conn.interest()), conn
         assert conn.backlog is None or len(conn.backlog) > 0, conn
         assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
         assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn

@@ -483,7 +483,7 @@ def test_without_ws_frames_all_clients_are_tcp_clients(
     relay: Start, copy_without_ws_frames: list[str]
 ) -> None:
     running = relay(program=copy_without_ws_frames)
-    assert b"TCP clients only" in running.stderr
+    assert b"no WebSocket clients" in running.stderr
     refused(running, b"GET / HTTP/1.1\r\n", b"bad handshake\n")
     transfer(running)
 

@@ -1059,8 +1059,8 @@ def test_an_open_descriptor_is_adopted_for_an_endpoint(text: str) -> None:
 def test_an_adopted_unix_socket_that_we_made_is_removed(listen: Listen, folder: Path) -> None:
     """A reload carries `made`, so that the new program removes the file at its end."""
     first = listen("unix:x.sock")
-    second = Listener(socket.socket(fileno=os.dup(first.fd)), first.endpoint, first.made)
-    first.made = None
+    second = Listener(socket.socket(fileno=os.dup(first.fd)), first.endpoint, first.made_file)
+    first.made_file = None
     first.close()
     assert second.bound == (socket.AF_UNIX, str(folder.resolve() / "x.sock"), False)
     second.close()

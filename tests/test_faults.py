@@ -712,7 +712,7 @@ def test_a_fault_ends_one_connection_and_its_pair(
 
 # The containment itself uses these, or a connection cannot be closed without them.
 NEEDED_TO_CONTAIN = {
-    *("Connection.partner", "Connection.interest", "Connection._usable_events"),
+    *("Connection.partner", "Connection.interest"),
     *("Connection.close", "Pair.partner_of", "Server.update_interest"),
     *("ListenerHandler.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
 }
@@ -877,7 +877,7 @@ def test_a_fault_of_bulk_that_is_not_polled(loop: Loop, monkeypatch: pytest.Monk
     assert loop.recorder.moods() == ["happy"]
 
 
-@pytest.mark.parametrize("name", ["handshaking", "silent", "lingering"])
+@pytest.mark.parametrize("name", ["handshaking", "silent", "linger_polls"])
 def test_a_fault_in_the_time_limits_of_a_closed_connection(
     loop: Loop, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1048,8 +1048,8 @@ def test_a_fault_at_the_end_of_a_pause_is_followed_by_another_attempt(
         Handler(Connection, "finish"),
         Handler(transit_relay, "is_delivered"),
         Handler(transit_relay.StopProgress, "__init__"),
-        Handler(transit_relay.StopProgress, "finished_pairs"),
-        Handler(transit_relay.StopProgress, "all_pairs"),
+        Handler(transit_relay.StopProgress, "finished_leavers"),
+        Handler(transit_relay.StopProgress, "leavers"),
         Handler(transit_relay.StopProgress, "is_complete"),
         Handler(Server, "_close_connections"),
         Handler(Server, "snapshot"),

@@ -129,7 +129,7 @@ def test_a_pair_that_is_gone_is_forgotten(loop: Loop) -> None:
     one, other = loop.pair()
     one.close()
     loop.pump()
-    assert loop.server._timers.lingering.next_due() < float("inf")  # the client that stayed
+    assert loop.server._timers.linger_polls.next_due() < float("inf")  # the client that stayed
     other.close()
     loop.pump()
     assert_no_limit_runs(loop)
