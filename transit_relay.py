@@ -3931,8 +3931,8 @@ HELP = {
     "websocket": "the same, for connections from a proxy: a first line that is not HTTP and does"
     " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
     " several times (default: none; a --port endpoint accepts WebSocket clients too)",
-    "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
-    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP)",
+    "websocket-url": "the address for WebSocket clients that is printed at the start, if a proxy or"
+    " a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP)",
     "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
     " :memory: keeps it in memory (default: none)",
     "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
@@ -4187,14 +4187,14 @@ def serve(options: argparse.Namespace) -> int:
         if options.pidfile:
             undo.callback(PidFile(options.pidfile).close)
         log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
+        if passed.remark:
+            log.warning(passed.remark)
         relay = open_relay(options, endpoints, passed, log_file, log_fd, undo)
         manager.add_chores(relay.server)
         if log_file is not None:
             relay.server.signals.handle(signal.SIGUSR1, log_file.reopen)
 
         def ready() -> None:
-            if passed.remark:
-                log.warning(passed.remark)
             if unused:
                 log.warning(
                     "sockets passed to us, but named by no endpoint: %d; their connections are"
