@@ -12,7 +12,8 @@ beside it, which implements WebSocket frames, every listener accepts WebSocket c
 The file is divided into sections. At run time a section uses names of the sections above it. Four
 kinds of calls go to a later section: to the methods in the section Interfaces, from a Session to
 its Pair and the Rendezvous, from the Acceptor to the listeners, and from the Server to the
-Recorder. Callbacks go down too: a finished record, a newcomer's socket, the action of a signal.
+Recorder. Functions that a later section registered are called too: for a record, a newcomer, a
+signal, a chore, and the start of service and of a stop.
 
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
@@ -176,7 +177,7 @@ MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAM
 BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
-MAX_POLLED_BULK = 16  # in a longer bulk queue, a connection that is queued is not polled
+MAX_POLLED_BULK = 16  # a connection that joins a longer bulk queue is not polled meanwhile
 PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pipes to pay off
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
@@ -409,7 +410,10 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Return whether `fd` has room for PIPE_BUF bytes. Wait for it up to `seconds`."""
+    """Return whether a pipe has room for PIPE_BUF bytes, or `fd` has an error or no reader.
+
+    Wait for that up to `seconds`.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
@@ -668,7 +672,7 @@ class Handshake(NamedTuple):
     side: bytes | None
 
     def matches(self, other: Handshake) -> bool:
-        """Return whether two clients of one token are partners: not if both name one side."""
+        """Return whether two clients of one token are partners: not if both name the same side."""
         return self.side != other.side or self.side is None
 
 
@@ -682,7 +686,7 @@ class Session:
     r"""The state machine of one client, from accept to the end.
 
     tests/test_session.py executes this table. In the state `done`, a line, bytes and `end` have no
-    effect. Each other input raises AssertionError in the states for which it is not listed.
+    effect. In any state, every other input that is not listed for it raises AssertionError.
 
     state           input      next            mood       reply
     --------------  ---------  --------------  ---------  ----------------
@@ -901,8 +905,8 @@ class Rendezvous:
         """`record` is called with each record; `clock` returns monotonic seconds."""
         self.record = record
         self.clock = clock
-        # Key: token. Value: its clients, the newest last. A dict serves as an ordered set. As long
-        # as there was one client only, a tuple has it, because a tuple needs less memory.
+        # Key: token. Value: its clients, the newest last. The first client is in a tuple, which
+        # needs little memory. A second one turns it into a dict, which serves as an ordered set.
         self.waiting: dict[bytes, tuple[Session] | dict[Session, None]] = {}
         self.waiting_clients = 0
         self.pairs: set[Pair] = set()
@@ -1336,7 +1340,7 @@ class Connection:
     flushed: the backlog is empty, or a write failed and it was discarded. A client that never
     reads can stay in `flushing`, or in `lingering` while its kernel does not acknowledge all bytes:
     these two cases have no time limit yet.
-    doom: the time of a stop is over, a fault, or a selector that refuses the registration.
+    doom: the end of a stop, a fault, or a selector that refuses the registration.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
@@ -1367,7 +1371,8 @@ class Connection:
         self._is_bulk = False  # the last read was large or costly: the next one is queued
         self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
-        self._linger_deadline: float | None = None  # set if all is acknowledged, or none reported
+        # Set when all is acknowledged, or at once if the system does not report that.
+        self._linger_deadline: float | None = None
 
     def __repr__(self) -> str:
         """Return the state of the connection, without data of its client."""
@@ -1461,7 +1466,7 @@ class Connection:
                 self._stop_writing()
                 return
             sent = 0
-        if more or sent < len(data):  # `sent` counts all parts, so `unsent` compares it
+        if more or sent < len(data):  # with several parts, `unsent` finds the rest
             left = unsent((data, *more), sent)
             if left:
                 self._set_backlog(left)
@@ -1515,12 +1520,12 @@ class Connection:
             self._server.update_interest(self)
             return 0
         self.read_bytes += count
-        self._is_bulk = count >= BULK_BYTES or self.framing.is_costly
         if pair is not None:
             pair.count(count)
             pair.partner_of(self.session).transport.write(buffer[:count])
         else:
             self.framing.receive(buffer[:count])
+        self._is_bulk = count >= BULK_BYTES or self.framing.is_costly
         return count
 
     def _splice(self, pair: Pair) -> int:
@@ -1619,6 +1624,8 @@ class Connection:
 
         The time begins when the peer's kernel is first seen to have acknowledged everything.
         """
+        if self.phase is not Phase.LINGERING:
+            return
         if self._linger_deadline is None:
             pending = unacknowledged_bytes(self.sock)
             if pending is None:
@@ -1767,7 +1774,7 @@ class Acceptor:
         self._listeners = list(listeners)
         self._admit = admit
         self._options = socket_options(limits.keepalive_seconds)
-        self._inherited: set[Listener] = set()  # whose newcomers have the options from it
+        self._optioned: set[Listener] = set()  # their newcomers inherit the socket options
         self._clock = clock
         self._selector: selectors.BaseSelector | None = None
         self.is_accepting = False
@@ -1796,7 +1803,7 @@ class Acceptor:
                 sock, _address = listener.sock.accept()
             except BlockingIOError:
                 if sys.platform == "linux":
-                    self._inherited.add(listener)
+                    self._optioned.add(listener)
                 return
             except OSError as error:
                 if error.errno in OUT_OF_RESOURCES:
@@ -1806,7 +1813,7 @@ class Acceptor:
                     self.pause(f"accept: {name}, {error_text(error)}", may_end_early=False)
             else:
                 try:
-                    if listener not in self._inherited:
+                    if listener not in self._optioned:
                         set_options(sock, self._options)
                     self._admit(sock, listener.role)
                 except Exception:
@@ -2051,7 +2058,7 @@ class Faults:
 
     def note(self, what: str, error: OSError) -> None:
         """Note an error of the system that ends a connection."""
-        self._log(what, f"{what}: {error_text(error)}")
+        self._count(what, f"{what}: {error_text(error)}")
 
     def restore_memory_reserve(self) -> None:
         """Allocate the reserve again, if it was released and there is room."""
@@ -2069,9 +2076,9 @@ class Faults:
         lines = "".join(traceback.format_list(frames))
         has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
         text = f": {error}" if has_own_text and str(error) else ""
-        self._log(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+        self._count(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
 
-    def _log(self, place: str, message: str) -> None:
+    def _count(self, place: str, message: str) -> None:
         self.count += 1
         if self._throttles.setdefault(place, Throttle()).take(self._loop.clock()):
             unlogged = self._unlogged.pop(place, 0)
@@ -2679,8 +2686,8 @@ class Recorder:
 # Sinks
 #
 # The two destinations of records. JSON lines go to a descriptor whose reader may stall, or leave,
-# which ends the sink. The database may be locked, damaged, moved away or on a full disk: its
-# records wait meanwhile.
+# which ends the sink. The database may be locked, damaged or on a full disk: its records wait
+# meanwhile. If it was moved away, a new one is created.
 # sqlite3 is imported with `--usage-db` only: without this option the relay runs without it.
 # ---------------------------------------------------------------------------------------------
 
@@ -3519,7 +3526,7 @@ class LogFile(MessageHandler):
     def _open(self) -> int:
         """Open the path, and note whether that created the file.
 
-        `switch_user` gives away no other file, because the path can be a link to any file.
+        `switch_user` changes the owner of a created file only: the path can be a link to another.
         """
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         try:
@@ -3797,9 +3804,9 @@ def find_user(text: str) -> tuple[str | None, int, int]:
 def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | None) -> None:
     """Run as NAME[:GROUP] from now on, for good. Raises StartupError.
 
-    The user gets the unix sockets that this process has created, and the log file, which must be
-    reopened after a rotation. The pidfile stays root's. The user may be unable to read Python's
-    library: what is needed later is imported by now.
+    The user gets the unix sockets and the log file, if this process has created them: the log file
+    must be reopened after a rotation. The pidfile stays root's. The user may be unable to read
+    Python's library: what is needed later is imported by now.
     """
     name, uid, gid = find_user(text)
     if (os.geteuid(), os.getegid()) == (uid, gid):
@@ -3889,7 +3896,7 @@ def print_error(message: str, stream: TextIO | None) -> None:
 
 
 def whole_number(text: str, highest: int = 2**31 - 1) -> int:
-    """Parse the value of an option that counts. Raises UsageError."""
+    """Parse the value of an option that is a whole number. Raises UsageError."""
     value = parse_number(text, highest)
     if value is None:
         raise UsageError(f"{text!r} is not a whole number from 0 to {highest}")
@@ -4027,10 +4034,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def reset_empty_options(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
-    """Replace each empty value by the default. Exits if no file sets the option.
+    """Replace each empty value by the default. Exits if one is for an option that no file sets.
 
-    An empty value may only cancel an option of a file. Elsewhere it is an error, because it may
-    come from an unset variable in a script.
+    There, an empty value may come from an unset variable in a script.
     """
     for name, value in vars(options).items():
         if value in ("", [""]) and name in in_files:
@@ -4077,9 +4083,9 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Return the endpoints of the options. Without any of them, use the passed sockets.
+    """Return the endpoints of the options. If there are none, return the passed sockets.
 
-    Without a `--port` or a passed socket, add tcp:4001.
+    With no `--port`, and no passed socket to use, tcp:4001 is among the result.
     """
     ports = options.port
     if not ports and not options.websocket:
@@ -4094,8 +4100,8 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # that belong to that user. Threads start last: a fork would lose them. A start that fails removes
 # its pidfile and its unix sockets. The end of the process closes the rest.
 #
-# A step belongs either to the process (`serve`: background, pidfile, log file) or to the relay
-# (`open_relay`: listeners, sinks). The planned reload will need the second kind alone.
+# `serve` has the steps that belong to the process (background, pidfile, log file). `open_relay` has
+# the others (listeners, sinks, user): the planned reload will try these alone.
 # ---------------------------------------------------------------------------------------------
 
 

@@ -335,7 +335,10 @@ def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> by
 
 
 def not_allowed(method: str) -> UpgradeRejected:
-    """Return the error for a method that this request may not have. RFC 7231, 6.5.5."""
+    """Return the error for a method that this request may not have. RFC 7231, 6.5.5.
+
+    Allow names the methods of the resource, of which an upgrade takes GET only.
+    """
     allowed = ", ".join(METHODS)
     return UpgradeRejected(405, f"this takes {allowed}", f"Allow: {allowed}", method=method)
 
@@ -435,13 +438,13 @@ class FrameParser(Reader):
     def __init__(self, must_be_masked: bool) -> None:
         """A client must mask its frames, a server must not: 5.1."""
         self._must_be_masked = must_be_masked
-        self._in_message = False  # the last data frame was not the end of its message
+        self._in_message = False  # the end of the current message has not come yet
         self._header = b""  # the start of a header that is not whole yet
         # The frame whose payload is being read:
         self._opcode = -1  # or -1: none
         self._is_final = False
         self._left = 0  # payload bytes still to come
-        self._key = b""  # rotated: its first byte is for the next byte of payload
+        self._key = b""  # for a data frame rotated: its first byte is for the next payload byte
         self._control = b""  # the payload of a control frame so far, still masked
 
     def receive(self, data: memoryview) -> Iterator[Event]:

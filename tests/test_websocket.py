@@ -32,7 +32,7 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import Role, ServerPhase, State
+from transit_relay import COSTLY_FRAMES, Role, ServerPhase, State
 
 LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
@@ -1064,3 +1064,12 @@ def test_many_small_frames_wait_behind_small_reads(loop: Loop) -> None:
     assert other.sock.recv(100) == b"at once"
     after = [conn.read_bytes for conn in conns]
     assert sum(old != new for old, new in zip(before, after)) == 1
+
+
+def test_after_a_costly_read_the_next_one_waits_in_the_bulk_queue(loop: Loop) -> None:
+    one, other = loop.meet("ws-unix", "ws-unix")
+    assert one.conn is not None
+    for count, is_bulk in ((1, False), (COSTLY_FRAMES + 1, True), (1, False)):
+        one.send_wire(b"".join(frame for _ in range(count) for frame in one.encode(b"x")))
+        assert other.receive(count) == b"x" * count
+        assert one.conn._is_bulk is is_bulk
