@@ -27,6 +27,7 @@ signal, a chore, and the start of service and of a stop.
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
+    Limits               what ends or refuses clients, and how the relay makes room
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
@@ -196,6 +197,8 @@ SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspe
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
 LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
+SWEEPS_PER_LIMIT = 8  # how often a connection is checked in the time of a stall or idle limit
+SHARES_PER_SWEEP = 16  # of the connections, each in a turn of its own, but one per second at most
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
@@ -213,10 +216,15 @@ STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
 class Limits(NamedTuple):
-    """The time limits that an operator can set."""
+    """The limits that an operator can set. 0 switches a limit off."""
 
-    handshake_seconds: float = 60  # from accept to a whole handshake; 0: no limit
+    handshake_seconds: float = 60  # from accept to a whole handshake
+    wait_seconds: float = 0  # from a whole handshake to a partner
+    idle_seconds: float = 0  # of a pair in which nothing moves
+    stall_seconds: float = 600  # in which a peer acknowledges nothing of what is queued for it
     keepalive_seconds: float = 200  # of silence before a TCP keepalive probe; 0: as the system
+    max_connections: int = 0
+    max_waiting_per_source: int = 256
 
 
 class UsageError(argparse.ArgumentTypeError):
@@ -275,6 +283,25 @@ class Throttle:
             return False
         self.next_at = now + self._seconds
         return True
+
+
+class Tally:
+    """Counts events by kind, and logs each kind at most once per COMPLAINT_SECONDS."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._throttles: dict[str, Throttle] = {}
+        self._unlogged: dict[str, int] = {}
+
+    def note(self, kind: str, now: float, level: int, message: str) -> None:
+        """Count an event, and log `message` unless that was done within the last minute."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if self._throttles.setdefault(kind, Throttle()).take(now):
+            unlogged = self._unlogged.pop(kind, 0)
+            more = f" ({unlogged} more since the last message)" if unlogged else ""
+            log.log(level, "%s%s", message, more)
+        else:
+            self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -478,17 +505,29 @@ class Pipe:
             pass
         return self._filled
 
-    def pour(self, sock: socket.socket) -> None:
-        """Move bytes from the pipe to `sock`, as many as it accepts. Raises OSError."""
+    def pour(self, sock: socket.socket) -> int:
+        """Move bytes from the pipe to `sock`, as many as it accepts. Return how many.
+
+        Raises OSError.
+        """
         assert splice is not None
-        self._filled -= splice(
-            self._read_fd, sock.fileno(), self._filled, None, None, SPLICE_F_NONBLOCK
-        )
+        poured = splice(self._read_fd, sock.fileno(), self._filled, None, None, SPLICE_F_NONBLOCK)
+        self._filled -= poured
+        return poured
 
     def close(self) -> None:
         """Close both ends and discard the bytes in it."""
         os.close(self._read_fd)
         os.close(self._write_fd)
+
+
+def send_from(backlog: bytearray | Pipe, sock: socket.socket) -> int:
+    """Send bytes of a backlog and remove them from it. Return how many. Raises OSError."""
+    if isinstance(backlog, Pipe):
+        return backlog.pour(sock)
+    sent = sock.send(backlog)
+    del backlog[:sent]
+    return sent
 
 
 class PipePool:
@@ -552,10 +591,11 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
     """Return the maximum number of connections, and of pipes, for `limit` descriptors.
 
     `open_now`: descriptors that are in use. RESERVED_FDS are kept for other purposes. A pipe has
-    two descriptors; pipes get at most an eighth of the limit. At least one connection is allowed.
+    two descriptors; pipes get at most an eighth of the limit. Connections get at most 80 %, and at
+    least one is allowed.
     """
     pipes = min(affordable_pipes(), limit // 16)
-    return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
+    return max(1, min(limit * 4 // 5, limit - open_now - RESERVED_FDS - 2 * pipes)), pipes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -577,8 +617,40 @@ class Role(enum.Enum):
 class Reason(enum.Enum):
     """Why the relay ends a connection. A WebSocket Close has a code for it."""
 
-    ENDED = "ended"  # any other end: a client left or was refused, a time limit, a fault
+    ENDED = "ended"  # any other end: a client left or broke a rule, a time limit, a fault
+    REFUSED = "refused"  # for a limit other than a time limit; a later attempt may succeed
     STOPPING = "stopping"  # the relay stops
+
+
+class Limit(enum.Enum):
+    """A limit that ends or refuses a client, by its option."""
+
+    HANDSHAKE = "--handshake-timeout"
+    WAIT = "--max-wait"
+    IDLE = "--idle-timeout"
+    STALL = "--stall-timeout"
+    CONNECTIONS = "--max-connections"
+    SOURCE = "--max-waiting-per-source"
+    ALLOW = "--allow"
+
+
+# What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
+REFUSALS = {
+    Limit.CONNECTIONS: b"relay full\n",
+    Limit.SOURCE: b"too many waiting\n",
+    Limit.ALLOW: b"not allowed\n",
+}
+
+
+class Peer(NamedTuple):
+    """What the limits need to know of a client's address, which is not stored."""
+
+    source: int | None = None  # a keyed hash; None: exempt from limits per source
+    is_allowed: bool = True
+    is_trusted: bool = False  # a proxy whose X-Forwarded-For counts
+
+
+EXEMPT = Peer()
 
 
 class Phase(enum.Enum):
@@ -588,6 +660,15 @@ class Phase(enum.Enum):
     FLUSHING = "flushing"
     LINGERING = "lingering"
     CLOSED = "closed"
+
+
+class ServerPhase(enum.Enum):
+    """The phases of a Server, in their order. Each stop phase has a deadline."""
+
+    SERVING = "serving"
+    STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
+    STOPPING_RECORDS = "stopping: records"  # all connections are closed
+    OVER = "over"
 
 
 class Transport(Protocol):
@@ -604,8 +685,8 @@ class Transport(Protocol):
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
 
-    def partner_changed(self) -> None:
-        """Compute the interest again, because the client has a partner now."""
+    def session_changed(self) -> None:
+        """Note that the client waits for a partner now, or has one."""
 
     def note_activity(self) -> None:
         """Restart the time of silence, after which `framing.keep_alive` is called."""
@@ -621,8 +702,11 @@ class EventLoop(Protocol):
     pipes: PipePool
     rendezvous: Rendezvous
     connections: set[Connection]
-    clock: Callable[[], float]  # monotonic seconds
     wallclock: Callable[[], float]  # seconds since the epoch
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Return a clock of monotonic seconds, without those of suspensions."""
 
     def update_interest(self, conn: Connection) -> None:
         """Register what `conn.interest()` returns now, unless `conn` is unpolled."""
@@ -632,6 +716,9 @@ class EventLoop(Protocol):
 
     def note_activity(self, conn: Connection) -> None:
         """Call `conn.framing.keep_alive` after PING_SECONDS, counted from now."""
+
+    def limit_waiting(self, conn: Connection) -> None:
+        """End `conn` if it still waits after the time limit for that."""
 
     def poll_linger(self, conn: Connection) -> None:
         """Call `conn.check_linger` after LINGER_POLL_SECONDS."""
@@ -695,6 +782,8 @@ class Session:
     wait_handshake  http       wait_upgrade    -          -
     wait_handshake  handshake  wait_partner    -          -
     wait_handshake  junk       done            errory     bad handshake\n
+    wait_handshake  limited    done            lonely     too many waiting\n
+    wait_handshake  full       done            empty      relay full\n
     wait_handshake  end        done            empty      -
     wait_partner    matched    relaying        -          ok\n
     wait_partner    bytes      done            impatient  impatient\n
@@ -704,17 +793,24 @@ class Session:
     relaying        end        done            happy      -
     relaying        left       done            -          -
 
+    limited: a handshake from a client that a limit refuses, here `--max-waiting-per-source`.
+    full: the relay is full, and the first bytes have come.
     An HTTP client has no byte stream, and no record, before its upgrade to WebSocket.
     The record of a pair (mood happy) is written in `end_sent` of the client that stayed. After a
     fault, `Rendezvous.expel` may write it.
     """
 
     # The planned reload will carry these fields. The others are links to other objects.
-    CARRIED = ("accepted", "handshake", "started", "state")
+    CARRIED = ("accepted", "handshake", "peer", "refused_by", "started", "state")
     __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
     def __init__(
-        self, transport: Transport, rendezvous: Rendezvous, started: float, role: Role = Role.PORT
+        self,
+        transport: Transport,
+        rendezvous: Rendezvous,
+        started: float,
+        role: Role = Role.PORT,
+        peer: Peer = EXEMPT,
     ) -> None:
         """Begin at the accept. `started`: the time of day (s since the epoch)."""
         self.transport = transport
@@ -722,6 +818,8 @@ class Session:
         self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()  # monotonic seconds
         self.started = started  # the same moment, seconds since the epoch
+        self.peer = peer
+        self.refused_by: Limit | None = None  # set before the handshake
         self.handshake: Handshake | None = None  # while the client waits for a partner
         self.pair: Pair | None = None  # while relaying
         self.ended_pair: Pair | None = None  # this client stayed; the record is not yet written
@@ -749,9 +847,22 @@ class Session:
         self.handshake = parse_handshake(line)
         if self.handshake is None:
             self._end("errory", BAD_HANDSHAKE)
-        else:
-            self.state = State.WAIT_PARTNER
-            self.rendezvous.join(self)
+            return
+        limit = self.refused_by or self.rendezvous.refusal(self)
+        if limit is not None:
+            self.rendezvous.limit_reached(limit)
+            self._end("lonely", REFUSALS[limit], Reason.REFUSED)
+            return
+        self.state = State.WAIT_PARTNER
+        self.rendezvous.join(self)
+        if self.state is State.WAIT_PARTNER:
+            self.transport.session_changed()
+
+    def refuse(self) -> None:
+        """Refuse a client before its handshake, because the relay is full."""
+        assert self.state is State.WAIT_HANDSHAKE and self.refused_by is not None, self
+        self.rendezvous.limit_reached(self.refused_by)
+        self._end("empty", REFUSALS[self.refused_by], Reason.REFUSED)
 
     def bytes_received(self, data: Bytes) -> None:
         """Send bytes to the partner. A client without a partner is refused."""
@@ -774,7 +885,7 @@ class Session:
     def start_relaying(self) -> None:
         """Send ok, when both sessions are in the pair and it has not ended since."""
         if self.state is State.RELAYING:
-            self.transport.partner_changed()
+            self.transport.session_changed()
             self.transport.send(OK)
 
     def displaced(self) -> None:
@@ -900,15 +1011,24 @@ class Rendezvous:
     """
 
     def __init__(
-        self, record: Callable[[UsageRecord], None], clock: Callable[[], float] = time.monotonic
+        self,
+        record: Callable[[UsageRecord], None],
+        clock: Callable[[], float] = time.monotonic,
+        max_waiting_per_source: int = 0,
     ) -> None:
-        """`record` is called with each record; `clock` returns monotonic seconds."""
+        """`record` is called with each record. `clock` returns monotonic seconds.
+
+        `max_waiting_per_source`: 0: no maximum.
+        """
         self.record = record
         self.clock = clock
+        self.limit_reached: Callable[[Limit], None] = lambda limit: None  # called at a refusal
+        self._max_waiting_per_source = max_waiting_per_source
         # Key: token. Value: its clients, the newest last. The first client is in a tuple, which
         # needs little memory. A second one turns it into a dict, which serves as an ordered set.
         self.waiting: dict[bytes, tuple[Session] | dict[Session, None]] = {}
         self.waiting_clients = 0
+        self.waiting_by_source: dict[int | None, int] = {}  # None: of all exempt clients
         self.pairs: set[Pair] = set()
         self.pairs_ended = 0
         self._ended_bytes = 0
@@ -921,9 +1041,8 @@ class Rendezvous:
         """
         assert newcomer.handshake is not None
         token = newcomer.handshake.token
-        crowd = self.waiting.get(token)
-        newest = None if crowd is None else next(reversed(crowd))
-        if newest is None or not self._are_partners(newcomer, newest):
+        newest = self._partner_for(newcomer)
+        if newest is None:
             self._add(token, newcomer)
             return
         self.forget(newest)
@@ -936,10 +1055,28 @@ class Rendezvous:
         for other in tuple(self.waiting.get(token, ())):
             other.displaced()
 
-    @staticmethod
-    def _are_partners(one: Session, other: Session) -> bool:
-        assert one.handshake is not None and other.handshake is not None
-        return one.handshake.matches(other.handshake)
+    def _partner_for(self, newcomer: Session) -> Session | None:
+        assert newcomer.handshake is not None
+        crowd = self.waiting.get(newcomer.handshake.token)
+        if crowd is None:
+            return None
+        newest = next(reversed(crowd))
+        assert newest.handshake is not None
+        return newest if newcomer.handshake.matches(newest.handshake) else None
+
+    def refusal(self, newcomer: Session) -> Limit | None:
+        """Return the limit because of which the newcomer can neither be matched nor wait."""
+        source, most = newcomer.peer.source, self._max_waiting_per_source
+        is_crowded = source is not None and 0 < most <= self.waiting_by_source.get(source, 0)
+        return Limit.SOURCE if is_crowded and self._partner_for(newcomer) is None else None
+
+    def oldest_of_busiest_source(self) -> Session | None:
+        """Return a client that waits: the oldest one of the source with most waiting clients."""
+        if not self.waiting_by_source:
+            return None
+        busiest = max(self.waiting_by_source, key=self.waiting_by_source.__getitem__)
+        sessions = (session for crowd in self.waiting.values() for session in crowd)
+        return next(session for session in sessions if session.peer.source == busiest)
 
     def forget(self, session: Session) -> None:
         """Remove a client that waits."""
@@ -953,9 +1090,10 @@ class Rendezvous:
             del self.waiting[token]
         elif isinstance(crowd, dict):
             del crowd[session]
-        self.waiting_clients -= 1
+        self._count(session, -1)
 
     def _add(self, token: bytes, session: Session) -> None:
+        self._count(session, 1)
         crowd = self.waiting.get(token)
         if crowd is None:
             self.waiting[token] = (session,)
@@ -963,7 +1101,13 @@ class Rendezvous:
             crowd[session] = None
         else:
             self.waiting[token] = {crowd[0]: None, session: None}
-        self.waiting_clients += 1
+
+    def _count(self, session: Session, change: int) -> None:
+        self.waiting_clients += change
+        source = session.peer.source
+        self.waiting_by_source[source] = self.waiting_by_source.get(source, 0) + change
+        if not self.waiting_by_source[source]:
+            del self.waiting_by_source[source]
 
     def record_single(self, session: Session, mood: str) -> None:
         """Record a client that never had a partner."""
@@ -978,12 +1122,16 @@ class Rendezvous:
         self.record(pair.record(self.clock()))
 
     def expel(self, session: Session) -> None:
-        """Remove `session` from all collections after a fault.
+        """Remove `session` from all collections after a fault, and count the waiting clients again.
 
         This searches all of them, because the fault may have left the session inconsistent.
         """
         for token in [token for token, crowd in self.waiting.items() if session in crowd]:
             self._remove(token, session)
+        self.waiting_clients, self.waiting_by_source = 0, {}
+        for crowd in self.waiting.values():
+            for other in crowd:
+                self._count(other, 1)
         for pair in [pair for pair in self.pairs if session in pair.sessions]:
             if len(pair.sessions) > 1:
                 pair.remove(session)
@@ -1004,8 +1152,7 @@ class Rendezvous:
 #
 # A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
 # clients send the stream as it is. WebSocket clients send it as the payload of messages. A
-# connection begins with DetectFraming (without ws_frames.py: with RawFraming), and a Framing
-# replaces itself with the next one:
+# connection begins with DetectFraming, and a Framing replaces itself with the next one:
 #
 #     DetectFraming --+--> RawFraming                          a line, then data
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
@@ -1122,7 +1269,7 @@ class DetectFraming(Framing):
         """Install the next Framing once the first bytes are unambiguous."""
         session, transport = self._session, self._transport
         expects_http = session.state is State.WAIT_UPGRADE
-        unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS
+        unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS if ws_frames else ()
         start = self._start + data[: len(RAW_BEGINNING)]
         if start.startswith(unexpected):
             (session.stream_opened if expects_http else session.http_detected)()
@@ -1131,6 +1278,8 @@ class DetectFraming(Framing):
             return
         is_http = session.state is State.WAIT_UPGRADE
         transport.framing = (HttpFraming if is_http else RawFraming)(session, transport)
+        if session.refused_by is Limit.CONNECTIONS and not is_http:
+            session.refuse()
         if self._start:
             transport.framing.receive(memoryview(self._start))
         transport.framing.receive(data)
@@ -1160,6 +1309,8 @@ class HttpFraming(Framing):
             request, rest = read
             is_upgrade = request.wants_websocket
             answer = request.accept() if is_upgrade else answer_plain_request(request)
+            if is_upgrade and self._session.refused_by is Limit.CONNECTIONS:
+                is_upgrade, answer = False, self._answer_full()
         except ws_frames.UpgradeRejected as refusal:
             is_upgrade, answer = False, refusal.answer
         self._transport.write(answer)
@@ -1169,6 +1320,10 @@ class HttpFraming(Framing):
             self._transport.framing.receive(memoryview(rest))
         else:
             self._session.client_ended()
+
+    def _answer_full(self) -> bytes:
+        self._session.rendezvous.limit_reached(Limit.CONNECTIONS)
+        return ws_frames.http_answer(503, REFUSALS[Limit.CONNECTIONS].decode())
 
 
 def answer_plain_request(request: ws_frames.Request) -> bytes:
@@ -1270,8 +1425,7 @@ class WebSocketFraming(Framing):
 
     def closing_bytes(self, reason: Reason) -> bytes:
         """Return the waiting Pong and a Close, which answers the client or tells the `reason`."""
-        code = ws_frames.GOING_AWAY if reason is Reason.STOPPING else ws_frames.NORMAL
-        return self._pong + (self._close_frame or ws_frames.build_close(code))
+        return self._pong + (self._close_frame or ws_frames.build_close(CLOSE_CODES[reason]))
 
     def backlog_sent(self) -> None:
         """Send the waiting Pong."""
@@ -1298,9 +1452,7 @@ class WebSocketFraming(Framing):
         self._transport.note_activity()
 
 
-def first_framing(session: Session, transport: Transport) -> Framing:
-    """Return the Framing of a new connection."""
-    return (RawFraming if ws_frames is None else DetectFraming)(session, transport)
+CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013}  # RFC 6455, 7.4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1310,9 +1462,8 @@ def first_framing(session: Session, transport: Transport) -> Framing:
 # set of events that the selector waits for. It is computed from the fields of the connection and
 # of its partner whenever one of these fields changes.
 #
-# Backpressure: a connection is not read while its partner has a backlog. So a backlog is at most
-# the encoding of one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES). A spliced backlog
-# stays in its pipe (PIPE_BYTES).
+# A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
+# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or one pipe (PIPE_BYTES).
 #
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
@@ -1337,34 +1488,30 @@ class Connection:
     lingering  60 s, nothing reported     closed     -
     any        doom                       closed     the backlog is discarded
 
-    flushed: the backlog is empty, or a write failed and it was discarded. A client that never
-    reads can stay in `flushing`, or in `lingering` while its kernel does not acknowledge all bytes:
-    these two cases have no time limit yet.
-    doom: the end of a stop, a fault, or a selector that refuses the registration.
+    flushed: the backlog is empty, or a write failed and it was discarded.
+    doom: a stall, an eviction, the end of a stop, a fault, or a selector that refuses the
+    registration.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
     # The planned reload will carry these fields. The others are links, or follow from these.
     CARRIED = (
-        "_is_bulk",
-        "_linger_deadline",
-        "_peer_ended",
-        "_write_failed",
-        "backlog",
-        "fd",
-        "phase",
-        "read_bytes",
+        *("_is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
+        *("backlog", "fd", "phase", "read_bytes", "sent_bytes"),
     )
     __slots__ = (*CARRIED, "_server", "framing", "is_unpolled", "mask", "session", "sock")
 
-    def __init__(self, sock: socket.socket, server: EventLoop, role: Role) -> None:
+    def __init__(
+        self, sock: socket.socket, server: EventLoop, role: Role, peer: Peer = EXEMPT
+    ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        self.session = Session(self, server.rendezvous, server.wallclock(), role)
-        self.framing = first_framing(self.session, self)
+        self.session = Session(self, server.rendezvous, server.wallclock(), role, peer)
+        self.framing: Framing = DetectFraming(self.session, self)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
+        self.sent_bytes = 0  # all that the kernel accepted, likewise
         self.backlog: bytearray | Pipe | None = None  # None: nothing is queued
         self.mask = 0  # the registered events; only Server.update_interest sets this
         self.is_unpolled = False  # in the bulk queue, and not in the selector
@@ -1466,6 +1613,7 @@ class Connection:
                 self._stop_writing()
                 return
             sent = 0
+        self.sent_bytes += sent
         if more or sent < len(data):  # with several parts, `unsent` finds the rest
             left = unsent((data, *more), sent)
             if left:
@@ -1475,9 +1623,10 @@ class Connection:
         """Return the size of the backlog."""
         return 0 if self.backlog is None else len(self.backlog)
 
-    def partner_changed(self) -> None:
-        """Compute the interest again, which depends on the partner."""
-        self._server.update_interest(self)
+    def session_changed(self) -> None:
+        """Start the time limit of a client that waits, or compute the interest again."""
+        waits = self.session.state is State.WAIT_PARTNER
+        (self._server.limit_waiting if waits else self._server.update_interest)(self)
 
     def note_activity(self) -> None:
         """Restart the time of silence."""
@@ -1567,10 +1716,7 @@ class Connection:
         if self._write_failed:
             return True
         try:
-            if isinstance(backlog, Pipe):
-                backlog.pour(self.sock)
-            else:
-                del backlog[: self.sock.send(backlog)]
+            self.sent_bytes += send_from(backlog, self.sock)
         except OSError as error:
             if error.errno in NO_ROOM_NOW:
                 return False
@@ -1691,14 +1837,21 @@ class TimeLimit:
             expired.append(self._since.popitem(last=False)[0])
         return expired
 
-    def postpone(self, seconds: float) -> None:
-        """Move all deadlines by `seconds`, in which the process was suspended."""
-        for conn in self._since:
-            self._since[conn] += seconds
+    def oldest(self, matters: Callable[[Connection], bool]) -> Connection | None:
+        """Return the earliest connection for which the limit still matters.
 
-    def connections(self) -> set[Connection]:
-        """Return all connections for which the limit runs."""
-        return set(self._since)
+        Remove the earlier ones, for which it does not.
+        """
+        while self._since:
+            conn = next(iter(self._since))
+            if matters(conn):
+                return conn
+            del self._since[conn]
+        return None
+
+    def connections(self) -> Iterator[Connection]:
+        """Yield the connections for which the limit runs, the earliest first."""
+        return iter(self._since)
 
 
 class Chore(NamedTuple):
@@ -1708,26 +1861,34 @@ class Chore(NamedTuple):
     work: Callable[[], None]
 
 
+class AwakeClock:
+    """A monotonic clock that stands still while the process is suspended."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` returns monotonic seconds."""
+        self.monotonic = clock
+        self.suspended_seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.monotonic() - self.suspended_seconds
+
+
 class Timers:
     """The queues of the time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # A connection stays in this queue after its handshake. The Server checks its state.
-        self.handshaking = TimeLimit(limits.handshake_seconds)
+        # A connection stays in these two queues afterwards. The Server checks its state.
+        self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
+        self.waiting = TimeLimit(limits.wait_seconds)
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
-        self._queues = (self.handshaking, self.linger_polls, self.silent)
+        self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
         self.chores: list[Chore] = []
 
     def next_due(self) -> float:
         """Return when the first limit or chore is due; infinity if there is none."""
         chores_due = min((chore.period.next_at for chore in self.chores), default=float("inf"))
         return min(chores_due, *(queue.next_due() for queue in self._queues))
-
-    def postpone(self, seconds: float) -> None:
-        """Move the deadlines of all queues by `seconds`."""
-        for queue in self._queues:
-            queue.postpone(seconds)
 
     def forget(self, conn: Connection) -> None:
         """Remove a closed connection from all queues."""
@@ -1767,12 +1928,17 @@ class Acceptor:
         self,
         listeners: Sequence[Listener],
         admit: Callable[[socket.socket, Role], None],
+        make_room: Callable[[], bool],
         limits: Limits,
         clock: Callable[[], float],
     ) -> None:
-        """`admit` is called with each newcomer's socket, and owns it unless it raises."""
+        """`admit` is called with each newcomer's socket, and owns it unless it raises.
+
+        `make_room` closes a connection, and returns whether there was one to close.
+        """
         self._listeners = list(listeners)
         self._admit = admit
+        self._make_room = make_room
         self._options = socket_options(limits.keepalive_seconds)
         self._optioned: set[Listener] = set()  # their newcomers inherit the socket options
         self._clock = clock
@@ -1795,9 +1961,13 @@ class Acceptor:
 
         On Linux a connection inherits the options that its listener has when it is queued. An
         empty queue shows that no connection is left that was queued before `start` set them.
+
+        Without a free descriptor, accept fails with EMFILE, also if the queue is empty. As the
+        listener was ready, there is one newcomer: make room for this one.
         """
-        for _ in range(ACCEPTS_PER_WAKEUP):
-            if not self.is_accepting:
+        has_made_room = False
+        for count in range(ACCEPTS_PER_WAKEUP):
+            if not self.is_accepting or (has_made_room and count > 1):
                 return
             try:
                 sock, _address = listener.sock.accept()
@@ -1806,7 +1976,11 @@ class Acceptor:
                     self._optioned.add(listener)
                 return
             except OSError as error:
-                if error.errno in OUT_OF_RESOURCES:
+                if error.errno == errno.EMFILE and count:
+                    return
+                if error.errno == errno.EMFILE and self._make_room():
+                    has_made_room = True
+                elif error.errno in OUT_OF_RESOURCES:
                     self.pause(error_text(error))
                 elif error.errno not in NEWCOMER_LOST:
                     name = errno.errorcode.get(error.errno or 0, "unknown error")
@@ -1981,13 +2155,16 @@ class Faults:
     """Contains exceptions: counts them, logs each place once a minute, and repairs the state."""
 
     def __init__(self, loop: EventLoop) -> None:
-        self.count = 0
         self._loop = loop
+        self._tally = Tally()
         self.need_repair = False  # there was a fault since the last repair
-        self._throttles: dict[str, Throttle] = {}
-        self._unlogged: dict[str, int] = {}
         # `bytes` maps memory and does not touch it, so that it is not resident.
         self._memory_reserve: bytes | None = bytes(MEMORY_RESERVE_BYTES)
+
+    @property
+    def count(self) -> int:
+        """Return the number of faults since the start."""
+        return sum(self._tally.counts.values())
 
     def guard(self, work: Callable[[], object], served: object = None) -> None:
         """Call `work`, on behalf of `served` if given, and contain an exception."""
@@ -2079,13 +2256,7 @@ class Faults:
         self._count(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
 
     def _count(self, place: str, message: str) -> None:
-        self.count += 1
-        if self._throttles.setdefault(place, Throttle()).take(self._loop.clock()):
-            unlogged = self._unlogged.pop(place, 0)
-            more = f" ({unlogged} more since the last message)" if unlogged else ""
-            log.error("%s%s", message, more)
-        else:
-            self._unlogged[place] = self._unlogged.get(place, 0) + 1
+        self._tally.note(place, self._loop.clock(), logging.ERROR, message)
 
 
 def is_consistent(conn: Connection) -> bool:
@@ -2112,26 +2283,152 @@ def is_consistent(conn: Connection) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
+# Limits
+#
+# What happens when a client reaches a limit: it is counted and logged, and the client is ended.
+# Rendezvous and Framing report the refusals, which the Session sends.
+# ---------------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """Visits all connections again and again, and notes which values stay the same."""
+
+    def __init__(self, connections: set[Connection], shares: int) -> None:
+        """`shares`: so many calls of `take` visit all."""
+        self._connections = connections
+        self._shares = shares
+        self._left: list[Connection] = []  # to be visited in this sweep
+        self._share = 0  # the number of connections in one
+        # A value and since when it is the same, as seen in the last sweep and in this one.
+        self._seen: dict[object, tuple[int, float]] = {}
+        self._seen_again: dict[object, tuple[int, float]] = {}
+
+    def take(self) -> list[Connection]:
+        """Return the next connections to visit. Some may be closed by now."""
+        if not self._left:
+            self._left = list(self._connections)
+            self._share = -(-len(self._left) // self._shares)
+            self._seen, self._seen_again = self._seen_again, {}
+        taken = self._left[-self._share :]
+        del self._left[-self._share :]
+        return taken
+
+    def unchanged_seconds(self, key: object, value: int, now: float) -> float:
+        """Return for how long `value` of `key` is known to be the same (seconds)."""
+        seen = self._seen_again.get(key) or self._seen.get(key)
+        if seen is None or seen[0] != value:
+            seen = (value, now)
+        self._seen_again[key] = seen
+        return now - seen[1]
+
+
+class LimitEnforcer:
+    """Ends the clients that have reached a limit, and makes room when the relay is full."""
+
+    def __init__(self, loop: EventLoop, timers: Timers, faults: Faults, limits: Limits) -> None:
+        self._loop = loop
+        self._timers = timers
+        self._faults = faults
+        self._limits = limits
+        self.reached = Tally()  # by the option of the limit
+        shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
+        seconds = shortest / SWEEPS_PER_LIMIT
+        shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
+        self.share_seconds = max(seconds / shares, 1) if shortest else 0  # 0: no sweeps
+        self._sweep = Sweep(loop.connections, shares)
+
+    def note(self, limit: Limit) -> None:
+        """Count that a limit ended or refused a client. Log it, at most once a minute."""
+        message = f"{limit.value}: a client was disconnected"
+        self.reached.note(limit.value, self._loop.clock(), logging.INFO, message)
+
+    def is_full(self) -> bool:
+        """Return whether a newcomer needs room."""
+        return 0 < self._limits.max_connections <= len(self._loop.connections)
+
+    def make_room(self) -> bool:
+        """Evict a client for a newcomer. Return whether there was one to evict."""
+        conn = self._first_to_go()
+        if conn is not None:
+            self.note(Limit.CONNECTIONS)
+            self._faults.guard(partial(conn.session.client_ended, Reason.REFUSED), conn)
+            self._faults.guard(conn.doom, conn)
+        return conn is not None
+
+    def _first_to_go(self) -> Connection | None:
+        """Return the client that is evicted first, if there is one.
+
+        A client that has all its bytes goes first, then one without a handshake, then one that
+        waits; the oldest of each kind. A pair does not go, nor a client that has bytes to get.
+        """
+        for conn in self._timers.linger_polls.connections():
+            if conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock):
+                return conn
+        silent = self._timers.handshaking.oldest(is_before_handshake)
+        if silent is not None:
+            return silent
+        session = self._loop.rendezvous.oldest_of_busiest_source()
+        if session is None:
+            return None
+        assert isinstance(session.transport, Connection)
+        return session.transport
+
+    def run(self, now: float) -> None:
+        """End the clients whose handshake or wait has taken too long."""
+        for conn in self._timers.handshaking.take_expired(now):
+            if is_before_handshake(conn):
+                self._end(Limit.HANDSHAKE, conn)
+        for conn in self._timers.waiting.take_expired(now):
+            if conn.session.state is State.WAIT_PARTNER:
+                self._end(Limit.WAIT, conn)
+
+    def check_progress(self) -> None:
+        """Check a share of all connections for a stall, and their pairs for idleness."""
+        now, limits = self._loop.clock(), self._limits
+        for conn in self._sweep.take():
+            pair = conn.session.pair
+            if conn.phase is Phase.CLOSED:
+                continue
+            if 0 < limits.stall_seconds <= self._stalled_seconds(conn, now):
+                self._end(Limit.STALL, conn)
+                self._faults.guard(conn.doom, conn)  # nothing more can be sent
+            elif pair is not None and limits.idle_seconds:
+                idle_seconds = self._sweep.unchanged_seconds(pair, pair.total_bytes, now)
+                if idle_seconds >= limits.idle_seconds:
+                    self._end(Limit.IDLE, conn)
+
+    def _stalled_seconds(self, conn: Connection, now: float) -> float:
+        """Return for how long a peer has acknowledged none of the bytes queued for it (seconds).
+
+        Our end counts as a byte. Without queued bytes there is no stall.
+        """
+        unacknowledged = unacknowledged_bytes(conn.sock) or 0
+        if not unacknowledged and conn.backlog is None:
+            return 0
+        return self._sweep.unchanged_seconds(conn, conn.sent_bytes - unacknowledged, now)
+
+    def _end(self, limit: Limit, conn: Connection) -> None:
+        self.note(limit)
+        self._faults.guard(conn.session.client_ended, conn)
+
+
+def is_before_handshake(conn: Connection) -> bool:
+    """Return whether a client has not sent a whole handshake."""
+    return conn.session.state in BEFORE_HANDSHAKE
+
+
+# ---------------------------------------------------------------------------------------------
 # Server
 #
 # Each turn waits for events with a select and calls the handlers of the ready sockets. Small
 # reads are handled at once. Bulk is queued, and a turn serves only so much of it that small
 # messages do not wait long.
 #
-# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn. So
-# no later event of the turn meets a closed socket or a reused descriptor.
+# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, or
+# earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
 #
 # An exception of a handler is contained (see Faults). Another one in the loop ends the process.
 # ---------------------------------------------------------------------------------------------
-
-
-class ServerPhase(enum.Enum):
-    """The phases of a Server, in their order. Each stop phase has a deadline."""
-
-    SERVING = "serving"
-    STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
-    STOPPING_RECORDS = "stopping: records"  # all connections are closed
-    OVER = "over"
 
 
 class Server:
@@ -2146,17 +2443,16 @@ class Server:
         wallclock: Callable[[], float] = time.time,
         *,
         max_pipes: int = 0,
-        max_connections: int | None = None,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: for
-        bulk; 0: bulk is copied. `max_connections`: None: no maximum.
+        bulk; 0: bulk is copied.
         """
-        self.clock = clock
+        self.clock = AwakeClock(clock)
         self.wallclock = wallclock
         self.recorder = recorder
-        self.rendezvous = Rendezvous(recorder.record, clock)
+        self.rendezvous = Rendezvous(recorder.record, clock, limits.max_waiting_per_source)
         self.buffer = memoryview(bytearray(READ_BYTES))
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
@@ -2164,13 +2460,16 @@ class Server:
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        self._acceptor = Acceptor(listeners, self.admit, limits, clock)
-        self._max_connections = max_connections
+        self._acceptor = Acceptor(listeners, self.admit, self._make_room_now, limits, self.clock)
         self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self._timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
+        self.limits = LimitEnforcer(self, self._timers, self.faults, limits)
+        self.rendezvous.limit_reached = self.limits.note
+        if self.limits.share_seconds:
+            self.every(self.limits.share_seconds, self.limits.check_progress)
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
@@ -2227,15 +2526,14 @@ class Server:
 
         If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
         goes on, and select can return an empty list although sockets are ready. Then ask again
-        before any timer runs, and move the deadlines of the queues and of a stop.
+        before any timer runs, and let no time limit count these seconds.
         """
         assert self._selector is not None, "not started"
         before = self.clock()
         events = self._selector.select(timeout)
         suspended_seconds = self.clock() - before - timeout
         if suspended_seconds > SUSPENDED_SECONDS:
-            self._timers.postpone(suspended_seconds)
-            self._deadline += suspended_seconds
+            self.clock.suspended_seconds += suspended_seconds
             events = events or self._selector.select(0)
         return events
 
@@ -2267,9 +2565,7 @@ class Server:
         return served
 
     def _run_timers(self, now: float) -> None:
-        for conn in self._timers.handshaking.take_expired(now):
-            if conn.session.state in BEFORE_HANDSHAKE:
-                self.faults.guard(conn.session.client_ended, conn)
+        self.limits.run(now)
         for conn in self._timers.silent.take_expired(now):
             self.faults.guard(conn.framing.keep_alive, conn)
         for conn in self._timers.linger_polls.take_expired(now):
@@ -2300,7 +2596,7 @@ class Server:
         now = self.wallclock()
         return Snapshot(
             # Computed each time, because the wall clock may have been set since the start.
-            started_at=now - (self.clock() - self._started),
+            started_at=now - (self.clock.monotonic() - self._started),
             taken_at=now,
             pairs=len(self.rendezvous.pairs),
             waiting_clients=self.rendezvous.waiting_clients,
@@ -2348,6 +2644,10 @@ class Server:
         """Restart the time of silence of a WebSocket."""
         self._timers.silent.start(conn, self.clock())
 
+    def limit_waiting(self, conn: Connection) -> None:
+        """Start the time limit of a client that waits."""
+        self._timers.waiting.start(conn, self.clock())
+
     def poll_linger(self, conn: Connection) -> None:
         """Start the poll timer of a lingering connection."""
         self._timers.linger_polls.start(conn, self.clock())
@@ -2369,7 +2669,7 @@ class Server:
                 self.faults.contain(conn)
             if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
                 self.connections.discard(conn)
-        if self._has_room() and not self._acceptor.is_accepting:
+        if not self._acceptor.is_accepting:
             self.faults.guard(partial(self._acceptor.resume, self.clock()), self._acceptor)
 
     def _close(self, conn: Connection) -> None:
@@ -2389,31 +2689,31 @@ class Server:
 
     # Newcomers.
 
-    def admit(self, sock: socket.socket, role: Role = Role.PORT) -> None:
-        """Add a newcomer. `role`: of the listener that accepted it."""
+    def admit(self, sock: socket.socket, role: Role = Role.PORT, peer: Peer = EXEMPT) -> None:
+        """Add a newcomer. `role`: of the listener that accepted it. `peer`: about its address."""
         conn = None
         try:
             sock.setblocking(False)
-            conn = Connection(sock, self, role)
+            refused_by = None if peer.is_allowed else Limit.ALLOW
+            if self.limits.is_full() and not self.limits.make_room():
+                refused_by = Limit.CONNECTIONS
+            conn = Connection(sock, self, role, peer)
+            conn.session.refused_by = refused_by
             self.connections.add(conn)
             self._timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
-            self._pause_if_full(conn)
+            if not conn.mask:  # the end of this one makes no room, so it must not end the pause
+                self._acceptor.pause("the selector refused one", may_end_early=False)
         except Exception:
             if conn is None:
                 sock.close()
             self.faults.contain(conn)
 
-    def _pause_if_full(self, newcomer: Connection) -> None:
-        if not newcomer.mask:
-            # The end of this newcomer makes no room, so it must not end the pause.
-            self._acceptor.pause("the selector refused one", may_end_early=False)
-        elif not self._has_room():
-            why = f"{len(self.connections)} connections, the most that can be open"
-            self._acceptor.pause(why, seconds=float("inf"))
-
-    def _has_room(self) -> bool:
-        return self._max_connections is None or len(self.connections) < self._max_connections
+    def _make_room_now(self) -> bool:
+        """Evict a client and close its socket in the middle of the turn."""
+        has_made_room = self.limits.make_room()
+        self._reap()
+        return has_made_room
 
     # The end.
 
@@ -3947,6 +4247,17 @@ HELP = {
     " down to 1 kB, 1 MB or 100 MB (default: 0 s: not blurred)",
     "handshake-timeout": "close a connection that has not sent its handshake after this many"
     " seconds; 0 switches it off (default: %(default)g s)",
+    "max-wait": "close a client that has waited for a partner for this many seconds; 0 switches it"
+    " off (default: %(default)g s)",
+    "idle-timeout": "end a pair in which no byte has moved for this many seconds; 0 switches it off"
+    " (default: %(default)g s)",
+    "stall-timeout": "end a connection whose client has acknowledged none of the bytes queued for"
+    " it for this many seconds; 0 switches it off (default: %(default)g s)",
+    "max-connections": "open at most this many connections; a newcomer then takes the place of a"
+    " client without a partner, or is refused; 0: no maximum (default: 80 %% of the file"
+    " descriptors)",
+    "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
+    " network wait; 0: no maximum (default: %(default)s)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
     "config": "read more options from this file; the command line takes precedence; can be given"
@@ -3979,6 +4290,9 @@ def make_parser() -> Parser:
     parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
     parser.set_defaults(handshake_timeout=limits.handshake_seconds)
     parser.set_defaults(keepalive=limits.keepalive_seconds)
+    parser.set_defaults(max_wait=limits.wait_seconds, idle_timeout=limits.idle_seconds)
+    parser.set_defaults(stall_timeout=limits.stall_seconds)
+    parser.set_defaults(max_waiting_per_source=limits.max_waiting_per_source)
 
     add = parser.add_argument_group("where it listens").add_argument
     port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
@@ -3996,6 +4310,10 @@ def make_parser() -> Parser:
     seconds = allow_empty(partial(whole_number, highest=MAX_KEEPALIVE_SECONDS))
     time_limit = allow_empty(duration)
     add("--handshake-timeout", metavar="SECONDS", type=time_limit, help=HELP["handshake-timeout"])
+    for name in ("max-wait", "idle-timeout", "stall-timeout"):
+        add(f"--{name}", metavar="SECONDS", type=time_limit, help=HELP[name])
+    for name in ("max-connections", "max-waiting-per-source"):
+        add(f"--{name}", metavar="N", type=count, help=HELP[name])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
 
     add = parser.add_argument_group("how it runs").add_argument
@@ -4147,9 +4465,16 @@ def open_relay(
     server = Server(
         listeners,
         Recorder(sinks, options.blur_usage),
-        Limits(options.handshake_timeout, options.keepalive),
+        Limits(
+            options.handshake_timeout,
+            options.max_wait,
+            options.idle_timeout,
+            options.stall_timeout,
+            options.keepalive,
+            max_connections if options.max_connections is None else options.max_connections,
+            options.max_waiting_per_source,
+        ),
         max_pipes=0 if options.no_splice else max_pipes,
-        max_connections=max_connections,
     )
     return Relay(listeners, server, [remark] if remark else [])
 

@@ -123,15 +123,15 @@ class FakeTransport:
 
     def __init__(self) -> None:
         self.sent = b""
-        self.partner_changes = 0
+        self.session_changes = 0
         self.finished = False
 
     def send(self, data: bytes | memoryview) -> None:
         assert not self.finished, "sent after the end"
         self.sent += data
 
-    def partner_changed(self) -> None:
-        self.partner_changes += 1
+    def session_changed(self) -> None:
+        self.session_changes += 1
 
     def finish(self, reason: Reason) -> None:
         assert not self.finished, "finished twice"
@@ -450,7 +450,6 @@ class Loop:
         self,
         *listeners: Listener,
         limits: Limits | None = None,
-        max_connections: int | None = None,
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
@@ -461,7 +460,6 @@ class Loop:
             self.clock,
             self.wallclock,
             max_pipes=self._max_pipes,
-            max_connections=max_connections,
         )
         self.server.start()
 

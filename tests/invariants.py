@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import termios
+from collections import Counter
 from collections.abc import Sequence
 
 from transit_relay import (
@@ -43,6 +44,8 @@ def check_rendezvous(rendezvous: Rendezvous) -> None:
         sides = {session.handshake.side for session in crowd if session.handshake}
         assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
     assert rendezvous.waiting_clients == sum(map(len, rendezvous.waiting.values()))
+    waiting = [session for crowd in rendezvous.waiting.values() for session in crowd]
+    assert rendezvous.waiting_by_source == Counter(session.peer.source for session in waiting)
     for pair in rendezvous.pairs:
         if len(pair.sessions) > 1:
             assert all(session.pair is pair for session in pair.sessions), pair
@@ -60,7 +63,7 @@ def check_server(server: Server) -> None:
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
-    lingering = server._timers.linger_polls.connections()
+    lingering = set(server._timers.linger_polls.connections())
     for conn in server.connections:
         assert conn.mask == (0 if conn.is_unpolled else conn.interest()), conn
         assert conn.backlog is None or len(conn.backlog) > 0, conn
@@ -77,7 +80,7 @@ def check_server(server: Server) -> None:
     backlogs = [conn.backlog for conn in server.connections]
     check_pool(server.pipes, [one for one in backlogs if isinstance(one, Pipe)])
     for queue in server._timers._queues:
-        assert queue.connections() <= server.connections, "a time limit of a closed connection"
+        assert set(queue.connections()) <= server.connections, "a time limit of a closed connection"
     states = [conn.session.state for conn in server.connections]
     assert server.rendezvous.waiting_clients == states.count(State.WAIT_PARTNER)
     assert 2 * len(server.rendezvous.pairs) >= states.count(State.RELAYING)

@@ -9,6 +9,7 @@ from helpers import BINARY, CLOSE, FakeTransport, frame, handshake
 from transit_relay import (
     DISCARD,
     Bytes,
+    DetectFraming,
     Framing,
     Reason,
     Rendezvous,
@@ -17,7 +18,6 @@ from transit_relay import (
     State,
     UsageRecord,
     WebSocketFraming,
-    first_framing,
 )
 from ws_frames import FrameParser, ProtocolError
 
@@ -128,7 +128,7 @@ class FramedTransport(FakeTransport):
         """`role`: of the listener. `journal`: a list that several transports share."""
         super().__init__()
         self.session = Session(self, rendezvous, 0.0, role)
-        self.framing = first_framing(self.session, self)
+        self.framing: Framing = DetectFraming(self.session, self)
         self.journal = [] if journal is None else journal
         self.queued = 0  # bytes that the client leaves unread; set by the test
         self.activities = 0

@@ -72,6 +72,11 @@ def test_defaults() -> None:
         "log_fd": None,
         "blur_usage": 0,
         "handshake_timeout": 60,
+        "max_wait": 0,
+        "idle_timeout": 0,
+        "stall_timeout": 600,
+        "max_connections": None,
+        "max_waiting_per_source": 256,
         "keepalive": 200,
         "config": [],
         "daemonize": False,
@@ -203,7 +208,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     texts = {" ".join(option.split()) for option in options}
-    assert len(texts) == 16
+    assert len(texts) == 21
     for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option

@@ -18,7 +18,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 from conftest import open_descriptors
@@ -91,15 +91,13 @@ CLASSES: list[type] = [
 ]
 SERVER_METHODS = (
     # `admit` contains the faults of its own calls, all of which are in this list.
-    *("update_interest", "queue_bulk", "note_activity", "poll_linger", "doom"),
-    *("_has_room",),
+    *("update_interest", "queue_bulk", "note_activity", "limit_waiting", "poll_linger", "doom"),
 )
 # The loop itself, and what is called without a connection. A fault there may end the process.
 NOT_A_HANDLER = {
     *("Connection.__repr__", "Session.__repr__", "Discard.__init__"),
     *("TimeLimit.__init__", "TimeLimit.next_due", "TimeLimit.take_expired"),
-    *("TimeLimit.postpone", "TimeLimit.connections"),
-    *("Timers.__init__", "Timers.next_due", "Timers.postpone"),
+    *("TimeLimit.connections", "Timers.__init__", "Timers.next_due"),
     *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
     *("Acceptor.__init__", "Acceptor.descriptors", "Acceptor.close"),
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
@@ -582,15 +580,44 @@ def failed_write(stage: Stage) -> None:
 
 
 def accepted(stage: Stage) -> None:
-    """Newcomers at the listener. With the first, the relay has all connections that it may have."""
-    server = stage.loop.server
+    """Newcomers at the listener. The second one is first refused by accept."""
     stage.injection.watched.add("acceptor")
-    server._max_connections = len(server.connections) + 1
     stage.knock().send(handshake(TOKEN))
+    (listener,) = stage.loop.server._acceptor._listeners
+    real = listener.sock
+    listener.sock = FullTable(real)  # type: ignore[assignment]
     stage.knock()
-    server._max_connections = None
+    listener.sock = real
     stage.loop.advance(1)
     stage.loop.advance(1)
+
+
+def full(stage: Stage) -> None:
+    """A relay without room: a client that waits makes room, later newcomers are refused."""
+    enforcer = stage.loop.server.limits
+    limits, count = enforcer._limits, len(stage.loop.server.connections)
+    try:
+        enforcer._limits = limits._replace(max_connections=count + 1)
+        stage.connect().send(handshake(TOKEN))
+        stage.connect().end()
+        enforcer._limits = limits._replace(max_connections=count)
+        stage.connect().send(b"x")
+        stage.connect(Role.WEBSOCKET).send(UPGRADE)
+    finally:
+        enforcer._limits = limits
+
+
+class FullTable:
+    """A listening socket that cannot accept, because the system has no free file."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
+
+    def accept(self) -> NoReturn:
+        raise OSError(errno.ENFILE, "injected")
 
 
 def unread(stage: Stage) -> None:
@@ -603,7 +630,7 @@ def unread(stage: Stage) -> None:
 
 SCENARIOS = (
     *(raw_pair, raw_bulk, websocket_pair, websocket_backlog, broken_encoding, refused),
-    *(redundant, lonely, late, health_check, failed_write, accepted, unread),
+    *(redundant, lonely, late, health_check, failed_write, accepted, unread, full),
 )
 
 
@@ -715,6 +742,7 @@ NEEDED_TO_CONTAIN = {
     *("Connection.partner", "Connection.interest"),
     *("Connection.close", "Pair.partner_of", "Server.update_interest"),
     *("ListenerHandler.on_ready", "Acceptor.start", "Acceptor.accept", "Acceptor.resume"),
+    *("Acceptor.pause", "Acceptor._unregister"),
 }
 
 
@@ -894,7 +922,7 @@ def test_a_fault_in_the_time_limits_of_a_closed_connection(
     loop.wait_for_arrivals()
     loop.clock.advance(60)
     loop.server.run_once(0)
-    assert queue.connections() == set()
+    assert not set(queue.connections())
     assert loop.server.faults.count == 1
 
 
@@ -997,7 +1025,7 @@ def test_accept_closes_a_newcomer_that_is_not_admitted(caplog: pytest.LogCapture
     loop = ListeningLoop()
     sockets: list[socket.socket] = []
 
-    def fail(sock: socket.socket, _role: Role) -> None:
+    def fail(sock: socket.socket, _role: Role, *_: object) -> None:
         sockets.append(sock)
         raise AssertionError("injected")
 

@@ -277,7 +277,6 @@ def test_without_ws_frames_all_is_raw(room: Room, monkeypatch: pytest.MonkeyPatc
     assert type(room.client().framing) is DetectFraming
     monkeypatch.setattr(transit_relay, "ws_frames", None)
     client = room.client()
-    assert type(client.framing) is RawFraming
     client.feed(b"GET / HTTP/1.1\r\n")
     assert client.sent == b"bad handshake\n" and client.finished and room.moods() == ["errory"]
 

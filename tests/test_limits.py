@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import pytest
-from helpers import Loop, handshake, read_to_end
+from helpers import PING, TIMEOUT, Client, Loop, frame, handshake, read_to_end
 
-from transit_relay import Limits, TimeLimit
+from transit_relay import Limits, Phase, Sweep, TimeLimit
 
 
 def connect(loop: Loop, seconds: float = 60) -> socket.socket:
     """A client of a relay with that handshake limit."""
-    loop.restart(limits=Limits(handshake_seconds=seconds))
+    loop.restart(limits=Limits(handshake_seconds=seconds, stall_seconds=0))
     return loop.connect()
 
 
@@ -146,7 +147,7 @@ def test_a_client_that_was_refused_is_forgotten(loop: Loop) -> None:
 
 def assert_no_limit_runs(loop: Loop) -> None:
     for queue in loop.server._timers._queues:
-        assert not queue.connections() and queue.next_due() == float("inf")
+        assert not set(queue.connections()) and queue.next_due() == float("inf")
 
 
 def test_limits_expire_in_the_order_of_their_starts() -> None:
@@ -163,18 +164,195 @@ def test_limits_expire_in_the_order_of_their_starts() -> None:
     assert limit.next_due() == float("inf")
 
 
-def test_a_postponed_limit_expires_later() -> None:
-    limit = TimeLimit(10)
-    limit.start("a", 0)
-    limit.postpone(5)
-    limit.start("b", 6)
-    assert limit.take_expired(14.9) == []
-    assert limit.take_expired(15) == ["a"]
-    assert limit.take_expired(16) == ["b"]
-
-
 def test_a_limit_of_zero_never_expires() -> None:
     limit = TimeLimit(0)
     limit.start("a", 0)
     assert limit.next_due() == float("inf")
-    assert not limit.connections()
+    assert not set(limit.connections())
+
+
+# Waiting, idle and stalled clients.
+
+
+def test_a_client_waits_for_a_limited_time(loop: Loop) -> None:
+    """The time begins with the whole handshake."""
+    loop.restart(limits=Limits(wait_seconds=30))
+    client = loop.connect()
+    loop.advance(20)
+    client.sendall(handshake())
+    loop.pump()
+    loop.advance(29.9)
+    assert loop.recorder.moods() == []
+    loop.advance(0.1)
+    assert loop.recorder.moods() == ["lonely"] and read_to_end(client) == b""
+    assert loop.server.limits.reached.counts == {"--max-wait": 1}
+
+
+def test_a_pair_is_not_ended_for_the_time_that_it_waited(loop: Loop) -> None:
+    loop.restart(limits=Limits(wait_seconds=30))
+    one, other = loop.pair()
+    loop.advance(100)
+    one.sendall(b"still here")
+    loop.pump()
+    assert other.recv(100) == b"still here"
+
+
+def seconds_until(loop: Loop, happened: Callable[[], bool], most: int) -> int:
+    """Advance in steps of a second until something happened. Return how many steps."""
+    for seconds in range(most + 1):
+        if happened():
+            return seconds
+        loop.advance(1)
+    raise AssertionError("it did not happen in time")
+
+
+def test_an_idle_pair_is_ended(loop: Loop) -> None:
+    loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
+    one, other = loop.pair()
+    for _ in range(10):
+        for _ in range(70):
+            loop.advance(1)
+        one.sendall(b"x")
+        loop.pump()
+        assert other.recv(100) == b"x"
+    assert loop.recorder.moods() == []
+    one.setblocking(False)
+    seconds = seconds_until(loop, lambda: bool(loop.recorder.records), 100)
+    assert 79 <= seconds <= 91
+    assert loop.recorder.moods() == ["happy"]
+    assert loop.server.limits.reached.counts == {"--idle-timeout": 1}
+
+
+def test_pings_do_not_keep_an_idle_pair(loop: Loop) -> None:
+    loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
+    one, other = loop.meet("ws-unix", "ws-unix")
+    seconds = seconds_until(loop, lambda: bool(loop.recorder.records), 100)
+    assert 79 <= seconds <= 91
+    assert one.read_to_end() == other.read_to_end() == b""
+    assert one.close_code == other.close_code == 1000
+
+
+KINDS = pytest.mark.parametrize("kind", ["unix", "tcp", "ws", "ws-unix"])
+
+
+def send_until_stalled(loop: Loop, client: Client) -> int:
+    """Send until the relay reads no more. Return how many bytes it took."""
+    (wire,) = client.encode(bytes(1 << 16))
+    client.sock.setblocking(False)
+    sent = 0
+    while True:
+        try:
+            sent += client.sock.send(wire)
+        except BlockingIOError:
+            loop.pump()
+            try:
+                sent += client.sock.send(wire)
+            except BlockingIOError:
+                return sent
+
+
+@KINDS
+def test_a_receiver_that_takes_nothing_ends_its_pair(loop: Loop, kind: str) -> None:
+    loop.restart(limits=Limits(stall_seconds=80))
+    one, other = loop.meet("unix", kind)
+    send_until_stalled(loop, one)
+    assert other.conn is not None and other.conn.backlog is not None
+    stalled = other.conn
+    seconds = seconds_until(loop, lambda: stalled.phase is Phase.CLOSED, 100)
+    assert 80 <= seconds <= 91
+    loop.pump()
+    assert loop.recorder.moods() == ["happy"]
+    one.sock.settimeout(TIMEOUT)
+    assert one.read_to_end() == b""
+    assert loop.server.limits.reached.counts == {"--stall-timeout": 1}
+
+
+@KINDS
+def test_a_receiver_that_takes_a_little_goes_on(loop: Loop, kind: str) -> None:
+    loop.restart(limits=Limits(stall_seconds=80))
+    one, other = loop.meet("unix", kind)
+    send_until_stalled(loop, one)
+    for _ in range(5):
+        for _ in range(70):
+            loop.advance(1)
+        assert loop.recorder.moods() == []
+        other.sock.recv(40_000 if kind == "unix" else 1 << 20)
+        loop.pump()
+    assert loop.recorder.moods() == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "moods"),
+    [(b"junk\n", ["errory"]), (b"GET / HTTP/1.0\r\n\r\n", []), (handshake() + b"x", ["impatient"])],
+    ids=["bad handshake", "HTTP", "impatient"],
+)
+def test_a_refused_client_that_does_not_read_is_closed(
+    loop: Loop, sent: bytes, moods: list[str]
+) -> None:
+    """Over a unix socket, unread bytes count as unacknowledged."""
+    loop.restart(limits=Limits(stall_seconds=80))
+    client = loop.connect()
+    client.sendall(sent)
+    loop.pump()
+    assert len(loop.server.connections) == 1
+    seconds = seconds_until(loop, lambda: not loop.server.connections, 100)
+    assert 80 <= seconds <= 91
+    assert loop.recorder.moods() == moods
+
+
+def test_a_client_that_waits_and_does_not_read_its_pings_is_closed(loop: Loop) -> None:
+    loop.restart(limits=Limits(stall_seconds=50))
+    client = loop.client("ws-unix")
+    client.send(handshake())
+    assert client.conn is not None
+    while client.conn.backlog is None:  # answer Pings that it never reads
+        client.sock.sendall(ping_flood())
+        loop.pump()
+    seconds_until(loop, lambda: not loop.server.connections, 70)
+    assert loop.recorder.moods() == ["lonely"]
+
+
+def ping_flood() -> bytes:
+    """Return many Pings, as a client sends them."""
+    return b"".join(frame(PING, bytes(125)) for _ in range(100))
+
+
+def test_without_the_limit_a_stalled_pair_stays(loop: Loop) -> None:
+    loop.restart(limits=Limits(stall_seconds=0))
+    one, _ = loop.meet("unix", "unix")
+    send_until_stalled(loop, one)
+    for _ in range(1000):
+        loop.advance(10)
+    assert loop.recorder.moods() == []
+
+
+def test_a_suspension_does_not_count_as_a_stall(loop: Loop) -> None:
+    loop.restart(limits=Limits(stall_seconds=80))
+    one, _ = loop.meet("unix", "unix")
+    send_until_stalled(loop, one)
+    for _ in range(50):
+        loop.advance(1)
+
+    def late(timeout: float) -> list[object]:
+        if timeout:
+            loop.clock.advance(1_000)
+        return []
+
+    assert loop.server._selector is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.server._selector, "select", late)
+        loop.server.run_once(1)
+    for _ in range(20):
+        loop.advance(1)
+    assert loop.recorder.moods() == []
+    seconds_until(loop, lambda: bool(loop.recorder.moods()), 30)
+
+
+def test_a_sweep_visits_all_in_its_shares() -> None:
+    connections = set(range(10))
+    sweep = Sweep(connections, 4)  # type: ignore[arg-type]
+    seen = [sweep.take() for _ in range(4)]
+    assert sorted(one for share in seen for one in share) == sorted(connections)
+    assert max(map(len, seen)) == 3
+    connections.clear()
+    assert sweep.take() == [] == sweep.take()

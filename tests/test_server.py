@@ -255,34 +255,6 @@ def test_an_unknown_error_of_accept_pauses_for_a_second_and_is_named(
     assert len(warnings(caplog)) == 1
 
 
-def test_the_most_connections(loop: Loop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    listening = ListeningSocket(tmp_path / "s")
-    loop.restart(Listener(listening, Endpoint("unix:listening", "unix")), max_connections=2)
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(listening.new_client()) for _ in range(4)]
-        loop.pump()
-        assert len(loop.server.connections) == 2
-        assert loop.server._selector.select(0) == []
-        for _ in range(100):  # time makes no room
-            loop.advance(0.3)
-            assert len(loop.server.connections) == 2
-        assert loop.server._timeout() > 0
-        assert warnings(caplog) == [
-            "newcomers have to wait: 2 connections, the most that can be open"
-        ]
-        for client in clients[:2]:
-            client.close()
-            loop.pump()
-            assert len(loop.server.connections) == 2
-        clients[3].sendall(handshake())
-        loop.pump()
-        assert loop.server.snapshot().waiting_clients == 1
-        clients[2].close()
-        loop.pump()
-        assert len(loop.server.connections) == 1
-        assert loop.server._acceptor.is_accepting
-
-
 @pytest.mark.parametrize("pipes", [0, 32])
 @pytest.mark.parametrize("limit", [20, 80, 1024, 1 << 20])
 def test_descriptors_are_kept_for_records_and_pipes(
@@ -293,7 +265,7 @@ def test_descriptors_are_kept_for_records_and_pipes(
     assert 0 <= pipes_lent <= pipes and 2 * pipes_lent <= limit / 8
     assert connections >= 1
     if limit > 40:
-        assert connections + 2 * pipes_lent + 10 + RESERVED_FDS == limit
+        assert connections == min(limit * 4 // 5, limit - 2 * pipes_lent - 10 - RESERVED_FDS)
     assert pipes_lent == pipes or limit < 1024
 
 
@@ -778,6 +750,8 @@ def test_rebooted_follows_a_clock_that_was_set_after_the_start(loop: Loop, secon
 def test_current_is_told_every_half_minute_when_idle(
     loop: Loop, currents: list[Current], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loop.restart(limits=Limits(stall_seconds=0))  # its sweeps would take turns too
+
     def sleep(seconds: float) -> list[object]:
         loop.clock.advance(seconds)
         loop.wallclock.advance(seconds)

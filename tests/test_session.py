@@ -10,6 +10,7 @@ import pytest
 from helpers import FakeClock, FakeTransport, docstring_table, handshake, partner_of
 
 from transit_relay import (
+    Limit,
     Pair,
     Reason,
     Rendezvous,
@@ -76,6 +77,12 @@ def sent(session: Session) -> bytes:
     return session.transport.sent
 
 
+def limited(session: Session, limit: Limit) -> Session:
+    """Return the session, which a limit refuses from now on."""
+    session.refused_by = limit
+    return session
+
+
 def match(session: Session, other: Session) -> None:
     """Put a session into a pair with `other`, and let it begin."""
     session.matched(Pair(session, other))
@@ -88,6 +95,8 @@ INPUTS: dict[str, Callable[[Setup, Session], object]] = {
     "opened": lambda setup, session: session.stream_opened(),
     "handshake": lambda setup, session: session.line_received(LINE),
     "junk": lambda setup, session: session.line_received(b"GET / HTTP/1.1\r"),
+    "limited": lambda setup, session: limited(session, Limit.SOURCE).line_received(LINE),
+    "full": lambda setup, session: limited(session, Limit.CONNECTIONS).refuse(),
     "bytes": lambda setup, session: session.bytes_received(b"some bytes"),
     "matched": lambda setup, session: match(session, setup.sessions[0]),
     "displaced": lambda setup, session: session.displaced(),
@@ -151,7 +160,7 @@ LISTED = {(row[0], row[1]) for row in TABLE}
 
 
 def test_all_rows_of_the_table_are_read() -> None:
-    assert len(TABLE) == len(LISTED) == 13
+    assert len(TABLE) == len(LISTED) == 15
     assert {row[0] for row in TABLE} == set(STATES) - {State.DONE}
     assert {row[1] for row in TABLE} == set(INPUTS)
     assert {row[2] for row in TABLE} == set(STATES)
@@ -196,7 +205,7 @@ def test_an_unlisted_input_changes_nothing(setup: Setup, path: str, name: str) -
     """A late event of a client is ignored. Every other unlisted input is a bug and raises."""
     session = reach(setup, path)
     before = setup.observed()
-    if session.state == State.DONE and name in ("handshake", "junk", "bytes", "end"):
+    if session.state == State.DONE and name in ("handshake", "limited", "junk", "bytes", "end"):
         INPUTS[name](setup, session)
     else:
         with pytest.raises(AssertionError):
@@ -350,14 +359,14 @@ def test_bytes_are_sent_to_the_partner_only_and_in_order(setup: Setup) -> None:
 
 def test_each_is_the_others_partner_when_its_transport_is_notified(setup: Setup) -> None:
     class ObservingTransport(FakeTransport):
-        """Notes its session's partner at each `partner_changed`, and what was sent before."""
+        """Notes its session's partner at each `session_changed`, and what was sent before."""
 
         def __init__(self) -> None:
             super().__init__()
             self.session: Session | None = None
             self.partners: list[tuple[Session | None, bytes]] = []
 
-        def partner_changed(self) -> None:
+        def session_changed(self) -> None:
             assert self.session is not None
             self.partners.append((partner_of(self.session), self.sent))
 
@@ -366,7 +375,8 @@ def test_each_is_the_others_partner_when_its_transport_is_notified(setup: Setup)
     for transport, session in zip(transports, (one, other)):
         transport.session = session
     one.line_received(LINE)
-    assert partner_of(one) is None and transports[0].partners == []
+    assert partner_of(one) is None and transports[0].partners == [(None, b"")]
+    transports[0].partners.clear()
     other.line_received(PARTNERS_LINE)
     assert transports[0].partners == [(other, b"")]
     assert transports[1].partners == [(one, b"")]
