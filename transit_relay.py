@@ -17,6 +17,7 @@ Recorder. Callbacks go down too: a finished record, a newcomer's socket, the act
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
     Kernel               socket options, acknowledgements, pipes for splice
+    Rates                how much a pair may read now; the bytes of a month
     Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
@@ -555,6 +556,214 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Rates
+#
+# How many bytes a pair may read now, both directions together, under a rate for all pairs and a
+# rate for each one; and how many bytes were relayed in this month.
+#
+# A refill, every REFILL_SECONDS, divides what the rate allows, max-min fair: a pair that reads less
+# than an equal share gets what it wants, and the others divide the rest evenly. A pair is taken to
+# want what it read since the last refill, and more if it has used up its share and waits. Pairs
+# that begin to read need not wait for a refill: they read from a reserve. A refill visits the pairs
+# that wait or have read, and no others.
+#
+# Small reads are not worth a system call. So a pair waits when less is left of its share than its
+# last read had, and than `_least`. The remainder is added to its next share. A share is `_least` or
+# more: if there is not enough for all pairs that wait, they take turns.
+# ---------------------------------------------------------------------------------------------
+
+REFILL_SECONDS = 0.05
+BUCKET_SECONDS = 0.25  # what a rate allows in this time is the most that is read at once
+RESERVE_SECONDS = 0.1  # the part of the bucket that is the reserve
+LEAST_READ_BYTES = 4 * 1024  # less with a small rate
+LEAST_RATE = 1_000  # bytes per second; a smaller value is probably a mistake in the unit
+NO_RATE = 1e12  # bytes per second: stands for no rate
+SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))? ?(?:([kmgtKMGT]i?)?(B|bytes?|bit))?")
+QUOTA_PERCENTS = (80, 95, 100)  # of a monthly quota: each is reported
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError."""
+    match = SIZE.fullmatch(text)
+    if not match:
+        units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
+        raise UsageError(f"{text!r} is not a number of {units}")
+    whole, fraction, prefix, unit = match.groups("")
+    factor = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
+    divisor = 10 ** len(fraction) * (8 if unit == "bit" else 1)
+    return -(-int(whole + fraction) * factor // divisor)
+
+
+def parse_rate(text: str) -> int:
+    """Return a rate in bytes per second: a size, or a size with `/s`. Raises UsageError."""
+    rate = parse_size(text[:-2] if text.endswith("/s") else text)
+    if 0 < rate < LEAST_RATE:
+        raise UsageError(f"{text!r} is less than 1 kB/s, and not 0")
+    return rate
+
+
+class Rates:
+    """Divides a rate among the pairs, and limits the rate of each pair.
+
+    `Pair.allowance` is None without a rate, 0 while the pair waits, and positive otherwise.
+    """
+
+    def __init__(
+        self, max_rate: int, max_pair_rate: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """The rates are in bytes per second; 0: none. `clock` returns monotonic seconds."""
+        self._clock = clock
+        self._refilled_at = clock()
+        self._level = 0.0  # what the rate of one pair has allowed since the start (bytes)
+        self._waiting: dict[Pair, int] = {}  # in their order, with the remainders of their shares
+        # Pairs that do not wait, with the bytes that they have read since the last refill.
+        self._sharing: dict[Pair, int] = {}  # it gave them a share
+        self._beginning: dict[Pair, int] = {}  # it did not
+        self.change(max_rate, max_pair_rate)
+
+    def change(self, max_rate: int, max_pair_rate: int) -> None:
+        """Change the rates. The caller must then call `join` with each running pair."""
+        self._is_on = max_rate > 0 or max_pair_rate > 0
+        self._rate, self._pair_rate = max_rate or NO_RATE, max_pair_rate or NO_RATE
+        half_refill = min(self._rate, self._pair_rate) * REFILL_SECONDS / 2
+        self._least = int(min(LEAST_READ_BYTES, half_refill))
+        self._pool = self._rate * RESERVE_SECONDS  # what all pairs together may read now
+        self._spare, self._sharers = 0.0, 0  # `limit` gives each pair that begins an equal part
+
+    def join(self, pair: Pair) -> None:
+        """Give a pair its first allowance, or a new one after a change."""
+        self.leave(pair)
+        pair.allowance = self._least if self._is_on else None
+        pair.level_used = self._level - self._pair_rate * BUCKET_SECONDS
+
+    def leave(self, pair: Pair) -> None:
+        """Forget a pair, if it is known."""
+        for pairs in (self._waiting, self._sharing, self._beginning):
+            pairs.pop(pair, None)
+
+    def next_due(self) -> float:
+        """Return when `refill` is due; infinity if no pair waits or has read."""
+        is_used = self._waiting or self._sharing or self._beginning
+        return self._refilled_at + REFILL_SECONDS if is_used else float("inf")
+
+    def limit(self, pair: Pair) -> int:
+        """Return how many bytes a pair may read now. 0: it waits until `refill` returns it."""
+        if self.next_due() == float("inf"):
+            self.refill(self._clock())
+        allowance, size = pair.allowance or 0, self._beginning.get(pair, 0)
+        if size:
+            share = max(self._spare / self._sharers, self._least)
+            allowance = max(0, int(min(share - size, self._credit(pair))))
+        if min(allowance, self._pool) < min(size or allowance, self._least):
+            return self._wait(pair, allowance)
+        return min(allowance, int(self._pool))
+
+    def spend(self, pair: Pair, size: int) -> None:
+        """Count bytes that a pair has read. It waits if its share is used up."""
+        self._pool -= size
+        pair.level_used = self._level - self._credit(pair) + size
+        if pair in self._sharing:
+            self._sharing[pair] += size
+            pair.allowance = (pair.allowance or 0) - size
+            if pair.allowance < min(size, self._least):
+                self._wait(pair, pair.allowance)
+        else:  # `limit` computes its share at its next read: others may begin meanwhile
+            self._sharers += pair not in self._beginning
+            self._beginning[pair] = self._beginning.get(pair, 0) + size
+
+    def _wait(self, pair: Pair, remainder: int) -> int:
+        self.leave(pair)
+        self._waiting[pair] = min(max(remainder, 0), self._least)
+        pair.allowance = 0
+        return 0
+
+    def _credit(self, pair: Pair) -> float:
+        """Return what the rate of one pair allows it to read now (bytes)."""
+        return min(self._level - pair.level_used, self._pair_rate * BUCKET_SECONDS)
+
+    def refill(self, now: float) -> list[Pair]:
+        """Divide what the rates allow since the last refill. Return the pairs that may go on."""
+        elapsed = min(now - self._refilled_at, BUCKET_SECONDS)
+        self._refilled_at = now
+        self._level += self._pair_rate * elapsed
+        income, least = self._rate * elapsed, self._least
+        self._pool = min(self._pool + income, self._rate * BUCKET_SECONDS)
+        # At most half of the income restores the reserve.
+        left = min(self._pool, max(self._pool - self._rate * RESERVE_SECONDS, income / 2))
+        readers = {**self._sharing, **self._beginning}
+        demands = sorted(size for size in readers.values() if size)
+        sharers = len(demands) + len(self._waiting)
+        for size in demands:
+            if size * sharers >= left:
+                break
+            left -= size
+            sharers -= 1
+        self._spare, self._sharers = left, sharers
+        share = max(left / max(sharers, 1), least)
+        self._sharing, self._beginning, going_on = {}, {}, []
+        for pair, size in readers.items():
+            pair.allowance = max(int(min(share, self._credit(pair))), least) if size else least
+            if size:  # else it is idle now
+                self._sharing[pair] = 0
+        for pair, remainder in tuple(self._waiting.items()):
+            allowance = int(min(share + remainder, self._credit(pair)))
+            if least <= left and least <= allowance:
+                del self._waiting[pair]
+                left -= share
+                pair.allowance = allowance
+                self._sharing[pair] = 0
+                going_on.append(pair)
+        return going_on
+
+
+class Quota:
+    """Counts the bytes that are relayed in a calendar month (UTC).
+
+    The month does not go back when the clock does. The loop calls `count`, the thread of the
+    database `load`, and each assigns attributes of its own.
+    """
+
+    CARRIED = ("_counted", "_loaded", "_relayed_bytes", "_reported")
+
+    def __init__(self, max_bytes: int, wallclock: Callable[[], float] = time.time) -> None:
+        """`max_bytes`: the quota of a month. `wallclock` returns seconds since the epoch."""
+        self._max_bytes = max_bytes
+        self._wallclock = wallclock
+        self._counted = ("", 0)  # the month, and its bytes that this process has counted
+        self._loaded: tuple[str, int] | None = None  # the latest row that the database had
+        self._relayed_bytes = 0  # at the last count
+        self._reported = 0  # percent
+        self.count(0)
+
+    def load(self, row: tuple[str, int] | None) -> None:
+        """Add the latest row of the database. Only the first call has an effect."""
+        self._loaded = self._loaded or row or ("", 0)
+
+    def row(self) -> tuple[str, int]:
+        """Return the month, for example `2026-11`, and its bytes."""
+        (month, size), (loaded, loaded_size) = self._counted, self._loaded or ("", 0)
+        return (loaded, size + loaded_size) if loaded >= month else (month, size)
+
+    def count(self, relayed_bytes: int) -> list[int]:
+        """Count up to `relayed_bytes` since the start. Return newly reached QUOTA_PERCENTS."""
+        size, self._relayed_bytes = relayed_bytes - self._relayed_bytes, relayed_bytes
+        month, latest = time.strftime("%Y-%m", time.gmtime(self._wallclock())), self.row()[0]
+        if month > latest:
+            self._counted, self._reported = (month, size), 0
+        else:
+            self._counted = (latest, self._counted[1] + size)
+        percent = 100 * self.row()[1] // self._max_bytes
+        reached = [one for one in QUOTA_PERCENTS if self._reported < one <= percent]
+        self._reported = max((self._reported, *reached))
+        return reached
+
+    @property
+    def is_used_up(self) -> bool:
+        """Return whether the bytes of the month have reached the quota."""
+        return self.row()[1] >= self._max_bytes
+
+
+# ---------------------------------------------------------------------------------------------
 # Interfaces
 #
 # Names that several sections use, and the methods that earlier sections call on later ones: those
@@ -855,7 +1064,7 @@ class Pair:
     """
 
     CARRIED = ("accepted", "is_direct", "started", "total_bytes", "waiting_time")
-    __slots__ = (*CARRIED, "sessions")
+    __slots__ = (*CARRIED, "allowance", "level_used", "sessions")
 
     def __init__(self, one: Session, other: Session) -> None:
         first, second = (one, other) if one.accepted <= other.accepted else (other, one)
@@ -864,6 +1073,8 @@ class Pair:
         self.accepted = first.accepted  # monotonic seconds
         self.waiting_time = second.accepted - first.accepted
         self.total_bytes = 0  # from both clients while the pair ran
+        self.allowance: int | None = None  # what Rates let it read now (bytes); None: no rate
+        self.level_used = 0.0  # what it has used of the level that Rates has for each pair
         # Between two raw clients, later reads bypass Framing and Session.
         self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
 
@@ -2849,15 +3060,32 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...
     db.executemany(f"INSERT INTO `{table}` ({names}) VALUES ({places})", rows)
 
 
+def _update_quota(db: sqlite3.Connection, quota: Quota) -> None:
+    """Load `quota` from its table, which may be missing, and write its row."""
+    db.execute("CREATE TABLE IF NOT EXISTS `quota` (`month` VARCHAR, `bytes` INTEGER)")
+    rows = db.execute(
+        "SELECT `month`, `bytes` FROM `quota` WHERE typeof(`bytes`) = 'integer' AND `month`"
+        " GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]' ORDER BY `month` DESC, `bytes` DESC"
+    )
+    quota.load(rows.fetchone())
+    row = quota.row()
+    db.execute("DELETE FROM `quota` WHERE `month` = ?", row[:1])
+    db.execute("INSERT INTO `quota` (`month`, `bytes`) VALUES (?, ?)", row)
+
+
 class UsageDatabase(Sink):
     """`--usage-db`: rows in SQLite, many to a transaction."""
 
     CARRIED = (*Sink.CARRIED, "_latest")
     gather_seconds = GATHER_SECONDS
 
-    def __init__(self, path: str) -> None:
-        """Import sqlite3, but touch no file. Raises StartupError."""
+    def __init__(self, path: str, quota: Quota | None = None) -> None:
+        """Import sqlite3, but touch no file. Raises StartupError.
+
+        `quota` is loaded from the table `quota` and written to it, with each write of `current`.
+        """
         super().__init__("--usage-db")
+        self._quota = quota
         try:
             import sqlite3
         except ImportError:
@@ -2900,6 +3128,8 @@ class UsageDatabase(Sink):
             _insert(db, "usage", batch)
             db.execute("DELETE FROM `current`")  # none or several rows become one
             _insert(db, "current", [self._latest])
+            if self._quota is not None:
+                _update_quota(db, self._quota)
             db.execute(end_statement)
         except Exception as error:
             if self._db is not None and self._path == ":memory:":
@@ -3942,6 +4172,14 @@ HELP = {
     " seconds; 0 switches it off (default: %(default)g s)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
+    "max-rate": "relay at most this many bytes per second in all, divided evenly among the pairs"
+    " that want more: 500kB, 12.5MB, 100Mbit; 0 switches it off (default: none)",
+    "max-pair-rate": "relay at most this many bytes per second for each pair, both directions"
+    " together; 0 switches it off (default: none)",
+    "monthly-quota": "refuse new pairs when this many bytes were relayed in a calendar month (UTC):"
+    " 500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)",
+    "quota-rate": "when the monthly quota is used up, refuse nobody, but relay at most this many"
+    " bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)",
     "config": "read more options from this file; the command line takes precedence; can be given"
     " several times (default: none)",
     "daemonize": "go to the background as soon as all is set up, in the current directory, which"
@@ -3972,6 +4210,7 @@ def make_parser() -> Parser:
     parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
     parser.set_defaults(handshake_timeout=limits.handshake_seconds)
     parser.set_defaults(keepalive=limits.keepalive_seconds)
+    parser.set_defaults(max_rate=0, max_pair_rate=0, monthly_quota=0, quota_rate=0)
 
     add = parser.add_argument_group("where it listens").add_argument
     port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
@@ -3990,6 +4229,11 @@ def make_parser() -> Parser:
     time_limit = allow_empty(duration)
     add("--handshake-timeout", metavar="SECONDS", type=time_limit, help=HELP["handshake-timeout"])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
+    rate, size = allow_empty(parse_rate), allow_empty(parse_size)
+    add("--max-rate", metavar="RATE", type=rate, help=HELP["max-rate"])
+    add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])
+    add("--monthly-quota", metavar="SIZE", type=size, help=HELP["monthly-quota"])
+    add("--quota-rate", metavar="RATE", type=rate, help=HELP["quota-rate"])
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
@@ -4020,6 +4264,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             vars(configured).pop(name, None)
     options = parser.parse_args(arguments, configured)
     reset_empty_options(options, in_files, parser)
+    if options.monthly_quota and not options.usage_db:
+        parser.error("argument --monthly-quota: it needs --usage-db")
+    if options.quota_rate and not options.monthly_quota:
+        parser.error("argument --quota-rate: it needs --monthly-quota")
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
