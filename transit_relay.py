@@ -18,12 +18,13 @@ signal, a chore, and the start of service and of a stop.
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
     Kernel               socket options, acknowledgements, pipes for splice
+    Rates                how much a pair may read now; the bytes of a month
+    Timers               time limits of connections, and periodic tasks
     Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
     Framing              the encodings: raw bytes, HTTP, WebSocket messages
     Connection           one socket: its backlog, its interest, its phases
-    Timers               time limits of connections, and periodic tasks
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
@@ -208,6 +209,7 @@ COMPLAINT_SECONDS = 60  # a throttled warning is logged at most this often
 QUEUED_RECORDS = 100_000  # per sink: about 30 MB
 BATCH_RECORDS = 5_000  # written in one transaction
 GATHER_SECONDS = 0.5  # one fsync for the records of this time; a kill loses what is queued
+QUOTA_SECONDS = 5  # how often the bytes of the month are compared with the quota
 RETRY_SECONDS = 1  # how often a failed sink tries again
 SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
@@ -225,6 +227,9 @@ class Limits(NamedTuple):
     keepalive_seconds: float = 200  # of silence before a TCP keepalive probe; 0: as the system
     max_connections: int = 0
     max_waiting_per_source: int = 256
+    max_rate: int = 0  # bytes per second, of all pairs together
+    max_pair_rate: int = 0  # bytes per second, of each pair
+    quota_rate: int = 0  # bytes per second, of all pairs when the monthly quota is used up
 
 
 class UsageError(argparse.ArgumentTypeError):
@@ -490,8 +495,8 @@ class Pipe:
     def __len__(self) -> int:
         return self._filled
 
-    def fill(self, sock: socket.socket) -> int:
-        """Move what `sock` has received into the pipe, up to its size. Return how many bytes.
+    def fill(self, sock: socket.socket, most: int = PIPE_BYTES) -> int:
+        """Move at most `most` received bytes of `sock` into the pipe. Return how many.
 
         If it is 0, a recv distinguishes the peer's end, an error, an urgent byte and an empty
         socket. The pipe must be empty: a full pipe and an empty socket have the same errno, EAGAIN.
@@ -499,7 +504,7 @@ class Pipe:
         assert splice is not None and not self._filled
         try:
             self._filled = splice(
-                sock.fileno(), self._write_fd, PIPE_BYTES, None, None, SPLICE_F_NONBLOCK
+                sock.fileno(), self._write_fd, most, None, None, SPLICE_F_NONBLOCK
             )
         except OSError:
             pass
@@ -511,9 +516,9 @@ class Pipe:
         Raises OSError.
         """
         assert splice is not None
-        poured = splice(self._read_fd, sock.fileno(), self._filled, None, None, SPLICE_F_NONBLOCK)
-        self._filled -= poured
-        return poured
+        before = self._filled
+        self._filled -= splice(self._read_fd, sock.fileno(), before, None, None, SPLICE_F_NONBLOCK)
+        return before - self._filled
 
     def close(self) -> None:
         """Close both ends and discard the bytes in it."""
@@ -599,6 +604,346 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Rates
+#
+# How many bytes a pair may read now, both directions together, under a rate for all pairs and a
+# rate for each one; and how many bytes were relayed in this month.
+#
+# A refill, every REFILL_SECONDS, divides what the rate allows, max-min fair: a pair that reads less
+# than an equal share gets what it wants, and the others divide the rest evenly. A pair is taken to
+# want what it read since the last refill, and more if it has used up its share and waits. Pairs
+# that begin to read need not wait for a refill: they read from a reserve. A refill visits the pairs
+# that wait or have read, and no others.
+#
+# Small reads are not worth a system call. So a pair waits when less is left of its share than its
+# last read had, and than `_least`. The remainder is added to its next share. A share is `_least` or
+# more: if there is not enough for all pairs that wait, they take turns.
+# ---------------------------------------------------------------------------------------------
+
+REFILL_SECONDS = 0.05
+BUCKET_SECONDS = 0.25  # what a rate allows in this time is the most that is read at once
+RESERVE_SECONDS = 0.1  # the part of the bucket that is the reserve
+LEAST_READ_BYTES = 4 * 1024  # less with a small rate
+LEAST_RATE = 1_000  # bytes per second; a smaller value is probably a mistake in the unit
+NO_RATE = 1e12  # bytes per second: stands for no rate
+SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))? ?(?:([kmgtKMGT]i?)?(B|bytes?|bit))?")
+QUOTA_PERCENTS = (80, 95, 100)  # of a monthly quota: each is reported
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError."""
+    match = SIZE.fullmatch(text)
+    if not match:
+        units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
+        raise UsageError(f"{text!r} is not a number of {units}")
+    whole, fraction, prefix, unit = match.groups("")
+    factor = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
+    divisor = 10 ** len(fraction) * (8 if unit == "bit" else 1)
+    return int(-(-int(whole + fraction) * factor // divisor))
+
+
+def parse_rate(text: str) -> int:
+    """Return a rate in bytes per second: a size, or a size with `/s`. Raises UsageError."""
+    rate = parse_size(text[:-2] if text.endswith("/s") else text)
+    if 0 < rate < LEAST_RATE:
+        raise UsageError(f"{text!r} is less than 1 kB/s, and not 0")
+    return rate
+
+
+class Rates:
+    """Divides a rate among the pairs, and limits the rate of each pair.
+
+    `Pair.allowance` is None without a rate, 0 while the pair waits, and positive otherwise.
+    """
+
+    def __init__(
+        self, max_rate: int, max_pair_rate: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """The rates are in bytes per second; 0: none. `clock` returns monotonic seconds."""
+        self._clock = clock
+        self.changed: Callable[[Pair], None] = lambda pair: None  # called when a pair has to wait
+        self._refilled_at = clock()
+        self._level = 0.0  # what the rate of one pair has allowed since the start (bytes)
+        self._waiting: dict[Pair, int] = {}  # in their order, with the remainders of their shares
+        # Pairs that do not wait, with the bytes that they have read since the last refill.
+        self._sharing: dict[Pair, int] = {}  # it gave them a share
+        self._beginning: dict[Pair, int] = {}  # it did not
+        self.change(max_rate, max_pair_rate)
+
+    def change(self, max_rate: int, max_pair_rate: int) -> None:
+        """Change the rates. The caller must then call `join` with each running pair."""
+        self._is_on = max_rate > 0 or max_pair_rate > 0
+        self._rate, self._pair_rate = max_rate or NO_RATE, max_pair_rate or NO_RATE
+        half_refill = min(self._rate, self._pair_rate) * REFILL_SECONDS / 2
+        self._least = int(min(LEAST_READ_BYTES, half_refill))
+        self._pool = self._rate * RESERVE_SECONDS  # what all pairs together may read now
+        self._spare, self._sharers = 0.0, 0  # `limit` gives each pair that begins an equal part
+
+    def join(self, pair: Pair) -> None:
+        """Give a pair its first allowance, or a new one after a change."""
+        self.leave(pair)
+        pair.allowance = self._least if self._is_on else None
+        pair.level_used = self._level - self._pair_rate * BUCKET_SECONDS
+
+    def leave(self, pair: Pair) -> None:
+        """Forget a pair, if it is known."""
+        for pairs in (self._waiting, self._sharing, self._beginning):
+            pairs.pop(pair, None)
+
+    def next_due(self) -> float:
+        """Return when `refill` is due; infinity if no pair waits or has read."""
+        is_used = self._waiting or self._sharing or self._beginning
+        return self._refilled_at + REFILL_SECONDS if is_used else float("inf")
+
+    def limit(self, pair: Pair) -> int:
+        """Return how many bytes a pair may read now. 0: it waits until `refill` returns it."""
+        if self.next_due() == float("inf"):
+            self.refill(self._clock())
+        allowance, size = pair.allowance or 0, self._beginning.get(pair, 0)
+        if size:
+            share = max(self._spare / self._sharers, self._least)
+            allowance = max(0, int(min(share - size, self._credit(pair))))
+        if min(allowance, self._pool) < min(size or allowance, self._least):
+            return self._wait(pair, allowance)
+        return min(allowance, int(self._pool))
+
+    def spend(self, pair: Pair, size: int) -> None:
+        """Count bytes that a pair has read. It waits if its share is used up."""
+        self._pool -= size
+        pair.level_used = self._level - self._credit(pair) + size
+        if pair in self._sharing:
+            self._sharing[pair] += size
+            pair.allowance = (pair.allowance or 0) - size
+            if pair.allowance < min(size, self._least):
+                self._wait(pair, pair.allowance)
+        else:  # `limit` computes its share at its next read: others may begin meanwhile
+            self._sharers += pair not in self._beginning
+            self._beginning[pair] = self._beginning.get(pair, 0) + size
+
+    def _wait(self, pair: Pair, remainder: int) -> int:
+        self.leave(pair)
+        self._waiting[pair] = min(max(remainder, 0), self._least)
+        pair.allowance = 0
+        self.changed(pair)
+        return 0
+
+    def _credit(self, pair: Pair) -> float:
+        """Return what the rate of one pair allows it to read now (bytes)."""
+        return min(self._level - pair.level_used, self._pair_rate * BUCKET_SECONDS)
+
+    def refill(self, now: float) -> list[Pair]:
+        """Divide what the rates allow since the last refill. Return the pairs that may go on."""
+        elapsed = min(now - self._refilled_at, BUCKET_SECONDS)
+        self._refilled_at = now
+        self._level += self._pair_rate * elapsed
+        income, least = self._rate * elapsed, self._least
+        self._pool = min(self._pool + income, self._rate * BUCKET_SECONDS)
+        # At most half of the income restores the reserve.
+        left = min(self._pool, max(self._pool - self._rate * RESERVE_SECONDS, income / 2))
+        readers = {**self._sharing, **self._beginning}
+        demands = sorted(size for size in readers.values() if size)
+        sharers = len(demands) + len(self._waiting)
+        for size in demands:
+            if size * sharers >= left:
+                break
+            left -= size
+            sharers -= 1
+        self._spare, self._sharers = left, sharers
+        share = max(left / max(sharers, 1), least)
+        self._sharing, self._beginning, going_on = {}, {}, []
+        for pair, size in readers.items():
+            pair.allowance = max(int(min(share, self._credit(pair))), least) if size else least
+            if size:  # else it is idle now
+                self._sharing[pair] = 0
+        for pair, remainder in tuple(self._waiting.items()):
+            allowance = int(min(share + remainder, self._credit(pair)))
+            if least <= left and least <= allowance:
+                del self._waiting[pair]
+                left -= share
+                pair.allowance = allowance
+                self._sharing[pair] = 0
+                going_on.append(pair)
+        return going_on
+
+
+class Quota:
+    """Counts the bytes that are relayed in a calendar month (UTC).
+
+    The month does not go back when the clock does. The loop calls `count`, the thread of the
+    database `load`, and each assigns attributes of its own.
+    """
+
+    CARRIED = ("_counted", "_loaded", "_relayed_bytes", "_reported")
+
+    def __init__(self, max_bytes: int, wallclock: Callable[[], float] = time.time) -> None:
+        """`max_bytes`: the quota of a month. `wallclock` returns seconds since the epoch."""
+        self._max_bytes = max_bytes
+        self._wallclock = wallclock
+        self._counted = ("", 0)  # the month, and its bytes that this process has counted
+        self._loaded: tuple[str, int] | None = None  # the latest row that the database had
+        self._relayed_bytes = 0  # at the last count
+        self._reported = 0  # percent
+        self.count(0)
+
+    def load(self, row: tuple[str, int] | None) -> None:
+        """Add the latest row of the database. Only the first call has an effect."""
+        self._loaded = self._loaded or row or ("", 0)
+
+    def row(self) -> tuple[str, int]:
+        """Return the month, for example `2026-11`, and its bytes."""
+        (month, size), (loaded, loaded_size) = self._counted, self._loaded or ("", 0)
+        return (loaded, size + loaded_size) if loaded >= month else (month, size)
+
+    def count(self, relayed_bytes: int) -> list[int]:
+        """Count up to `relayed_bytes` since the start. Return newly reached QUOTA_PERCENTS."""
+        size, self._relayed_bytes = relayed_bytes - self._relayed_bytes, relayed_bytes
+        month, latest = time.strftime("%Y-%m", time.gmtime(self._wallclock())), self.row()[0]
+        if month > latest:
+            self._counted, self._reported = (month, size), 0
+        else:
+            self._counted = (latest, self._counted[1] + size)
+        percent = 100 * self.row()[1] // self._max_bytes
+        reached = [one for one in QUOTA_PERCENTS if self._reported < one <= percent]
+        self._reported = max((self._reported, *reached))
+        return reached
+
+    @property
+    def is_used_up(self) -> bool:
+        """Return whether the bytes of the month have reached the quota."""
+        return self.row()[1] >= self._max_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# Timers
+#
+# There is one queue for each time limit that many connections have. All entries of a queue have the
+# same limit, and a new entry goes to the end, so the queue is sorted. It stores when each entry
+# began, not its deadline. An expired entry may be obsolete: then its handler does nothing. Chores
+# are periodic tasks. A Sweep finds out for how long a value has not changed.
+# ---------------------------------------------------------------------------------------------
+
+
+class TimeLimit:
+    """Connections for which the same time limit runs, the earliest first."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds`: the limit; 0 switches it off."""
+        self._seconds = seconds
+        self._since: OrderedDict[Connection, float] = OrderedDict()
+
+    def start(self, conn: Connection, now: float) -> None:
+        """Start the limit for `conn` at `now`, or start it again."""
+        if self._seconds:
+            self._since[conn] = now
+            self._since.move_to_end(conn)
+
+    def cancel(self, conn: Connection) -> None:
+        """Remove `conn`, if it is in the queue."""
+        self._since.pop(conn, None)
+
+    def next_due(self) -> float:
+        """Return when the first entry expires; infinity if there is none."""
+        return next(iter(self._since.values()), float("inf")) + self._seconds
+
+    def take_expired(self, now: float) -> list[Connection]:
+        """Remove and return the connections whose limit has expired."""
+        expired = []
+        while self.next_due() <= now:
+            expired.append(self._since.popitem(last=False)[0])
+        return expired
+
+    def oldest(self, matters: Callable[[Connection], bool]) -> Connection | None:
+        """Return the earliest connection for which the limit still matters.
+
+        Remove the earlier ones, for which it does not.
+        """
+        while self._since:
+            conn = next(iter(self._since))
+            if matters(conn):
+                return conn
+            del self._since[conn]
+        return None
+
+    def connections(self) -> Iterator[Connection]:
+        """Yield the connections for which the limit runs, the earliest first."""
+        return iter(self._since)
+
+
+class Chore(NamedTuple):
+    """A periodic task. It is due at once for the first time."""
+
+    period: Throttle
+    work: Callable[[], None]
+
+
+class AwakeClock:
+    """A monotonic clock that stands still while the process is suspended."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` returns monotonic seconds."""
+        self.monotonic = clock
+        self.suspended_seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.monotonic() - self.suspended_seconds
+
+
+class Sweep:
+    """Visits all connections again and again, and notes which values stay the same."""
+
+    def __init__(self, connections: set[Connection], shares: int) -> None:
+        """`shares`: so many calls of `take` visit all."""
+        self._connections = connections
+        self._shares = shares
+        self._left: list[Connection] = []  # to be visited in this sweep
+        self._share = 0  # the number of connections in one
+        # A value and since when it is the same, as seen in the last sweep and in this one.
+        self._seen: dict[object, tuple[int, float]] = {}
+        self._seen_again: dict[object, tuple[int, float]] = {}
+
+    def take(self) -> list[Connection]:
+        """Return the next connections to visit. Some may be closed by now."""
+        if not self._left:
+            self._left = list(self._connections)
+            self._share = -(-len(self._left) // self._shares)
+            self._seen, self._seen_again = self._seen_again, {}
+        taken = self._left[-self._share :]
+        del self._left[-self._share :]
+        return taken
+
+    def unchanged_seconds(self, key: object, value: int, now: float) -> float:
+        """Return for how long `value` of `key` is known to be the same (seconds)."""
+        seen = self._seen_again.get(key) or self._seen.get(key)
+        if seen is None or seen[0] != value:
+            seen = (value, now)
+        self._seen_again[key] = seen
+        return now - seen[1]
+
+
+class Timers:
+    """The queues of the time limits, and the chores."""
+
+    def __init__(self, limits: Limits) -> None:
+        # A connection stays in these two queues afterwards. The Server checks its state.
+        self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
+        self.waiting = TimeLimit(limits.wait_seconds)
+        self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
+        self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
+        self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
+        self.chores: list[Chore] = []
+
+    def next_due(self) -> float:
+        """Return when the first limit or chore is due; infinity if there is none."""
+        chores_due = min((chore.period.next_at for chore in self.chores), default=float("inf"))
+        return min(chores_due, *(queue.next_due() for queue in self._queues))
+
+    def forget(self, conn: Connection) -> None:
+        """Remove a closed connection from all queues."""
+        for queue in self._queues:
+            queue.cancel(conn)
+
+
+# ---------------------------------------------------------------------------------------------
 # Interfaces
 #
 # Names that several sections use, and the methods that earlier sections call on later ones: those
@@ -632,6 +977,7 @@ class Limit(enum.Enum):
     CONNECTIONS = "--max-connections"
     SOURCE = "--max-waiting-per-source"
     ALLOW = "--allow"
+    QUOTA = "--monthly-quota"
 
 
 # What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
@@ -639,6 +985,7 @@ REFUSALS = {
     Limit.CONNECTIONS: b"relay full\n",
     Limit.SOURCE: b"too many waiting\n",
     Limit.ALLOW: b"not allowed\n",
+    Limit.QUOTA: b"quota used up\n",
 }
 
 
@@ -700,6 +1047,7 @@ class EventLoop(Protocol):
 
     buffer: memoryview  # of READ_BYTES, shared by all connections
     pipes: PipePool
+    rates: Rates
     rendezvous: Rendezvous
     connections: set[Connection]
     wallclock: Callable[[], float]  # seconds since the epoch
@@ -970,7 +1318,7 @@ class Pair:
     """
 
     CARRIED = ("accepted", "is_direct", "started", "total_bytes", "waiting_time")
-    __slots__ = (*CARRIED, "sessions")
+    __slots__ = (*CARRIED, "allowance", "level_used", "sessions")
 
     def __init__(self, one: Session, other: Session) -> None:
         first, second = (one, other) if one.accepted <= other.accepted else (other, one)
@@ -979,6 +1327,8 @@ class Pair:
         self.accepted = first.accepted  # monotonic seconds
         self.waiting_time = second.accepted - first.accepted
         self.total_bytes = 0  # from both clients while the pair ran
+        self.allowance: int | None = None  # what Rates let it read now (bytes); None: no rate
+        self.level_used = 0.0  # what it has used of the level that Rates has for each pair
         # Between two raw clients, later reads bypass Framing and Session.
         self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
 
@@ -1014,6 +1364,7 @@ class Rendezvous:
         self,
         record: Callable[[UsageRecord], None],
         clock: Callable[[], float] = time.monotonic,
+        rates: Rates | None = None,
         max_waiting_per_source: int = 0,
     ) -> None:
         """`record` is called with each record. `clock` returns monotonic seconds.
@@ -1022,6 +1373,8 @@ class Rendezvous:
         """
         self.record = record
         self.clock = clock
+        self.is_quota_used_up = False  # newcomers are refused
+        self._rates = rates or Rates(0, 0, clock)
         self.limit_reached: Callable[[Limit], None] = lambda limit: None  # called at a refusal
         self._max_waiting_per_source = max_waiting_per_source
         # Key: token. Value: its clients, the newest last. The first client is in a tuple, which
@@ -1047,6 +1400,7 @@ class Rendezvous:
             return
         self.forget(newest)
         pair = Pair(newest, newcomer)
+        self._rates.join(pair)
         self.pairs.add(pair)
         for session in (newest, newcomer):
             session.matched(pair)
@@ -1066,6 +1420,8 @@ class Rendezvous:
 
     def refusal(self, newcomer: Session) -> Limit | None:
         """Return the limit because of which the newcomer can neither be matched nor wait."""
+        if self.is_quota_used_up:
+            return Limit.QUOTA
         source, most = newcomer.peer.source, self._max_waiting_per_source
         is_crowded = source is not None and 0 < most <= self.waiting_by_source.get(source, 0)
         return Limit.SOURCE if is_crowded and self._partner_for(newcomer) is None else None
@@ -1116,6 +1472,7 @@ class Rendezvous:
 
     def pair_ended(self, pair: Pair) -> None:
         """Record a pair that is over."""
+        self._rates.leave(pair)
         self.pairs.discard(pair)
         self.pairs_ended += 1
         self._ended_bytes += pair.total_bytes
@@ -1548,11 +1905,10 @@ class Connection:
         if self.phase is Phase.CLOSED:
             return 0
         mask = 0 if self.backlog is None else EVENT_WRITE
-        partner = self.partner
+        pair, partner = self.session.pair, self.partner
         has_room = partner is None or (partner.backlog is None and not partner._write_failed)
-        if has_room and not self._peer_ended:
-            mask |= EVENT_READ
-        return mask
+        has_allowance = pair is None or pair.allowance != 0
+        return mask | EVENT_READ if has_room and has_allowance and not self._peer_ended else mask
 
     def on_ready(self, mask: int) -> None:
         """Do a small write now, and a read if the last one was cheap. Queue the others as bulk.
@@ -1650,14 +2006,17 @@ class Connection:
 
         In a direct pair they go to the partner's socket, large reads through a pipe.
         """
-        pair = self.session.pair
+        pair, most = self.session.pair, PIPE_BYTES
+        limited = pair if pair is not None and pair.allowance is not None else None
+        if limited is not None and not (most := self._server.rates.limit(limited)):
+            return 0
         if pair is not None and not pair.is_direct:
             pair = None
-        if pair is not None and self._is_bulk and (count := self._splice(pair)):
+        if pair is not None and self._is_bulk and (count := self._splice(pair, most)):
             return count
         buffer = self._server.buffer
         try:
-            count = self.sock.recv_into(buffer, self.framing.max_read_bytes)
+            count = self.sock.recv_into(buffer, min(self.framing.max_read_bytes, most))
         except BlockingIOError:
             return 0
         except OSError:  # a reset or a timeout; all earlier bytes have been read
@@ -1669,6 +2028,8 @@ class Connection:
             self._server.update_interest(self)
             return 0
         self.read_bytes += count
+        if limited is not None:
+            self._server.rates.spend(limited, count)
         if pair is not None:
             pair.count(count)
             pair.partner_of(self.session).transport.write(buffer[:count])
@@ -1677,7 +2038,7 @@ class Connection:
         self._is_bulk = count >= BULK_BYTES or self.framing.is_costly
         return count
 
-    def _splice(self, pair: Pair) -> int:
+    def _splice(self, pair: Pair, most: int) -> int:
         """Fill one pipe and pour it to the partner. Return how many bytes were read.
 
         If there were none, the caller must use recv: see `Pipe.fill`.
@@ -1688,11 +2049,13 @@ class Connection:
         if pipe is None:
             return 0
         try:
-            count = pipe.fill(self.sock)
+            count = pipe.fill(self.sock, most)
             if count:
                 self.read_bytes += count
                 self._is_bulk = count >= BULK_BYTES
                 pair.count(count)
+                if pair.allowance is not None:
+                    self._server.rates.spend(pair, count)
                 if not partner._flush(pipe):
                     partner._set_backlog(pipe)
             return count
@@ -1796,104 +2159,6 @@ class Connection:
             self._set_backlog(None)
         finally:
             self.sock.close()
-
-
-# ---------------------------------------------------------------------------------------------
-# Timers
-#
-# There is one queue for each time limit that many connections have. All entries of a queue have the
-# same limit, and a new entry goes to the end, so the queue is sorted. It stores when each entry
-# began, not its deadline. An expired entry may be obsolete: then its handler does nothing. Chores
-# are periodic tasks.
-# ---------------------------------------------------------------------------------------------
-
-
-class TimeLimit:
-    """Connections for which the same time limit runs, the earliest first."""
-
-    def __init__(self, seconds: float) -> None:
-        """`seconds`: the limit; 0 switches it off."""
-        self._seconds = seconds
-        self._since: OrderedDict[Connection, float] = OrderedDict()
-
-    def start(self, conn: Connection, now: float) -> None:
-        """Start the limit for `conn` at `now`, or start it again."""
-        if self._seconds:
-            self._since[conn] = now
-            self._since.move_to_end(conn)
-
-    def cancel(self, conn: Connection) -> None:
-        """Remove `conn`, if it is in the queue."""
-        self._since.pop(conn, None)
-
-    def next_due(self) -> float:
-        """Return when the first entry expires; infinity if there is none."""
-        return next(iter(self._since.values()), float("inf")) + self._seconds
-
-    def take_expired(self, now: float) -> list[Connection]:
-        """Remove and return the connections whose limit has expired."""
-        expired = []
-        while self.next_due() <= now:
-            expired.append(self._since.popitem(last=False)[0])
-        return expired
-
-    def oldest(self, matters: Callable[[Connection], bool]) -> Connection | None:
-        """Return the earliest connection for which the limit still matters.
-
-        Remove the earlier ones, for which it does not.
-        """
-        while self._since:
-            conn = next(iter(self._since))
-            if matters(conn):
-                return conn
-            del self._since[conn]
-        return None
-
-    def connections(self) -> Iterator[Connection]:
-        """Yield the connections for which the limit runs, the earliest first."""
-        return iter(self._since)
-
-
-class Chore(NamedTuple):
-    """A periodic task. It is due at once for the first time."""
-
-    period: Throttle
-    work: Callable[[], None]
-
-
-class AwakeClock:
-    """A monotonic clock that stands still while the process is suspended."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` returns monotonic seconds."""
-        self.monotonic = clock
-        self.suspended_seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.monotonic() - self.suspended_seconds
-
-
-class Timers:
-    """The queues of the time limits, and the chores."""
-
-    def __init__(self, limits: Limits) -> None:
-        # A connection stays in these two queues afterwards. The Server checks its state.
-        self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
-        self.waiting = TimeLimit(limits.wait_seconds)
-        self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
-        self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
-        self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
-        self.chores: list[Chore] = []
-
-    def next_due(self) -> float:
-        """Return when the first limit or chore is due; infinity if there is none."""
-        chores_due = min((chore.period.next_at for chore in self.chores), default=float("inf"))
-        return min(chores_due, *(queue.next_due() for queue in self._queues))
-
-    def forget(self, conn: Connection) -> None:
-        """Remove a closed connection from all queues."""
-        for queue in self._queues:
-            queue.cancel(conn)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2290,38 +2555,6 @@ def is_consistent(conn: Connection) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-class Sweep:
-    """Visits all connections again and again, and notes which values stay the same."""
-
-    def __init__(self, connections: set[Connection], shares: int) -> None:
-        """`shares`: so many calls of `take` visit all."""
-        self._connections = connections
-        self._shares = shares
-        self._left: list[Connection] = []  # to be visited in this sweep
-        self._share = 0  # the number of connections in one
-        # A value and since when it is the same, as seen in the last sweep and in this one.
-        self._seen: dict[object, tuple[int, float]] = {}
-        self._seen_again: dict[object, tuple[int, float]] = {}
-
-    def take(self) -> list[Connection]:
-        """Return the next connections to visit. Some may be closed by now."""
-        if not self._left:
-            self._left = list(self._connections)
-            self._share = -(-len(self._left) // self._shares)
-            self._seen, self._seen_again = self._seen_again, {}
-        taken = self._left[-self._share :]
-        del self._left[-self._share :]
-        return taken
-
-    def unchanged_seconds(self, key: object, value: int, now: float) -> float:
-        """Return for how long `value` of `key` is known to be the same (seconds)."""
-        seen = self._seen_again.get(key) or self._seen.get(key)
-        if seen is None or seen[0] != value:
-            seen = (value, now)
-        self._seen_again[key] = seen
-        return now - seen[1]
-
-
 class LimitEnforcer:
     """Ends the clients that have reached a limit, and makes room when the relay is full."""
 
@@ -2331,6 +2564,8 @@ class LimitEnforcer:
         self._faults = faults
         self._limits = limits
         self.reached = Tally()  # by the option of the limit
+        self._is_quota_used_up = False
+        loop.rates.changed = self.allowance_changed
         shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
         seconds = shortest / SWEEPS_PER_LIMIT
         shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
@@ -2373,8 +2608,37 @@ class LimitEnforcer:
         assert isinstance(session.transport, Connection)
         return session.transport
 
+    def check_quota(self, quota: Quota) -> None:
+        """Compare the bytes of the month with the quota, and act if that changes something."""
+        rendezvous, limits, rates = self._loop.rendezvous, self._limits, self._loop.rates
+        for percent in quota.count(rendezvous.relayed_bytes()):
+            log.warning("%d %% of the monthly quota are used", percent)
+        if quota.is_used_up == self._is_quota_used_up:
+            return
+        self._is_quota_used_up = quota.is_used_up
+        if limits.quota_rate:
+            slow = min(limits.quota_rate, limits.max_rate or limits.quota_rate)
+            rates.change(slow if quota.is_used_up else limits.max_rate, limits.max_pair_rate)
+            for pair in rendezvous.pairs:
+                rates.join(pair)
+                self.allowance_changed(pair)
+        else:
+            rendezvous.is_quota_used_up = quota.is_used_up
+            for crowd in tuple(rendezvous.waiting.values()) if quota.is_used_up else ():
+                for session in tuple(crowd):
+                    self.note(Limit.QUOTA)
+                    self._faults.guard(session.client_ended, session.transport)
+
+    def allowance_changed(self, pair: Pair) -> None:
+        """Read the clients of a pair again, or stop reading them."""
+        for session in pair.sessions:
+            self._faults.guard(session.transport.session_changed, session.transport)
+
     def run(self, now: float) -> None:
-        """End the clients whose handshake or wait has taken too long."""
+        """End the clients whose handshake or wait has taken too long. Refill allowances."""
+        if now >= self._loop.rates.next_due():
+            for pair in self._loop.rates.refill(now):
+                self.allowance_changed(pair)
         for conn in self._timers.handshaking.take_expired(now):
             if is_before_handshake(conn):
                 self._end(Limit.HANDSHAKE, conn)
@@ -2443,16 +2707,20 @@ class Server:
         wallclock: Callable[[], float] = time.time,
         *,
         max_pipes: int = 0,
+        quota: Quota | None = None,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: for
-        bulk; 0: bulk is copied.
+        bulk; 0: bulk is copied. `quota`: of the month; None: none.
         """
         self.clock = AwakeClock(clock)
         self.wallclock = wallclock
         self.recorder = recorder
-        self.rendezvous = Rendezvous(recorder.record, clock, limits.max_waiting_per_source)
+        self.rates = Rates(limits.max_rate, limits.max_pair_rate, self.clock)
+        self.rendezvous = Rendezvous(
+            recorder.record, clock, self.rates, limits.max_waiting_per_source
+        )
         self.buffer = memoryview(bytearray(READ_BYTES))
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
@@ -2470,6 +2738,8 @@ class Server:
         self.rendezvous.limit_reached = self.limits.note
         if self.limits.share_seconds:
             self.every(self.limits.share_seconds, self.limits.check_progress)
+        if quota is not None:
+            self.every(QUOTA_SECONDS, partial(self.limits.check_quota, quota))
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
@@ -2539,7 +2809,7 @@ class Server:
 
     def _timeout(self) -> float:
         """Return how long the select may wait (seconds)."""
-        due = min(self._timers.next_due(), self._acceptor.retry_at)
+        due = min(self._timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
         timeout = max(0.0, due - self.clock())
         return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
 
@@ -3156,15 +3426,32 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...
     db.executemany(f"INSERT INTO `{table}` ({names}) VALUES ({places})", rows)
 
 
+def _update_quota(db: sqlite3.Connection, quota: Quota) -> None:
+    """Load `quota` from its table, which may be missing, and write its row."""
+    db.execute("CREATE TABLE IF NOT EXISTS `quota` (`month` VARCHAR, `bytes` INTEGER)")
+    rows = db.execute(
+        "SELECT `month`, `bytes` FROM `quota` WHERE typeof(`bytes`) = 'integer' AND `month`"
+        " GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]' ORDER BY `month` DESC, `bytes` DESC"
+    )
+    quota.load(rows.fetchone())
+    row = quota.row()
+    db.execute("DELETE FROM `quota` WHERE `month` = ?", row[:1])
+    db.execute("INSERT INTO `quota` (`month`, `bytes`) VALUES (?, ?)", row)
+
+
 class UsageDatabase(Sink):
     """`--usage-db`: rows in SQLite, many to a transaction."""
 
     CARRIED = (*Sink.CARRIED, "_latest")
     gather_seconds = GATHER_SECONDS
 
-    def __init__(self, path: str) -> None:
-        """Import sqlite3, but touch no file. Raises StartupError."""
+    def __init__(self, path: str, quota: Quota | None = None) -> None:
+        """Import sqlite3, but touch no file. Raises StartupError.
+
+        `quota` is loaded from the table `quota` and written to it, with each write of `current`.
+        """
         super().__init__("--usage-db")
+        self._quota = quota
         try:
             import sqlite3
         except ImportError:
@@ -3207,6 +3494,8 @@ class UsageDatabase(Sink):
             _insert(db, "usage", batch)
             db.execute("DELETE FROM `current`")  # none or several rows become one
             _insert(db, "current", [self._latest])
+            if self._quota is not None:
+                _update_quota(db, self._quota)
             db.execute(end_statement)
         except Exception as error:
             if self._db is not None and self._path == ":memory:":
@@ -4260,6 +4549,14 @@ HELP = {
     " network wait; 0: no maximum (default: %(default)s)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
+    "max-rate": "relay at most this many bytes per second in all, divided evenly among the pairs"
+    " that want more: 500kB, 12.5MB, 100Mbit; 0 switches it off (default: none)",
+    "max-pair-rate": "relay at most this many bytes per second for each pair, both directions"
+    " together; 0 switches it off (default: none)",
+    "monthly-quota": "refuse new pairs when this many bytes were relayed in a calendar month (UTC):"
+    " 500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)",
+    "quota-rate": "when the monthly quota is used up, refuse nobody, but relay at most this many"
+    " bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)",
     "config": "read more options from this file; the command line takes precedence; can be given"
     " several times (default: none)",
     "daemonize": "go to the background as soon as all is set up, in the current directory, which"
@@ -4293,6 +4590,7 @@ def make_parser() -> Parser:
     parser.set_defaults(max_wait=limits.wait_seconds, idle_timeout=limits.idle_seconds)
     parser.set_defaults(stall_timeout=limits.stall_seconds)
     parser.set_defaults(max_waiting_per_source=limits.max_waiting_per_source)
+    parser.set_defaults(max_rate=0, max_pair_rate=0, monthly_quota=0, quota_rate=0)
 
     add = parser.add_argument_group("where it listens").add_argument
     port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
@@ -4315,6 +4613,11 @@ def make_parser() -> Parser:
     for name in ("max-connections", "max-waiting-per-source"):
         add(f"--{name}", metavar="N", type=count, help=HELP[name])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
+    rate, size = allow_empty(parse_rate), allow_empty(parse_size)
+    add("--max-rate", metavar="RATE", type=rate, help=HELP["max-rate"])
+    add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])
+    add("--monthly-quota", metavar="SIZE", type=size, help=HELP["monthly-quota"])
+    add("--quota-rate", metavar="RATE", type=rate, help=HELP["quota-rate"])
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
@@ -4345,6 +4648,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             vars(configured).pop(name, None)
     options = parser.parse_args(arguments, configured)
     reset_empty_options(options, in_files, parser)
+    if options.monthly_quota and not options.usage_db:
+        parser.error("argument --monthly-quota: it needs --usage-db")
+    if options.quota_rate and not options.monthly_quota:
+        parser.error("argument --quota-rate: it needs --monthly-quota")
     if options.daemonize:
         options.pidfile = options.pidfile or "transit_relay.pid"
         options.logfile = options.logfile or "transit_relay.log"
@@ -4453,8 +4760,9 @@ def open_relay(
     for listener in listeners:
         undo.callback(listener.close)
     sinks: list[Sink] = []
+    quota = Quota(options.monthly_quota) if options.monthly_quota else None
     if options.usage_db:
-        sinks.append(UsageDatabase(options.usage_db))  # imports sqlite3: see switch_user
+        sinks.append(UsageDatabase(options.usage_db, quota))  # imports sqlite3: see switch_user
     if log_fd is not None:
         sinks.append(JsonLines(log_fd))
     if options.user:
@@ -4473,8 +4781,12 @@ def open_relay(
             options.keepalive,
             max_connections if options.max_connections is None else options.max_connections,
             options.max_waiting_per_source,
+            options.max_rate,
+            options.max_pair_rate,
+            options.quota_rate,
         ),
         max_pipes=0 if options.no_splice else max_pipes,
+        quota=quota,
     )
     return Relay(listeners, server, [remark] if remark else [])
 

@@ -35,6 +35,7 @@ from transit_relay import (
     Connection,
     Limits,
     Listener,
+    Quota,
     Reason,
     Recorder,
     Role,
@@ -450,6 +451,7 @@ class Loop:
         self,
         *listeners: Listener,
         limits: Limits | None = None,
+        quota: Quota | None = None,
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
@@ -460,6 +462,7 @@ class Loop:
             self.clock,
             self.wallclock,
             max_pipes=self._max_pipes,
+            quota=quota,
         )
         self.server.start()
 
@@ -551,11 +554,13 @@ class Loop:
         assert one.recv(100) == other.recv(100) == b"ok\n"
         return one, other
 
-    def meet(self, first: str = "tcp", second: str = "tcp") -> tuple[Client, Client]:
+    def meet(
+        self, first: str = "tcp", second: str = "tcp", token: str = "pair"
+    ) -> tuple[Client, Client]:
         """Return two clients of these kinds that have met and have read their `ok`."""
         one, other = self.client(first), self.client(second)
-        one.send(handshake("pair", "one"))
-        other.send(handshake("pair", "other"))
+        one.send(handshake(token, "one"))
+        other.send(handshake(token, "other"))
         assert one.receive(3) == other.receive(3) == b"ok\n"
         return one, other
 

@@ -409,7 +409,7 @@ def test_a_second_finish_changes_nothing(scene: Scene) -> None:
 
 NOT_CARRIED: dict[type, set[str]] = {
     Session: {"ended_pair", "pair", "rendezvous", "transport"},
-    transit_relay.Pair: {"sessions"},
+    transit_relay.Pair: {"allowance", "level_used", "sessions"},
     Connection: {"_server", "framing", "is_unpolled", "mask", "session", "sock"},
     **{
         framing: {"_session", "_transport"}

@@ -281,6 +281,8 @@ def test_what_sessions_and_framings_use_of_a_connection_is_the_transport_protoco
 
 # Names of a section below that annotations mention: the objects that are handed up.
 HANDED_UP = {
+    "Rates": {"Pair"},
+    "Timers": {"Connection"},
     "Interfaces": {"Framing", "Connection", "Rendezvous"},
     "Session": {"Pair", "Rendezvous"},
     "Accepting": {"Listener"},

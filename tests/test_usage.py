@@ -398,7 +398,7 @@ def test_records_wait_while_memory_is_short(
 NOT_CARRIED = {
     *("_records_limit", "_changed", "_stopping", "_finished", "_gone"),
     *("_failing", "_complained", "_complaints"),
-    *("_fd", "_path", "_db", "_file", "_sqlite_error"),
+    *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota"),
     *("_sinks", "_blur_seconds"),
 }
 
