@@ -637,9 +637,9 @@ def parse_size(text: str) -> int:
         units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
         raise UsageError(f"{text!r} is not a number of {units}")
     whole, fraction, prefix, unit = match.groups("")
-    factor = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
-    divisor = 10 ** len(fraction) * (8 if unit == "bit" else 1)
-    return int(-(-int(whole + fraction) * factor // divisor))
+    factor: int = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
+    divisor: int = 10 ** len(fraction) * (8 if unit == "bit" else 1)
+    return -(-int(whole + fraction) * factor // divisor)
 
 
 def parse_rate(text: str) -> int:
@@ -664,24 +664,26 @@ class Rates:
         self.changed: Callable[[Pair], None] = lambda pair: None  # called when a pair has to wait
         self._refilled_at = clock()
         self._level = 0.0  # what the rate of one pair has allowed since the start (bytes)
-        self._waiting: dict[Pair, int] = {}  # in their order, with the remainders of their shares
-        # Pairs that do not wait, with the bytes that they have read since the last refill.
-        self._sharing: dict[Pair, int] = {}  # it gave them a share
-        self._beginning: dict[Pair, int] = {}  # it did not
         self.change(max_rate, max_pair_rate)
 
     def change(self, max_rate: int, max_pair_rate: int) -> None:
-        """Change the rates. The caller must then call `join` with each running pair."""
+        """Change the rates and forget all pairs. The caller must call `join` with each of them."""
+        # In the order of their turns, with the remainders of their shares. Until the next refill,
+        # a pair that goes on keeps its place at the end.
+        self._waiting: dict[Pair, int] = {}
+        # Pairs that do not wait, with the bytes that they have read since the last refill.
+        self._sharing: dict[Pair, int] = {}  # it gave them a share
+        self._beginning: dict[Pair, int] = {}  # it did not
         self._is_on = max_rate > 0 or max_pair_rate > 0
         self._rate, self._pair_rate = max_rate or NO_RATE, max_pair_rate or NO_RATE
         half_refill = min(self._rate, self._pair_rate) * REFILL_SECONDS / 2
         self._least = int(min(LEAST_READ_BYTES, half_refill))
-        self._pool = self._rate * RESERVE_SECONDS  # what all pairs together may read now
+        # What all pairs together may read now.
+        self._pool = self._rate * (RESERVE_SECONDS + REFILL_SECONDS)
         self._spare, self._sharers = 0.0, 0  # `limit` gives each pair that begins an equal part
 
     def join(self, pair: Pair) -> None:
-        """Give a pair its first allowance, or a new one after a change."""
-        self.leave(pair)
+        """Give a pair its first allowance."""
         pair.allowance = self._least if self._is_on else None
         pair.level_used = self._level - self._pair_rate * BUCKET_SECONDS
 
@@ -704,7 +706,7 @@ class Rates:
             share = max(self._spare / self._sharers, self._least)
             allowance = max(0, int(min(share - size, self._credit(pair))))
         if min(allowance, self._pool) < min(size or allowance, self._least):
-            return self._wait(pair, allowance)
+            return self._wait(pair)
         return min(allowance, int(self._pool))
 
     def spend(self, pair: Pair, size: int) -> None:
@@ -720,9 +722,10 @@ class Rates:
             self._sharers += pair not in self._beginning
             self._beginning[pair] = self._beginning.get(pair, 0) + size
 
-    def _wait(self, pair: Pair, remainder: int) -> int:
-        self.leave(pair)
-        self._waiting[pair] = min(max(remainder, 0), self._least)
+    def _wait(self, pair: Pair, remainder: int = 0) -> int:
+        self._sharing.pop(pair, None)
+        self._beginning.pop(pair, None)
+        self._waiting[pair] = max(remainder, 0)
         pair.allowance = 0
         self.changed(pair)
         return 0
@@ -740,9 +743,10 @@ class Rates:
         self._pool = min(self._pool + income, self._rate * BUCKET_SECONDS)
         # At most half of the income restores the reserve.
         left = min(self._pool, max(self._pool - self._rate * RESERVE_SECONDS, income / 2))
+        waiting = {pair: rest for pair, rest in self._waiting.items() if not pair.allowance}
         readers = {**self._sharing, **self._beginning}
         demands = sorted(size for size in readers.values() if size)
-        sharers = len(demands) + len(self._waiting)
+        sharers = len(demands) + len(waiting)
         for size in demands:
             if size * sharers >= left:
                 break
@@ -755,14 +759,15 @@ class Rates:
             pair.allowance = max(int(min(share, self._credit(pair))), least) if size else least
             if size:  # else it is idle now
                 self._sharing[pair] = 0
-        for pair, remainder in tuple(self._waiting.items()):
-            allowance = int(min(share + remainder, self._credit(pair)))
-            if least <= left and least <= allowance:
-                del self._waiting[pair]
+        for pair, rest in tuple(waiting.items()):
+            allowance = int(min(share + rest, self._credit(pair)))
+            if least <= min(left, allowance):
                 left -= share
                 pair.allowance = allowance
+                waiting[pair] = waiting.pop(pair)
                 self._sharing[pair] = 0
                 going_on.append(pair)
+        self._waiting = waiting
         return going_on
 
 

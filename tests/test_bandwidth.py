@@ -47,7 +47,8 @@ def run(loop: Loop, flows: list[Flow], seconds: float) -> None:
     for _ in range(round(seconds / STEP_SECONDS)):
         for flow in flows:
             flow.send()
-        loop.advance(STEP_SECONDS)
+        loop.advance(STEP_SECONDS)  # the last turn of it refills the allowances
+        loop.pump()
         for flow in flows:
             flow.read()
 
