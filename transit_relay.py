@@ -17,6 +17,7 @@ Recorder. Callbacks go down too: a finished record, a newcomer's socket, the act
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
     Kernel               socket options, acknowledgements, pipes for splice
+    Addresses            where a client comes from: its peer, or what a proxy tells
     Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
@@ -552,6 +553,206 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
     """
     pipes = min(affordable_pipes(), limit // 16)
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
+
+
+# ---------------------------------------------------------------------------------------------
+# Addresses
+#
+# Where a client comes from: the peer of its socket, unless a proxy tells another address, in a
+# PROXY header or in X-Forwarded-For. Only limits need it. Of a client's address the relay keeps a
+# keyed hash of the IPv4 address or of the IPv6 network /64, in memory. The result is a Peer.
+#
+# In this section an address is bytes: its family, then its 4 or 16 bytes. An IPv4-mapped IPv6
+# address is an IPv4 address. PROXY headers: HAProxy's proxy-protocol.txt, 2.1 and 2.2.
+# ---------------------------------------------------------------------------------------------
+
+IPV4, IPV6, UNIX = b"4", b"6", b"u"  # families; UNIX has no bytes behind it
+MAPPED_START = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address: RFC 4291, 2.5.5.2
+EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings: unix and loopback
+Network = tuple[bytes, bytes]  # its first and its last address
+# An element of X-Forwarded-For with brackets or a port. Any other one is a bare address.
+DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5})\Z")
+MAX_PROXY_BYTES = 4096
+V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+V2_FIXED_BYTES = 16  # the signature, command and family, and the length of the rest
+# How a header of version 2 tells an address: the family, where the source ends, the least size.
+V2_IPV4, V2_IPV6, V2_NONE = (socket.AF_INET, 20, 28), (socket.AF_INET6, 32, 52), (None, 0, 16)
+V2_TOLD = {b"\x21\x11": V2_IPV4, b"\x21\x12": V2_IPV4}  # by command and family: PROXY, TCP or UDP
+V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
+
+
+def beginnings(text: bytes, *patterns: bytes) -> bytes:
+    """Return a pattern of the beginnings of `text` and `patterns`, which match their own ones."""
+    parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
+    return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
+
+
+PORT_NUMBER = rb"(?:0|[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+V1_END = (b" ", PORT_NUMBER, b" ", PORT_NUMBER, b"\r", b"\n")
+V1_IPV4, V1_IPV6 = rb"[0-9.]{1,15}", rb"[0-9A-Fa-f:.]{1,39}"
+V2_FAMILY, V2_END = rb"[\0-\2\x10-\x12\x20-\x22\x30-\x32]", (rb"[\0-\x0f]", b".*")
+PROXY_BEGINNINGS = (
+    beginnings(b"PROXY TCP4 ", V1_IPV4, b" ", V1_IPV4, *V1_END),
+    beginnings(b"PROXY TCP6 ", V1_IPV6, b" ", V1_IPV6, *V1_END),
+    beginnings(b"PROXY UNKNOWN\r\n"),
+    beginnings(b"PROXY UNKNOWN ", rb".{0,91}", b"\r", b"\n"),  # 107 bytes in all
+    beginnings(V2_SIGNATURE + b"\x20", b".", *V2_END),  # LOCAL: any family
+    beginnings(V2_SIGNATURE + b"\x21", V2_FAMILY, *V2_END),  # PROXY
+)
+PROXY_BEGINNING = b"|".join(PROXY_BEGINNINGS)  # compiled when it is needed: that takes 2 ms
+
+
+class Peer(NamedTuple):
+    """What the limits need to know of the origin of a client."""
+
+    source: int | None  # the keyed hash of its address; None: exempt from limits per source
+    is_allowed: bool  # by --allow
+    is_trusted: bool  # its X-Forwarded-For counts
+
+
+LOCAL_PEER = Peer(None, is_allowed=True, is_trusted=False)  # the only one with these values
+
+
+class ProxyError(Exception):
+    """A connection does not begin with a PROXY header."""
+
+
+def parse_address(text: str) -> bytes | None:
+    """Return an IPv4 or IPv6 address as bytes, without its scope id. None: `text` is no address."""
+    try:
+        if ":" not in text:
+            return IPV4 + socket.inet_pton(socket.AF_INET, text)
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except (OSError, ValueError):  # ValueError: a character that no address has
+        return None
+    return IPV4 + packed[12:] if packed.startswith(MAPPED_START) else IPV6 + packed
+
+
+def parse_network(text: str) -> Network:
+    """Parse a value of `--allow` or `--trust-forwarded-for`. Raises UsageError."""
+    if text == "unix":
+        return UNIX, UNIX
+    host, slash, length = text.partition("/")
+    address = None if "%" in host else parse_address(host)
+    if address is None:
+        raise UsageError(f"{text!r} is not an IPv4 or IPv6 network, and not unix")
+    family, size = address[:1], len(address) - 1
+    # The length of an IPv4-mapped network counts the 96 bits before the IPv4 address too.
+    least = 96 if ":" in host and family == IPV4 else 0
+    most = least + 8 * size
+    bits = parse_number(length, most) if slash else most
+    if bits is None or bits < least:
+        raise UsageError(f"{text!r}: the prefix length must be a number from {least} to {most}")
+    host_mask = (1 << most - bits) - 1
+    number = int.from_bytes(address[1:], "big")
+    first, last = (n.to_bytes(size, "big") for n in (number & ~host_mask, number | host_mask))
+    if number & host_mask:
+        right = socket.inet_ntop(socket.AF_INET if family == IPV4 else socket.AF_INET6, first)
+        raise UsageError(f"{text!r} has host bits set; the network is {right}/{bits - least}")
+    return family + first, family + last
+
+
+def is_in(networks: Sequence[Network], address: bytes) -> bool:
+    """Return whether `address` is in one of `networks`."""
+    return bool(networks) and any(first <= address <= last for first, last in networks)
+
+
+class Addresses:
+    """Judges where clients come from. It keeps networks and a key, and no client's address."""
+
+    CARRIED = ("_key",)  # by the planned reload: the sources of open connections stay the same
+
+    def __init__(
+        self, allow: Sequence[Network] = (), trusted: Sequence[Network] = (), key: bytes = b""
+    ) -> None:
+        """Take the networks of two options, and the key of the hashes; b"": a new one."""
+        self._allow = allow
+        self._trusted = trusted
+        self._key = key or os.urandom(16)
+
+    def judge(self, address: object) -> Peer:
+        """Judge a peer by the address that `socket.accept` returned. Other families are as unix."""
+        found = parse_address(str(address[0])) if isinstance(address, tuple) else None
+        return self._judge(found or UNIX, is_told=False)
+
+    def judge_told(self, text: str) -> Peer | None:
+        """Judge an address that a proxy told. Return None if `text` is no address."""
+        address = parse_address(text)
+        return None if address is None else self._judge(address, is_told=True)
+
+    def judge_forwarded(self, values: Sequence[str]) -> Peer | None:
+        """Judge the client of a trusted proxy. `values` are those of all X-Forwarded-For fields.
+
+        The last element that is not in a trusted network counts. Return None if it is no address,
+        or if there is none: then the address of the connection counts.
+        """
+        for element in reversed(",".join(values).split(",")):
+            address = parse_address(DRESSED_ADDRESS.sub(r"\1\2", element.strip(" \t")))
+            if address is None:
+                return None
+            if not is_in(self._trusted, address):
+                return self._judge(address, is_told=True)
+        return None
+
+    def _judge(self, address: bytes, is_told: bool) -> Peer:
+        is_allowed = not self._allow or is_in(self._allow, address)
+        is_trusted = is_in(self._trusted, address)
+        if not is_told and address.startswith(EXEMPT):
+            is_ordinary = is_allowed and not is_trusted
+            return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
+        import hashlib
+
+        digest = hashlib.sha256(self._key + address[:9]).digest()  # of IPv6 the /64
+        return Peer(int.from_bytes(digest[:8], "big"), is_allowed, is_trusted)
+
+
+class ProxyReader:
+    """Reads the PROXY header at the beginning of a connection."""
+
+    __slots__ = ("_header",)
+    CARRIED = __slots__
+
+    def __init__(self) -> None:
+        self._header = b""  # the received start of the header
+
+    def receive(self, data: Bytes) -> tuple[str | None, Bytes] | None:
+        """Return the told address and the bytes behind the header, or None until it is whole.
+
+        No address is told by UNKNOWN, LOCAL and families other than IPv4 and IPv6. Raises
+        ProxyError at the first byte that no header has there; for an address in version 1 at the
+        end of the line (2.1).
+        """
+        seen = len(self._header)
+        header = self._header + data[: MAX_PROXY_BYTES - seen]
+        size = v2_bytes(header) if header.startswith(b"\r") else header.find(b"\r\n") + 2
+        is_whole = 2 <= size <= len(header)
+        pattern = re.compile(PROXY_BEGINNING, re.DOTALL)
+        if not pattern.fullmatch(header, 0, size if is_whole else len(header)):
+            raise ProxyError
+        self._header = b"" if is_whole else header
+        return (told_address(header), data[size - seen :]) if is_whole else None
+
+
+def v2_bytes(header: bytes) -> int:
+    """Return the size of a header of version 2, or 0 if it is not known yet. Raises ProxyError."""
+    if len(header) < V2_FIXED_BYTES:
+        return 0
+    size = V2_FIXED_BYTES + int.from_bytes(header[14:V2_FIXED_BYTES], "big")
+    if not V2_TOLD.get(header[12:14], V2_NONE)[2] <= size <= MAX_PROXY_BYTES:
+        raise ProxyError
+    return size
+
+
+def told_address(header: bytes) -> str | None:
+    """Return the source address in a whole header, if it tells one. Raises ProxyError."""
+    if header.startswith(b"PROXY TCP"):
+        _, kind, *addresses = header.decode("latin-1").split(" ")[:4]
+        for address in addresses:
+            if (":" in address) != (kind == "TCP6") or parse_address(address) is None:
+                raise ProxyError
+        return addresses[0]
+    family, end, _ = V2_TOLD.get(header[12:14], V2_NONE)
+    return None if family is None else socket.inet_ntop(family, header[V2_FIXED_BYTES:end])
 
 
 # ---------------------------------------------------------------------------------------------
