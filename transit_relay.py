@@ -3170,7 +3170,8 @@ def size_text(size: int) -> str:
 # Endpoints
 #
 # The values of --port and --websocket, in the syntax of Twisted: a kind, then fields between
-# colons, by position or as name=value. A backslash escapes the next character.
+# colons, by position or as name=value. A backslash escapes the next character. `haproxy:` may
+# stand before the kind: then each connection begins with a PROXY header.
 # The service manager passes sockets that are open already; an endpoint can name one of them.
 # ---------------------------------------------------------------------------------------------
 
@@ -3182,6 +3183,7 @@ ENDPOINT_FIELDS = {
     "systemd": ("domain", "name", "index"),
     "fd": ("fileno",),
 }
+PROXY_PREFIX = "haproxy:"
 # The highest value of a field that is a number, and its base.
 NUMERIC_FIELDS = {
     "port": (65535, 10),
@@ -3212,6 +3214,7 @@ class Endpoint(NamedTuple):
     name: str | None = None
     position: int | None = None  # index=
     fileno: int = -1
+    has_proxy_header: bool = False  # each connection begins with one
 
 
 class PassedSockets(NamedTuple):
@@ -3236,11 +3239,18 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints. The role follows from the name `websocket`."""
+        """Return all sockets as endpoints.
+
+        The names `websocket`, `haproxy` and `haproxy-websocket` tell the role, and whether
+        connections begin with a PROXY header.
+        """
         found = []
         for n in range(self.total):
-            role = Role.WEBSOCKET if "websocket" in self.names[n : n + 1] else Role.PORT
-            found.append(Endpoint(f"systemd:index={n}", "systemd", role, position=n))
+            name = self.names[n] if n < len(self.names) else ""
+            prefix = PROXY_PREFIX if name in ("haproxy", "haproxy-websocket") else ""
+            is_web = name in ("websocket", "haproxy-websocket")
+            parse = parse_websocket_endpoint if is_web else parse_endpoint
+            found.append(parse(f"{prefix}systemd:index={n}"))
         return found
 
     def find(self, endpoint: Endpoint) -> int | None:
@@ -3267,11 +3277,14 @@ class PassedSockets(NamedTuple):
 
 def parse_endpoint(text: str) -> Endpoint:
     """Parse the text of an endpoint. Raises UsageError."""
-    if text.isascii() and text.isdecimal():
-        return parse_endpoint(f"tcp:{text}")._replace(text=text)
-    (prefix, kind), *fields = _split_fields(text)
-    if prefix or kind not in ENDPOINT_FIELDS or not fields:
-        raise UsageError(f"{text!r}: not an endpoint{_suggestion(text, kind)}")
+    has_proxy_header = text.startswith(PROXY_PREFIX)
+    plain = text[len(PROXY_PREFIX) :] if has_proxy_header else text
+    if plain.isascii() and plain.isdecimal():
+        plain = f"tcp:{plain}"
+    (label, kind), *fields = _split_fields(plain)
+    if label or kind not in ENDPOINT_FIELDS or not fields:
+        prefix = PROXY_PREFIX if has_proxy_header else ""
+        raise UsageError(f"{text!r}: not an endpoint{_suggestion(plain, kind, prefix)}")
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
     given: dict[str, str] = {}
@@ -3312,6 +3325,7 @@ def parse_endpoint(text: str) -> Endpoint:
         name=given.get("name"),
         position=numbers.get("index"),
         fileno=numbers.get("fileno", -1),
+        has_proxy_header=has_proxy_header,
     )
 
 
@@ -3339,12 +3353,12 @@ def _split_fields(text: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in fields]
 
 
-def _suggestion(text: str, kind: str) -> str:
-    """Return the end of an error message: what to write instead of `text`."""
+def _suggestion(text: str, kind: str, prefix: str) -> str:
+    """Return the end of an error message: what to write behind `prefix` instead of `text`."""
     from difflib import get_close_matches
 
     if kind.lower() in ("ssl", "tls", "https", "wss"):
-        return "; a proxy in front of the relay does TLS: write tcp:PORT here"
+        return f"; a proxy in front of the relay does TLS: write {prefix}tcp:PORT here"
     host, _, port = text.rpartition(":")
     rest = text[len(kind) :]
     guesses = [f"tcp:{text}"]
@@ -3354,12 +3368,13 @@ def _suggestion(text: str, kind: str) -> str:
     if text.startswith(("/", "./")):
         guesses.append(f"unix:{text}")
     if rest.startswith(":"):
-        nearest = get_close_matches(kind.lower(), ENDPOINT_FIELDS, n=1, cutoff=0.5)
+        words = [*ENDPOINT_FIELDS] if prefix else [*ENDPOINT_FIELDS, PROXY_PREFIX[:-1]]
+        nearest = get_close_matches(kind.lower(), words, n=1, cutoff=0.5)
         guesses += [right + rest for right in (*nearest, "tcp")]
     for guess in guesses:
         with contextlib.suppress(UsageError):
-            return f"; did you mean {parse_endpoint(guess).text!r}?"
-    return f", write KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
+            return f"; did you mean {parse_endpoint(prefix + guess).text!r}?"
+    return f", write {prefix}KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3391,13 +3406,15 @@ class Listener:
         self.endpoint = endpoint
         self.made_file = made_file
         self.role = endpoint.role
+        self.has_proxy_header = endpoint.has_proxy_header
         is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         self.port: int | None = sock.getsockname()[1] if is_tcp else None
         self.label = endpoint.text  # for messages; for TCP with the real port and address
         if endpoint.kind in ("tcp", "tcp6"):
             host, _ = socket.getnameinfo(sock.getsockname(), NUMERIC)
             interface = ":interface=" + host.replace(":", "\\:") if endpoint.interface else ""
-            self.label = f"tcp:{self.port}{interface}"
+            prefix = PROXY_PREFIX if endpoint.has_proxy_header else ""
+            self.label = f"{prefix}tcp:{self.port}{interface}"
 
     @property
     def bound(self) -> tuple[int, object, bool]:
@@ -4035,6 +4052,9 @@ endpoints:
   unix:/run/x.sock[:mode=660]       a unix socket (default mode: 666)
   systemd:index=0  systemd:name=X   a socket passed by systemd, the only one of its name
   fd:N                              a listening socket that is open already
+  haproxy:tcp:4001  haproxy:unix:/run/x.sock  ...
+                                    the same, for a proxy that begins each connection
+                                    with a PROXY header, which has the client's address
 
 configuration file:
   one option per line, without dashes: `blur-usage 3600` or `blur-usage = 3600`;
@@ -4059,6 +4079,7 @@ exit codes:
 WEBSOCKET_URL = re.compile(
     r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
 )
+REPEATABLE = ("port", "websocket", "allow", "trust_forwarded_for")  # in files and on the line
 MAX_KEEPALIVE_SECONDS = 32767  # Linux: MAX_TCP_KEEPIDLE
 
 
@@ -4133,7 +4154,8 @@ HELP = {
     " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
     " several times (default: none; a --port endpoint accepts WebSocket clients too)",
     "websocket-url": "the address for WebSocket clients in the start message, if a proxy or a"
-    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP)",
+    " router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP"
+    " without haproxy:)",
     "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
     " :memory: keeps it in memory (default: none)",
     "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
@@ -4143,6 +4165,11 @@ HELP = {
     " seconds; 0 switches it off (default: %(default)g s)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
+    "allow": "accept clients from this network only: an IPv4 or IPv6 address, alone or with a"
+    " prefix length, or `unix` for unix sockets; can be given several times (default: everywhere)",
+    "trust-forwarded-for": "take the address of a client from X-Forwarded-For if the connection"
+    " comes from this network (as for --allow), where an HTTP proxy is; can be given several times"
+    " (default: none)",
     "config": "read more options from this file; the command line takes precedence; can be given"
     " several times (default: none)",
     "daemonize": "go to the background as soon as all is set up, in the current directory, which"
@@ -4171,6 +4198,7 @@ def make_parser() -> Parser:
     )
     limits = Limits()
     parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
+    parser.set_defaults(allow=[], trust_forwarded_for=[])
     parser.set_defaults(handshake_timeout=limits.handshake_seconds)
     parser.set_defaults(keepalive=limits.keepalive_seconds)
 
@@ -4191,6 +4219,9 @@ def make_parser() -> Parser:
     time_limit = allow_empty(duration)
     add("--handshake-timeout", metavar="SECONDS", type=time_limit, help=HELP["handshake-timeout"])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
+    network = partial(add, metavar="NETWORK", type=allow_empty(parse_network), action="append")
+    network("--allow", help=HELP["allow"])
+    network("--trust-forwarded-for", help=HELP["trust-forwarded-for"])
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
@@ -4216,7 +4247,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in options.config:
         read_config(path, parser, configured)
     in_files = set(vars(configured))
-    for name in ("port", "websocket"):  # argparse would append to the lists
+    for name in REPEATABLE:  # argparse would append to the lists
         if getattr(options, name):
             vars(configured).pop(name, None)
     options = parser.parse_args(arguments, configured)
@@ -4322,7 +4353,9 @@ def open_relay(
     the user and a new database remain. Raises StartupError.
     """
     if ws_frames is None and (
-        options.websocket_url or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
+        options.websocket_url
+        or options.trust_forwarded_for
+        or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
     ):
         raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
@@ -4364,7 +4397,8 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
         log.info("no WebSocket clients: Python finds no ws_frames.py (beside transit_relay.py)")
     suffixes = {Role.WEBSOCKET: " (websocket)"}
     labels = [one.label + suffixes.get(one.role, "") for one in relay.listeners]
-    ports = [one.port for one in relay.listeners if one.role is Role.WEBSOCKET and one.port]
+    web = [one for one in relay.listeners if one.role is Role.WEBSOCKET]
+    ports = [one.port for one in web if one.port and not one.has_proxy_header]
     urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
     if urls or options.websocket_url:
         log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))
