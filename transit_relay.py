@@ -568,7 +568,7 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 
 IPV4, IPV6, UNIX = b"4", b"6", b"u"  # families; UNIX has no bytes behind it
 MAPPED_START = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address: RFC 4291, 2.5.5.2
-EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings: unix and loopback
+EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings of exempt addresses
 Network = tuple[bytes, bytes]  # its first and its last address
 # An element of X-Forwarded-For with brackets or a port. Any other one is a bare address.
 DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5})\Z")
@@ -582,7 +582,7 @@ V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
 
 
 def beginnings(text: bytes, *patterns: bytes) -> bytes:
-    """Return a pattern of the beginnings of `text` and `patterns`, which match their own ones."""
+    """Return a pattern of all beginnings of `text` + `patterns`; those match their own already."""
     parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
     return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
 
@@ -610,7 +610,7 @@ class Peer(NamedTuple):
     is_trusted: bool  # its X-Forwarded-For counts
 
 
-LOCAL_PEER = Peer(None, is_allowed=True, is_trusted=False)  # the only one with these values
+LOCAL_PEER = Peer(None, is_allowed=True, is_trusted=False)  # shared by all with these values
 
 
 class ProxyError(Exception):
@@ -665,13 +665,13 @@ class Addresses:
     def __init__(
         self, allow: Sequence[Network] = (), trusted: Sequence[Network] = (), key: bytes = b""
     ) -> None:
-        """Take the networks of two options, and the key of the hashes; b"": a new one."""
+        """Take the networks of the two options, and the key of the hashes. b"": make a key."""
         self._allow = allow
         self._trusted = trusted
         self._key = key or os.urandom(16)
 
     def judge(self, address: object) -> Peer:
-        """Judge a peer by the address that `socket.accept` returned. Other families are as unix."""
+        """Judge a peer by the address from `socket.accept`. Other families count as unix sockets."""
         found = parse_address(str(address[0])) if isinstance(address, tuple) else None
         return self._judge(found or UNIX, is_told=False)
 

@@ -274,6 +274,7 @@ SUGGESTIONS = {
     "haproxy:TCP:4001": "haproxy:tcp:4001",
     "haproxy:127.0.0.1:4001": "haproxy:tcp:4001:interface=127.0.0.1",
     "haproxy:/run/x.sock": "haproxy:unix:/run/x.sock",
+    "haproxy:haproxy:4001": "haproxy:tcp:4001",
 }
 
 
@@ -299,7 +300,7 @@ def test_tls_behind_a_proxy_header_is_left_to_a_proxy_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["tcp", "TCP", "tcpp", "foo=tcp:4001", "TCP:http", "tcp6", "UNIX:", "haproxy:haproxy:1"]
+    "text", ["tcp", "TCP", "tcpp", "foo=tcp:4001", "TCP:http", "tcp6", "UNIX:", "haproxy:onion:x"]
 )
 def test_no_wrong_spelling_is_suggested(text: str) -> None:
     with pytest.raises(UsageError) as caught:
