@@ -671,7 +671,7 @@ class Addresses:
         self._key = key or os.urandom(16)
 
     def judge(self, address: object) -> Peer:
-        """Judge a peer by the address from `socket.accept`. Other families count as unix sockets."""
+        """Judge a peer by the address from `socket.accept`. Any other family counts as unix."""
         found = parse_address(str(address[0])) if isinstance(address, tuple) else None
         return self._judge(found or UNIX, is_told=False)
 
