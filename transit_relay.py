@@ -20,6 +20,7 @@ signal, a chore, and the start of service and of a stop.
     Kernel               socket options, acknowledgements, pipes for splice
     Rates                how much a pair may read now; the bytes of a month
     Timers               time limits of connections, and periodic tasks
+    Addresses            where a client comes from: its peer, or what a proxy tells
     Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
@@ -949,6 +950,206 @@ class Timers:
 
 
 # ---------------------------------------------------------------------------------------------
+# Addresses
+#
+# Where a client comes from: the peer of its socket, unless a proxy tells another address, in a
+# PROXY header or in X-Forwarded-For. Only limits need it. Of a client's address the relay keeps a
+# keyed hash of the IPv4 address or of the IPv6 network /64, in memory. The result is a Peer.
+#
+# In this section an address is bytes: its family, then its 4 or 16 bytes. An IPv4-mapped IPv6
+# address is an IPv4 address. PROXY headers: HAProxy's proxy-protocol.txt, 2.1 and 2.2.
+# ---------------------------------------------------------------------------------------------
+
+IPV4, IPV6, UNIX = b"4", b"6", b"u"  # families; UNIX has no bytes behind it
+MAPPED_START = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address: RFC 4291, 2.5.5.2
+EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings of exempt addresses
+Network = tuple[bytes, bytes]  # its first and its last address
+# An element of X-Forwarded-For with brackets or a port. Any other one is a bare address.
+DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5})\Z")
+MAX_PROXY_BYTES = 4096
+V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+V2_FIXED_BYTES = 16  # the signature, command and family, and the length of the rest
+# How a header of version 2 tells an address: the family, where the source ends, the least size.
+V2_IPV4, V2_IPV6, V2_NONE = (socket.AF_INET, 20, 28), (socket.AF_INET6, 32, 52), (None, 0, 16)
+V2_TOLD = {b"\x21\x11": V2_IPV4, b"\x21\x12": V2_IPV4}  # by command and family: PROXY, TCP or UDP
+V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
+
+
+def beginnings(text: bytes, *patterns: bytes) -> bytes:
+    """Return a pattern of all beginnings of `text` + `patterns`; those match their own already."""
+    parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
+    return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
+
+
+PORT_NUMBER = rb"(?:0|[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+V1_END = (b" ", PORT_NUMBER, b" ", PORT_NUMBER, b"\r", b"\n")
+V1_IPV4, V1_IPV6 = rb"[0-9.]{1,15}", rb"[0-9A-Fa-f:.]{1,39}"
+V2_FAMILY, V2_END = rb"[\0-\2\x10-\x12\x20-\x22\x30-\x32]", (rb"[\0-\x0f]", b".*")
+PROXY_BEGINNINGS = (
+    beginnings(b"PROXY TCP4 ", V1_IPV4, b" ", V1_IPV4, *V1_END),
+    beginnings(b"PROXY TCP6 ", V1_IPV6, b" ", V1_IPV6, *V1_END),
+    beginnings(b"PROXY UNKNOWN\r\n"),
+    beginnings(b"PROXY UNKNOWN ", rb".{0,91}", b"\r", b"\n"),  # 107 bytes in all
+    beginnings(V2_SIGNATURE + b"\x20", b".", *V2_END),  # LOCAL: any family
+    beginnings(V2_SIGNATURE + b"\x21", V2_FAMILY, *V2_END),  # PROXY
+)
+PROXY_BEGINNING = b"|".join(PROXY_BEGINNINGS)  # compiled when it is needed: that takes 2 ms
+
+
+class Peer(NamedTuple):
+    """What the limits need to know of the origin of a client."""
+
+    source: int | None  # the keyed hash of its address; None: exempt from limits per source
+    is_allowed: bool = True  # by --allow
+    is_trusted: bool = False  # its X-Forwarded-For counts
+
+
+LOCAL_PEER = Peer(None)  # shared by all with these values
+
+
+class ProxyError(Exception):
+    """A connection does not begin with a PROXY header."""
+
+
+def parse_address(text: str) -> bytes | None:
+    """Return an IPv4 or IPv6 address as bytes, without its scope id. None: `text` is no address."""
+    try:
+        if ":" not in text:
+            return IPV4 + socket.inet_pton(socket.AF_INET, text)
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except (OSError, ValueError):  # ValueError: a character that no address has
+        return None
+    return IPV4 + packed[12:] if packed.startswith(MAPPED_START) else IPV6 + packed
+
+
+def parse_network(text: str) -> Network:
+    """Parse a value of `--allow` or `--trust-forwarded-for`. Raises UsageError."""
+    if text == "unix":
+        return UNIX, UNIX
+    host, slash, length = text.partition("/")
+    address = None if "%" in host else parse_address(host)
+    if address is None:
+        raise UsageError(f"{text!r} is not an IPv4 or IPv6 network, and not unix")
+    family, size = address[:1], len(address) - 1
+    # The length of an IPv4-mapped network counts the 96 bits before the IPv4 address too.
+    least = 96 if ":" in host and family == IPV4 else 0
+    most = least + 8 * size
+    bits = parse_number(length, most) if slash else most
+    if bits is None or bits < least:
+        raise UsageError(f"{text!r}: the prefix length must be a number from {least} to {most}")
+    host_mask = (1 << most - bits) - 1
+    number = int.from_bytes(address[1:], "big")
+    first, last = (n.to_bytes(size, "big") for n in (number & ~host_mask, number | host_mask))
+    if number & host_mask:
+        right = socket.inet_ntop(socket.AF_INET if family == IPV4 else socket.AF_INET6, first)
+        raise UsageError(f"{text!r} has host bits set; the network is {right}/{bits - least}")
+    return family + first, family + last
+
+
+def is_in(networks: Sequence[Network], address: bytes) -> bool:
+    """Return whether `address` is in one of `networks`."""
+    return bool(networks) and any(first <= address <= last for first, last in networks)
+
+
+class Addresses:
+    """Judges where clients come from. It keeps networks and a key, and no client's address."""
+
+    CARRIED = ("_key",)  # by the planned reload: the sources of open connections stay the same
+
+    def __init__(
+        self, allow: Sequence[Network] = (), trusted: Sequence[Network] = (), key: bytes = b""
+    ) -> None:
+        """Take the networks of the two options, and the key of the hashes. b"": make a key."""
+        self._allow = allow
+        self._trusted = trusted
+        self._key = key or os.urandom(16)
+
+    def judge(self, address: object) -> Peer:
+        """Judge a peer by the address from `socket.accept`. Any other family counts as unix."""
+        found = parse_address(str(address[0])) if isinstance(address, tuple) else None
+        return self._judge(found or UNIX, is_told=False)
+
+    def judge_told(self, text: str) -> Peer | None:
+        """Judge an address that a proxy told. Return None if `text` is no address."""
+        address = parse_address(text)
+        return None if address is None else self._judge(address, is_told=True)
+
+    def judge_forwarded(self, values: Sequence[str]) -> Peer | None:
+        """Judge the client of a trusted proxy. `values` are those of all X-Forwarded-For fields.
+
+        The last element that is not in a trusted network counts. Return None if it is no address,
+        or if there is none: then the address of the connection counts.
+        """
+        for element in reversed(",".join(values).split(",")):
+            address = parse_address(DRESSED_ADDRESS.sub(r"\1\2", element.strip(" \t")))
+            if address is None:
+                return None
+            if not is_in(self._trusted, address):
+                return self._judge(address, is_told=True)
+        return None
+
+    def _judge(self, address: bytes, is_told: bool) -> Peer:
+        is_allowed = not self._allow or is_in(self._allow, address)
+        is_trusted = is_in(self._trusted, address)
+        if not is_told and address.startswith(EXEMPT):
+            is_ordinary = is_allowed and not is_trusted
+            return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
+        import hashlib
+
+        digest = hashlib.sha256(self._key + address[:9]).digest()  # of IPv6 the /64
+        return Peer(int.from_bytes(digest[:8], "big"), is_allowed, is_trusted)
+
+
+class ProxyReader:
+    """Reads the PROXY header at the beginning of a connection."""
+
+    __slots__ = ("_header",)
+    CARRIED = __slots__
+
+    def __init__(self) -> None:
+        self._header = b""  # the received start of the header
+
+    def receive(self, data: Bytes) -> tuple[str | None, Bytes] | None:
+        """Return the told address and the bytes behind the header, or None until it is whole.
+
+        No address is told by UNKNOWN, LOCAL and families other than IPv4 and IPv6. Raises
+        ProxyError at the first byte that no header has there; for an address in version 1 at the
+        end of the line (2.1).
+        """
+        seen = len(self._header)
+        header = self._header + data[: MAX_PROXY_BYTES - seen]
+        size = v2_bytes(header) if header.startswith(b"\r") else header.find(b"\r\n") + 2
+        is_whole = 2 <= size <= len(header)
+        pattern = re.compile(PROXY_BEGINNING, re.DOTALL)
+        if not pattern.fullmatch(header, 0, size if is_whole else len(header)):
+            raise ProxyError
+        self._header = b"" if is_whole else header
+        return (told_address(header), data[size - seen :]) if is_whole else None
+
+
+def v2_bytes(header: bytes) -> int:
+    """Return the size of a header of version 2, or 0 if it is not known yet. Raises ProxyError."""
+    if len(header) < V2_FIXED_BYTES:
+        return 0
+    size = V2_FIXED_BYTES + int.from_bytes(header[14:V2_FIXED_BYTES], "big")
+    if not V2_TOLD.get(header[12:14], V2_NONE)[2] <= size <= MAX_PROXY_BYTES:
+        raise ProxyError
+    return size
+
+
+def told_address(header: bytes) -> str | None:
+    """Return the source address in a whole header, if it tells one. Raises ProxyError."""
+    if header.startswith(b"PROXY TCP"):
+        _, kind, *addresses = header.decode("latin-1").split(" ")[:4]
+        for address in addresses:
+            if (":" in address) != (kind == "TCP6") or parse_address(address) is None:
+                raise ProxyError
+        return addresses[0]
+    family, end, _ = V2_TOLD.get(header[12:14], V2_NONE)
+    return None if family is None else socket.inet_ntop(family, header[V2_FIXED_BYTES:end])
+
+
+# ---------------------------------------------------------------------------------------------
 # Interfaces
 #
 # Names that several sections use, and the methods that earlier sections call on later ones: those
@@ -992,17 +1193,6 @@ REFUSALS = {
     Limit.ALLOW: b"not allowed\n",
     Limit.QUOTA: b"quota used up\n",
 }
-
-
-class Peer(NamedTuple):
-    """What the limits need to know of a client's address, which is not stored."""
-
-    source: int | None = None  # a keyed hash; None: exempt from limits per source
-    is_allowed: bool = True
-    is_trusted: bool = False  # a proxy whose X-Forwarded-For counts
-
-
-EXEMPT = Peer()
 
 
 class Phase(enum.Enum):
@@ -1163,7 +1353,7 @@ class Session:
         rendezvous: Rendezvous,
         started: float,
         role: Role = Role.PORT,
-        peer: Peer = EXEMPT,
+        peer: Peer = LOCAL_PEER,
     ) -> None:
         """Begin at the accept. `started`: the time of day (s since the epoch)."""
         self.transport = transport
@@ -1171,8 +1361,8 @@ class Session:
         self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
         self.accepted = rendezvous.clock()  # monotonic seconds
         self.started = started  # the same moment, seconds since the epoch
-        self.peer = peer
         self.refused_by: Limit | None = None  # set before the handshake
+        self.peer_known(peer)
         self.handshake: Handshake | None = None  # while the client waits for a partner
         self.pair: Pair | None = None  # while relaying
         self.ended_pair: Pair | None = None  # this client stayed; the record is not yet written
@@ -1181,6 +1371,12 @@ class Session:
         return f"<Session {self.state.value}>"
 
     # Events.
+
+    def peer_known(self, peer: Peer) -> None:
+        """Note where the client comes from: at its accept, and when a proxy tells it."""
+        self.peer = peer
+        if self.refused_by is not Limit.CONNECTIONS:
+            self.refused_by = None if peer.is_allowed else Limit.ALLOW
 
     def http_detected(self) -> None:
         """Note that the client uses HTTP. Its byte stream begins after an upgrade."""
@@ -1371,6 +1567,7 @@ class Rendezvous:
         clock: Callable[[], float] = time.monotonic,
         rates: Rates | None = None,
         max_waiting_per_source: int = 0,
+        addresses: Addresses | None = None,
     ) -> None:
         """`record` is called with each record. `clock` returns monotonic seconds.
 
@@ -1378,6 +1575,7 @@ class Rendezvous:
         """
         self.record = record
         self.clock = clock
+        self.addresses = addresses or Addresses()
         self.is_quota_used_up = False  # newcomers are refused
         self._rates = rates or Rates(0, 0, clock)
         self.limit_reached: Callable[[Limit], None] = lambda limit: None  # called at a refusal
@@ -1514,7 +1712,8 @@ class Rendezvous:
 #
 # A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
 # clients send the stream as it is. WebSocket clients send it as the payload of messages. A
-# connection begins with DetectFraming, and a Framing replaces itself with the next one:
+# connection begins with DetectFraming, behind a proxy that sends PROXY headers with ProxyFraming,
+# and a Framing replaces itself with the next one:
 #
 #     DetectFraming --+--> RawFraming                          a line, then data
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
@@ -1615,6 +1814,41 @@ class RawFraming(Framing):
         self._session.line_received(line)
 
 
+class ProxyFraming(Framing):
+    """Reads the PROXY header of a connection, behind which the client's bytes begin."""
+
+    __slots__ = ("_expects_http", "_reader")
+    CARRIED = __slots__
+
+    max_read_bytes = FIRST_READ_BYTES
+
+    def __init__(self, session: Session, transport: Transport, role: Role) -> None:
+        """`session` begins in `wait_upgrade`: without a header it leaves no record."""
+        super().__init__(session, transport)
+        self._expects_http = role is Role.WEBSOCKET
+        self._reader = ProxyReader()
+
+    def receive(self, data: memoryview) -> None:
+        """Install the next Framing once the header is whole."""
+        session, transport = self._session, self._transport
+        try:
+            read = self._reader.receive(data)
+        except ProxyError:
+            session.client_ended()
+            return
+        if read is None:
+            return
+        told, rest = read
+        peer = None if told is None else session.rendezvous.addresses.judge_told(told)
+        if peer is not None:
+            session.peer_known(peer)
+        if not self._expects_http:
+            session.stream_opened()
+        transport.framing = DetectFraming(session, transport)
+        if rest:
+            transport.framing.receive(memoryview(rest))
+
+
 class DetectFraming(Framing):
     """Reads the first bytes of a client and selects its Framing: raw or HTTP."""
 
@@ -1669,6 +1903,7 @@ class HttpFraming(Framing):
             if read is None:
                 return
             request, rest = read
+            self._learn_peer(request.fields.get("x-forwarded-for", ()))
             is_upgrade = request.wants_websocket
             answer = request.accept() if is_upgrade else answer_plain_request(request)
             if is_upgrade and self._session.refused_by is Limit.CONNECTIONS:
@@ -1682,6 +1917,13 @@ class HttpFraming(Framing):
             self._transport.framing.receive(memoryview(rest))
         else:
             self._session.client_ended()
+
+    def _learn_peer(self, forwarded_for: Sequence[str]) -> None:
+        """Learn from a trusted proxy where the client comes from."""
+        if self._session.peer.is_trusted:
+            peer = self._session.rendezvous.addresses.judge_forwarded(forwarded_for)
+            if peer is not None:
+                self._session.peer_known(peer)
 
     def _answer_full(self) -> bytes:
         self._session.rendezvous.limit_reached(Limit.CONNECTIONS)
@@ -1864,13 +2106,21 @@ class Connection:
     __slots__ = (*CARRIED, "_server", "framing", "is_unpolled", "mask", "session", "sock")
 
     def __init__(
-        self, sock: socket.socket, server: EventLoop, role: Role, peer: Peer = EXEMPT
+        self,
+        sock: socket.socket,
+        server: EventLoop,
+        role: Role,
+        peer: Peer = LOCAL_PEER,
+        has_proxy_header: bool = False,
     ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        self.session = Session(self, server.rendezvous, server.wallclock(), role, peer)
+        first_role = Role.WEBSOCKET if has_proxy_header else role
+        self.session = Session(self, server.rendezvous, server.wallclock(), first_role, peer)
         self.framing: Framing = DetectFraming(self.session, self)
+        if has_proxy_header:
+            self.framing = ProxyFraming(self.session, self, role)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
@@ -2197,8 +2447,9 @@ class Acceptor:
     def __init__(
         self,
         listeners: Sequence[Listener],
-        admit: Callable[[socket.socket, Role], None],
+        admit: Callable[[socket.socket, Role, Peer, bool], None],
         make_room: Callable[[], bool],
+        addresses: Addresses,
         limits: Limits,
         clock: Callable[[], float],
     ) -> None:
@@ -2209,6 +2460,7 @@ class Acceptor:
         self._listeners = list(listeners)
         self._admit = admit
         self._make_room = make_room
+        self._addresses = addresses
         self._options = socket_options(limits.keepalive_seconds)
         self._optioned: set[Listener] = set()  # their newcomers inherit the socket options
         self._clock = clock
@@ -2240,7 +2492,7 @@ class Acceptor:
             if not self.is_accepting or (has_made_room and count > 1):
                 return
             try:
-                sock, _address = listener.sock.accept()
+                sock, address = listener.sock.accept()
             except BlockingIOError:
                 if sys.platform == "linux":
                     self._optioned.add(listener)
@@ -2259,7 +2511,8 @@ class Acceptor:
                 try:
                     if listener not in self._optioned:
                         set_options(sock, self._options)
-                    self._admit(sock, listener.role)
+                    peer = self._addresses.judge(address)
+                    self._admit(sock, listener.role, peer, listener.has_proxy_header)
                 except Exception:
                     sock.close()
                     raise
@@ -2713,18 +2966,20 @@ class Server:
         *,
         max_pipes: int = 0,
         quota: Quota | None = None,
+        addresses: Addresses | None = None,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: for
         bulk; 0: bulk is copied. `quota`: of the month; None: none.
         """
+        addresses = addresses or Addresses()
         self.clock = AwakeClock(clock)
         self.wallclock = wallclock
         self.recorder = recorder
         self.rates = Rates(limits.max_rate, limits.max_pair_rate, self.clock)
         self.rendezvous = Rendezvous(
-            recorder.record, clock, self.rates, limits.max_waiting_per_source
+            recorder.record, clock, self.rates, limits.max_waiting_per_source, addresses
         )
         self.buffer = memoryview(bytearray(READ_BYTES))
         self.pipes = PipePool(max_pipes, clock)
@@ -2733,7 +2988,9 @@ class Server:
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        self._acceptor = Acceptor(listeners, self.admit, self._make_room_now, limits, self.clock)
+        self._acceptor = Acceptor(
+            listeners, self.admit, self._make_room_now, addresses, limits, self.clock
+        )
         self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self._timers = Timers(limits)
@@ -2964,16 +3221,21 @@ class Server:
 
     # Newcomers.
 
-    def admit(self, sock: socket.socket, role: Role = Role.PORT, peer: Peer = EXEMPT) -> None:
-        """Add a newcomer. `role`: of the listener that accepted it. `peer`: about its address."""
+    def admit(
+        self,
+        sock: socket.socket,
+        role: Role = Role.PORT,
+        peer: Peer = LOCAL_PEER,
+        has_proxy_header: bool = False,
+    ) -> None:
+        """Add a newcomer. `role` and `has_proxy_header`: of the listener that accepted it."""
         conn = None
         try:
             sock.setblocking(False)
-            refused_by = None if peer.is_allowed else Limit.ALLOW
-            if self.limits.is_full() and not self.limits.make_room():
-                refused_by = Limit.CONNECTIONS
-            conn = Connection(sock, self, role, peer)
-            conn.session.refused_by = refused_by
+            has_room = not self.limits.is_full() or self.limits.make_room()
+            conn = Connection(sock, self, role, peer, has_proxy_header)
+            if not has_room:
+                conn.session.refused_by = Limit.CONNECTIONS
             self.connections.add(conn)
             self._timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
@@ -3570,7 +3832,8 @@ def size_text(size: int) -> str:
 # Endpoints
 #
 # The values of --port and --websocket, in the syntax of Twisted: a kind, then fields between
-# colons, by position or as name=value. A backslash escapes the next character.
+# colons, by position or as name=value. A backslash escapes the next character. `haproxy:` may
+# stand before the kind: then each connection begins with a PROXY header.
 # The service manager passes sockets that are open already; an endpoint can name one of them.
 # ---------------------------------------------------------------------------------------------
 
@@ -3582,6 +3845,7 @@ ENDPOINT_FIELDS = {
     "systemd": ("domain", "name", "index"),
     "fd": ("fileno",),
 }
+PROXY_PREFIX = "haproxy:"
 # The highest value of a field that is a number, and its base.
 NUMERIC_FIELDS = {
     "port": (65535, 10),
@@ -3612,6 +3876,7 @@ class Endpoint(NamedTuple):
     name: str | None = None
     position: int | None = None  # index=
     fileno: int = -1
+    has_proxy_header: bool = False  # each connection begins with one
 
 
 class PassedSockets(NamedTuple):
@@ -3636,11 +3901,18 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints. The role follows from the name `websocket`."""
+        """Return all sockets as endpoints.
+
+        The names `websocket`, `haproxy` and `haproxy-websocket` tell the role, and whether
+        connections begin with a PROXY header.
+        """
         found = []
         for n in range(self.total):
-            role = Role.WEBSOCKET if "websocket" in self.names[n : n + 1] else Role.PORT
-            found.append(Endpoint(f"systemd:index={n}", "systemd", role, position=n))
+            name = self.names[n] if n < len(self.names) else ""
+            prefix = PROXY_PREFIX if name in ("haproxy", "haproxy-websocket") else ""
+            is_web = name in ("websocket", "haproxy-websocket")
+            parse = parse_websocket_endpoint if is_web else parse_endpoint
+            found.append(parse(f"{prefix}systemd:index={n}"))
         return found
 
     def find(self, endpoint: Endpoint) -> int | None:
@@ -3667,11 +3939,14 @@ class PassedSockets(NamedTuple):
 
 def parse_endpoint(text: str) -> Endpoint:
     """Parse the text of an endpoint. Raises UsageError."""
-    if text.isascii() and text.isdecimal():
-        return parse_endpoint(f"tcp:{text}")._replace(text=text)
-    (prefix, kind), *fields = _split_fields(text)
-    if prefix or kind not in ENDPOINT_FIELDS or not fields:
-        raise UsageError(f"{text!r}: not an endpoint{_suggestion(text, kind)}")
+    has_proxy_header = text.startswith(PROXY_PREFIX)
+    plain = text[len(PROXY_PREFIX) :] if has_proxy_header else text
+    if plain.isascii() and plain.isdecimal():
+        plain = f"tcp:{plain}"
+    (label, kind), *fields = _split_fields(plain)
+    if label or kind not in ENDPOINT_FIELDS or not fields:
+        prefix = PROXY_PREFIX if has_proxy_header else ""
+        raise UsageError(f"{text!r}: not an endpoint{_suggestion(plain, kind, prefix)}")
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
     given: dict[str, str] = {}
@@ -3712,6 +3987,7 @@ def parse_endpoint(text: str) -> Endpoint:
         name=given.get("name"),
         position=numbers.get("index"),
         fileno=numbers.get("fileno", -1),
+        has_proxy_header=has_proxy_header,
     )
 
 
@@ -3739,12 +4015,12 @@ def _split_fields(text: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in fields]
 
 
-def _suggestion(text: str, kind: str) -> str:
-    """Return the end of an error message: what to write instead of `text`."""
+def _suggestion(text: str, kind: str, prefix: str) -> str:
+    """Return the end of an error message: what to write behind `prefix` instead of `text`."""
     from difflib import get_close_matches
 
     if kind.lower() in ("ssl", "tls", "https", "wss"):
-        return "; a proxy in front of the relay does TLS: write tcp:PORT here"
+        return f"; a proxy in front of the relay does TLS: write {prefix}tcp:PORT here"
     host, _, port = text.rpartition(":")
     rest = text[len(kind) :]
     guesses = [f"tcp:{text}"]
@@ -3754,12 +4030,13 @@ def _suggestion(text: str, kind: str) -> str:
     if text.startswith(("/", "./")):
         guesses.append(f"unix:{text}")
     if rest.startswith(":"):
-        nearest = get_close_matches(kind.lower(), ENDPOINT_FIELDS, n=1, cutoff=0.5)
+        words = [*ENDPOINT_FIELDS] if prefix else [*ENDPOINT_FIELDS, PROXY_PREFIX[:-1]]
+        nearest = get_close_matches(kind.lower(), words, n=1, cutoff=0.5)
         guesses += [right + rest for right in (*nearest, "tcp")]
     for guess in guesses:
         with contextlib.suppress(UsageError):
-            return f"; did you mean {parse_endpoint(guess).text!r}?"
-    return f", write KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
+            return f"; did you mean {parse_endpoint(prefix + guess).text!r}?"
+    return f", write {prefix}KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3791,13 +4068,15 @@ class Listener:
         self.endpoint = endpoint
         self.made_file = made_file
         self.role = endpoint.role
+        self.has_proxy_header = endpoint.has_proxy_header
         is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         self.port: int | None = sock.getsockname()[1] if is_tcp else None
         self.label = endpoint.text  # for messages; for TCP with the real port and address
         if endpoint.kind in ("tcp", "tcp6"):
             host, _ = socket.getnameinfo(sock.getsockname(), NUMERIC)
             interface = ":interface=" + host.replace(":", "\\:") if endpoint.interface else ""
-            self.label = f"tcp:{self.port}{interface}"
+            prefix = PROXY_PREFIX if endpoint.has_proxy_header else ""
+            self.label = f"{prefix}tcp:{self.port}{interface}"
 
     @property
     def bound(self) -> tuple[int, object, bool]:
@@ -4435,6 +4714,9 @@ endpoints:
   unix:/run/x.sock[:mode=660]       a unix socket (default mode: 666)
   systemd:index=0  systemd:name=X   a socket passed by systemd, the only one of its name
   fd:N                              a listening socket that is open already
+  haproxy:tcp:4001  haproxy:unix:/run/x.sock  ...
+                                    the same, for a proxy that begins each connection
+                                    with a PROXY header, which has the client's address
 
 configuration file:
   one option per line, without dashes: `blur-usage 3600` or `blur-usage = 3600`;
@@ -4459,6 +4741,7 @@ exit codes:
 WEBSOCKET_URL = re.compile(
     r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
 )
+REPEATABLE = ("port", "websocket", "allow", "trust_forwarded_for")  # in files and on the line
 MAX_KEEPALIVE_SECONDS = 32767  # Linux: MAX_TCP_KEEPIDLE
 
 
@@ -4533,7 +4816,8 @@ HELP = {
     " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
     " several times (default: none; a --port endpoint accepts WebSocket clients too)",
     "websocket-url": "the address for WebSocket clients that is printed at the start, if a proxy or"
-    " a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP)",
+    " a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP"
+    " without haproxy:)",
     "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
     " :memory: keeps it in memory (default: none)",
     "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
@@ -4562,6 +4846,11 @@ HELP = {
     " 500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)",
     "quota-rate": "when the monthly quota is used up, refuse nobody, but relay at most this many"
     " bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)",
+    "allow": "accept clients from this network only: an IPv4 or IPv6 address, alone or with a"
+    " prefix length, or `unix` for unix sockets; can be given several times (default: everywhere)",
+    "trust-forwarded-for": "take the address of a client from X-Forwarded-For if the connection"
+    " comes from this network (as for --allow), where an HTTP proxy is; can be given several times"
+    " (default: none)",
     "config": "read more options from this file; the command line takes precedence; can be given"
     " several times (default: none)",
     "daemonize": "go to the background as soon as all is set up, in the current directory, which"
@@ -4590,6 +4879,7 @@ def make_parser() -> Parser:
     )
     limits = Limits()
     parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
+    parser.set_defaults(allow=[], trust_forwarded_for=[])
     parser.set_defaults(handshake_timeout=limits.handshake_seconds)
     parser.set_defaults(keepalive=limits.keepalive_seconds)
     parser.set_defaults(max_wait=limits.wait_seconds, idle_timeout=limits.idle_seconds)
@@ -4623,6 +4913,9 @@ def make_parser() -> Parser:
     add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])
     add("--monthly-quota", metavar="SIZE", type=size, help=HELP["monthly-quota"])
     add("--quota-rate", metavar="RATE", type=rate, help=HELP["quota-rate"])
+    network = partial(add, metavar="NETWORK", type=allow_empty(parse_network), action="append")
+    network("--allow", help=HELP["allow"])
+    network("--trust-forwarded-for", help=HELP["trust-forwarded-for"])
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
@@ -4648,7 +4941,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in options.config:
         read_config(path, parser, configured)
     in_files = set(vars(configured))
-    for name in ("port", "websocket"):  # argparse would append to the lists
+    for name in REPEATABLE:  # argparse would append to the lists
         if getattr(options, name):
             vars(configured).pop(name, None)
     options = parser.parse_args(arguments, configured)
@@ -4757,7 +5050,9 @@ def open_relay(
     the user and a new database remain. Raises StartupError.
     """
     if ws_frames is None and (
-        options.websocket_url or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
+        options.websocket_url
+        or options.trust_forwarded_for
+        or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
     ):
         raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
@@ -4792,6 +5087,7 @@ def open_relay(
         ),
         max_pipes=0 if options.no_splice else max_pipes,
         quota=quota,
+        addresses=Addresses(options.allow, options.trust_forwarded_for),
     )
     return Relay(listeners, server, [remark] if remark else [])
 
@@ -4811,7 +5107,8 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
         log.info("no WebSocket clients: Python finds no ws_frames.py (beside transit_relay.py)")
     suffixes = {Role.WEBSOCKET: " (websocket)"}
     labels = [one.label + suffixes.get(one.role, "") for one in relay.listeners]
-    ports = [one.port for one in relay.listeners if one.role is Role.WEBSOCKET and one.port]
+    web = [one for one in relay.listeners if one.role is Role.WEBSOCKET]
+    ports = [one.port for one in web if one.port and not one.has_proxy_header]
     urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
     if urls or options.websocket_url:
         log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))

@@ -45,7 +45,7 @@ from processes import (
     with_descriptor,
 )
 
-from transit_relay import Role, __version__, announce, parse_arguments
+from transit_relay import Role, __version__, announce, parse_arguments, parse_network
 
 Start = Callable[..., RelayProcess]
 
@@ -82,6 +82,8 @@ def test_defaults() -> None:
         "max_pair_rate": 0,
         "monthly_quota": 0,
         "quota_rate": 0,
+        "allow": [],
+        "trust_forwarded_for": [],
         "config": [],
         "daemonize": False,
         "pidfile": None,
@@ -163,6 +165,13 @@ WRONG = [
     ["--quota-rate=1MB"],  # no --monthly-quota
     ["--quota-rate=1MB", "--monthly-quota=0", "--usage-db=:memory:"],
     ["--port=tcp:4001", "--port="],
+    ["--allow="],
+    ["--allow=everywhere"],
+    ["--allow=192.0.2.1/24"],
+    ["--allow=192.0.2.0/24", "--allow="],
+    ["--trust-forwarded-for="],
+    ["--trust-forwarded-for=localhost"],
+    ["--trust-forwarded-for=::1/129"],
     ["--log-fd=-1"],
     ["--log-fd=stdout"],
     ["--log-fd=2147483648"],
@@ -198,6 +207,23 @@ def test_wrong_command_line_of_a_process(arguments: list[str]) -> None:
     assert arguments[-1] in only_line(relay)
 
 
+def test_networks() -> None:
+    options = parse_arguments(
+        ["--allow=192.0.2.0/24", "--allow=unix", "--trust-forwarded-for=2001:db8::/32"]
+    )
+    assert options.allow == [parse_network("192.0.2.0/24"), parse_network("unix")]
+    assert options.trust_forwarded_for == [parse_network("2001:db8::/32")]
+
+
+def test_a_network_with_host_bits_is_answered_with_the_right_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--allow=192.0.2.1/24"])
+    why = "'192.0.2.1/24' has host bits set; the network is 192.0.2.0/24"
+    assert capsys.readouterr().err.startswith(f"transit-relay: argument --allow: {why} (")
+
+
 def test_version() -> None:
     with RelayProcess("--version") as relay:
         relay.wait_for(f"^transit-relay {re.escape(__version__)}$", "stdout")
@@ -221,7 +247,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     texts = {" ".join(option.split()) for option in options}
-    assert len(texts) == 21
+    assert len(texts) == 27
     for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
@@ -377,12 +403,23 @@ def test_the_addresses_of_a_websocket_endpoint_have_one_url(
     """An endpoint with a name can have a listener for IPv4 and another one for IPv6."""
     caplog.set_level("INFO", "transit-relay")
     labels = ("tcp:4002:interface=127.0.0.1", "tcp:4002:interface=\\:\\:1")
-    listeners = [SimpleNamespace(label=text, role=Role.WEBSOCKET, port=4002) for text in labels]
+    web = {"role": Role.WEBSOCKET, "port": 4002, "has_proxy_header": False}
+    listeners = [SimpleNamespace(label=text, **web) for text in labels]
     announce(parse_arguments([]), SimpleNamespace(listeners=listeners, remarks=[]))
     assert caplog.messages[-2:] == [
         "WebSocket clients connect to ws://localhost:4002/",
         f"Transit starting on {labels[0]} (websocket), {labels[1]} (websocket)",
     ]
+
+
+def test_a_websocket_endpoint_for_a_proxy_has_no_url(relay: Start) -> None:
+    """Clients cannot connect to it: they send no PROXY header."""
+    running = relay("--websocket", "haproxy:tcp:0:interface=127.0.0.1")
+    assert b"WebSocket clients connect to" not in running.stderr
+    starting = (
+        rb"Transit starting on tcp:\d+\S+, haproxy:tcp:\d+:interface=127\.0\.0\.1 \(websocket\)"
+    )
+    assert re.search(starting, running.stderr)
 
 
 def test_without_websocket_the_start_message_has_no_url(relay: Start) -> None:
@@ -453,7 +490,10 @@ def copy_without_ws_frames(tmp_path: Path) -> list[str]:
     return [sys.executable, str(shutil.copy(RELAY, tmp_path / "copied"))]
 
 
-@pytest.mark.parametrize("option", [WEB, ("--websocket-url", "ws://localhost/")])
+@pytest.mark.parametrize(
+    "option",
+    [WEB, ("--websocket-url", "ws://localhost/"), ("--trust-forwarded-for", "127.0.0.1")],
+)
 def test_websocket_without_ws_frames_is_refused(
     copy_without_ws_frames: list[str], option: tuple[str, str]
 ) -> None:

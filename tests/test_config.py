@@ -11,8 +11,15 @@ import pytest
 from helpers import RelayProcess
 from processes import ReachedRelay, only_line, query, transfer
 
-from transit_relay import parse_arguments, parse_endpoint, parse_websocket_endpoint
+from transit_relay import (
+    parse_arguments,
+    parse_endpoint,
+    parse_network,
+    parse_websocket_endpoint,
+)
 
+NETWORK_TEXTS = ["192.0.2.0/24", "2001:db8::/32"]
+NETWORKS = [parse_network(text) for text in NETWORK_TEXTS]
 PORTS = [parse_endpoint("tcp:4001"), parse_endpoint("unix:/run/x.sock")]
 
 
@@ -81,6 +88,8 @@ def test_options_that_can_be_given_several_times(conf: Path) -> None:
     text = "port tcp:4001\nwebsocket tcp:4002\nport unix:/run/x.sock\n"
     websockets = [parse_websocket_endpoint("tcp:4002")]
     assert read(conf, text) == {"port": PORTS, "websocket": websockets}
+    text = "allow 192.0.2.0/24\ntrust-forwarded-for unix\nallow = 2001:db8::/32  # IPv6\n"
+    assert read(conf, text) == {"allow": NETWORKS, "trust_forwarded_for": [parse_network("unix")]}
 
 
 def test_of_other_options_the_last_one_counts(conf: Path) -> None:
@@ -96,6 +105,12 @@ def test_of_other_options_the_last_one_counts(conf: Path) -> None:
         ("port tcp:4001\nport unix:/run/x.sock", ["--port=unix:/run/x.sock"], {"port": PORTS[1:]}),
         ("port tcp:4001", ["--port=tcp:4001", "--port=unix:/run/x.sock"], {"port": PORTS}),
         ("logfile a\nport tcp:4001", ["--logfile=b"], {"logfile": "b", "port": PORTS[:1]}),
+        ("allow unix\nallow ::1", [f"--allow={n}" for n in NETWORK_TEXTS], {"allow": NETWORKS}),
+        (
+            "trust-forwarded-for unix\nallow 192.0.2.0/24",
+            ["--trust-forwarded-for=2001:db8::/32"],
+            {"allow": NETWORKS[:1], "trust_forwarded_for": NETWORKS[1:]},
+        ),
     ],
 )
 def test_the_command_line_takes_precedence(
@@ -115,6 +130,8 @@ def test_the_command_line_takes_precedence(
         ("p tcp:4001", "unrecognized arguments: --p=tcp:4001"),
         ("keepalive soon", "argument --keepalive: 'soon' is not"),
         ("port tcp:99999", "argument --port: tcp:99999: port must be"),
+        ("allow 192.0.2.1/24", "argument --allow: '192.0.2.1/24' has host bits set; the network"),
+        ("trust-forwarded-for =", "argument --trust-forwarded-for: '' is empty"),
         ("blur-usage an hour", "argument --blur-usage: 'an hour' is not a whole number"),
         ("no-splice yes", "argument --no-splice: ignored explicit argument 'yes'"),
         ("Port tcp:4001", "unrecognized arguments: --Port=tcp:4001"),
@@ -177,6 +194,12 @@ def test_several_files(conf: Path, tmp_path: Path) -> None:
         ("keepalive 5", ["--keepalive="], {}),
         ("port tcp:4001\nport tcp:4002", ["--port="], {}),
         ("websocket tcp:4002\nport tcp:4001", ["-w", ""], {"port": PORTS[:1]}),
+        ("allow ::1\nallow unix", ["--allow="], {}),
+        (
+            "trust-forwarded-for ::1\nallow 192.0.2.0/24",
+            ["--trust-forwarded-for="],
+            {"allow": NETWORKS[:1]},
+        ),
     ],
 )
 def test_the_command_line_cancels_an_option(

@@ -146,6 +146,18 @@ GOOD = {
     "systemd:INET6:index=1": {"position": 1},
     "fd:3": {"kind": "fd", "fileno": 3},
     "fd:fileno=7": {"fileno": 7},
+    "haproxy:tcp:4001": {"kind": "tcp", "port": 4001, "has_proxy_header": True},
+    "haproxy:4001": {"kind": "tcp", "port": 4001, "has_proxy_header": True},
+    r"haproxy:tcp6:0:interface=\:\:1": {
+        "kind": "tcp6",
+        "interface": "::1",
+        "has_proxy_header": True,
+    },
+    "haproxy:unix:/run/x.sock:mode=660": {"path": "/run/x.sock", "mode": 0o660},
+    "haproxy:systemd:name=relay": {"kind": "systemd", "name": "relay", "has_proxy_header": True},
+    "haproxy:fd:3": {"kind": "fd", "fileno": 3, "has_proxy_header": True},
+    "unix:haproxy": {"path": "haproxy", "has_proxy_header": False},
+    "systemd:name=haproxy": {"name": "haproxy", "has_proxy_header": False},
 }
 
 
@@ -210,6 +222,16 @@ BAD = {
     "fd:3:4": "too many fields",
     "tcp6:http": "port must be a number from 0 to 65535",
     "tcp6:interface=localhost": "the port is missing",
+    "haproxy": "not an endpoint, write KIND:... (KIND: one of tcp, tcp6, unix, systemd, fd)",
+    "haproxy:": "not an endpoint, write haproxy:KIND:... (KIND: one of tcp, ",
+    "haproxy:tcp": "not an endpoint",
+    "haproxy:tcp:": "port must be a number from 0 to 65535",
+    "haproxy:65536": "port must be a number from 0 to 65535",
+    "haproxy:unix:": "the path is missing",
+    "haproxy:haproxy:tcp:4001": "not an endpoint",
+    "haprxy:haprxy:haprxy:x": "not an endpoint",
+    "tcp:haproxy:4001": "port must be a number",
+    "haproxy=tcp:4001": "not an endpoint",
 }
 
 
@@ -245,6 +267,14 @@ SUGGESTIONS = {
     "./x.sock:mode=660": "unix:./x.sock:mode=660",
     "system:index=0": "systemd:index=0",
     "FD:3": "fd:3",
+    "haprxy:tcp:4001": "haproxy:tcp:4001",
+    "HAProxy:4001": "haproxy:4001",
+    "ha-proxy:unix:/run/x.sock": "haproxy:unix:/run/x.sock",
+    "proxy:systemd:name=x": "haproxy:systemd:name=x",
+    "haproxy:TCP:4001": "haproxy:tcp:4001",
+    "haproxy:127.0.0.1:4001": "haproxy:tcp:4001:interface=127.0.0.1",
+    "haproxy:/run/x.sock": "haproxy:unix:/run/x.sock",
+    "haproxy:haproxy:4001": "haproxy:tcp:4001",
 }
 
 
@@ -264,13 +294,19 @@ def test_tls_is_left_to_a_proxy(text: str) -> None:
     assert str(caught.value) == f"{text!r}: not an endpoint; {advice}"
 
 
+def test_tls_behind_a_proxy_header_is_left_to_a_proxy_too() -> None:
+    with pytest.raises(UsageError, match=r"write haproxy:tcp:PORT here$"):
+        parse_endpoint("haproxy:ssl:443")
+
+
 @pytest.mark.parametrize(
-    "text", ["tcp", "TCP", "tcpp", "foo=tcp:4001", "TCP:http", "tcp6", "UNIX:"]
+    "text", ["tcp", "TCP", "tcpp", "foo=tcp:4001", "TCP:http", "tcp6", "UNIX:", "haproxy:onion:x"]
 )
 def test_no_wrong_spelling_is_suggested(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_endpoint(text)
-    assert "write KIND:" in str(caught.value)
+    prefix = "haproxy:" if text.startswith("haproxy:") else ""
+    assert f"write {prefix}KIND:" in str(caught.value)
 
 
 # Opening: TCP.
@@ -316,13 +352,17 @@ def test_any_ipv4_interface_serves_no_ipv6(listen: Listen) -> None:
         ("0", "tcp:{}"),
         pytest.param(r"tcp:0:interface=\:\:1", r"tcp:{}:interface=\:\:1", marks=needs_ipv6),
         pytest.param("tcp6:0", r"tcp:{}:interface=\:\:", marks=needs_ipv6),
+        ("haproxy:tcp:0", "haproxy:tcp:{}"),
+        ("haproxy:0", "haproxy:tcp:{}"),
+        ("haproxy:tcp:0:interface=127.0.0.1", "haproxy:tcp:{}:interface=127.0.0.1"),
     ],
 )
 def test_label_is_an_endpoint_with_the_real_port(listen: Listen, text: str, label: str) -> None:
     listener = listen(text)
     assert port_of(listener) > 0
     assert listener.label == label.format(port_of(listener))
-    parse_endpoint(listener.label)
+    endpoint = parse_endpoint(listener.label)
+    assert endpoint.has_proxy_header == listener.has_proxy_header == text.startswith("haproxy:")
 
 
 def somaxconn() -> int:
@@ -645,6 +685,7 @@ def test_both_any_addresses_with_a_port_each_are_independent(listen_all: ListenA
         ("tcp:{}:interface=127.0.0.1", "tcp:{}"),
         ("tcp:{}:interface=0.0.0.0", "tcp:{}"),
         ("tcp:{}", "{}"),
+        ("haproxy:tcp:{}", "tcp:{}"),
     ],
 )
 def test_a_tcp_port_of_this_relay_is_named(
@@ -658,7 +699,10 @@ def test_a_tcp_port_of_this_relay_is_named(
     listen_all(first)  # the failed start left no listener
 
 
-@pytest.mark.parametrize("second", ["unix:x.sock", "unix:./x.sock", "unix:link/x.sock:mode=600"])
+@pytest.mark.parametrize(
+    "second",
+    ["unix:x.sock", "unix:./x.sock", "unix:link/x.sock:mode=600", "haproxy:unix:x.sock"],
+)
 def test_a_unix_socket_given_twice(listen_all: ListenAll, folder: Path, second: str) -> None:
     (folder / "link").symlink_to(".")
     with pytest.raises(StartupError) as caught:
@@ -904,13 +948,30 @@ def activate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Activate]:
         ("systemd:name=web", 1),
         ("systemd:name=relay", 0),
         ("systemd:name=", 2),
+        ("haproxy:systemd:index=1", 1),
+        ("haproxy:systemd:name=relay", 0),
     ],
 )
 def test_systemd(activate: Activate, listen: Listen, text: str, position: int) -> None:
     activation = activate(3, LISTEN_FDNAMES="relay:web:")
     listener = listen(text, activation.parse())
     assert listener.label == text
+    assert listener.has_proxy_header == text.startswith("haproxy:")
     meet(listener, socket.AF_INET, activation.addresses[position]).close()
+
+
+def test_the_names_of_passed_sockets_tell_how_they_are_used(activate: Activate) -> None:
+    names = "haproxy:haproxy-websocket:websocket:haproxy-web::xhaproxy:Haproxy:xwebsocket"
+    endpoints = activate(9, LISTEN_FDNAMES=names).parse().endpoints()
+    assert [
+        (one.text, one.kind, one.position, one.role is Role.WEBSOCKET, one.has_proxy_header)
+        for one in endpoints
+    ] == [
+        ("haproxy:systemd:index=0", "systemd", 0, False, True),
+        ("haproxy:systemd:index=1", "systemd", 1, True, True),
+        ("systemd:index=2", "systemd", 2, True, False),
+        *((f"systemd:index={n}", "systemd", n, False, False) for n in range(3, 9)),
+    ]
 
 
 def test_systemd_without_names(activate: Activate) -> None:

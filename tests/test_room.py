@@ -12,7 +12,7 @@ import pytest
 from helpers import TIMEOUT, Loop, handshake
 
 from transit_relay import (
-    EXEMPT,
+    LOCAL_PEER,
     Connection,
     Endpoint,
     Limit,
@@ -54,7 +54,7 @@ class Guest(NamedTuple):
         return data
 
 
-def arrive(loop: Loop, peer: Peer = EXEMPT, role: Role = Role.PORT) -> Guest:
+def arrive(loop: Loop, peer: Peer = LOCAL_PEER, role: Role = Role.PORT) -> Guest:
     """Return a new client. `peer`: what the relay learned of its address."""
     ours, its = socket.socketpair()
     ours.settimeout(TIMEOUT)

@@ -37,6 +37,9 @@ RECIPES = {
     "haproxy": PACKAGING / "haproxy" / "transit-relay.cfg",
     "caddy": PACKAGING / "caddy" / "Caddyfile",
     "stunnel": PACKAGING / "stunnel" / "transit-relay.conf",
+    # test_proxy_headers.py runs these:
+    "nginx-tcp": PACKAGING / "nginx" / "transit-relay-tcp.conf",
+    "haproxy-tcp": PACKAGING / "haproxy" / "transit-relay-tcp.cfg",
 }
 
 
