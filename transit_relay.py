@@ -114,12 +114,9 @@ PROGRAM = "transit-relay"
 log = logging.getLogger(PROGRAM)
 
 
-# ---------------------------------------------------------------------------------------------
-# Constants and errors
-#
+# Constants and errors ------------------------------------------------------------------------
 # The first block has values of the protocol and of the operating system. The second block has
 # values that we chose. `Limits` has the time limits that an operator can set.
-# ---------------------------------------------------------------------------------------------
 
 # The protocol: magic-wormhole-protocols, transit.md.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
@@ -310,12 +307,9 @@ class Tally:
             self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
 
 
-# ---------------------------------------------------------------------------------------------
-# Records
-#
+# Records -------------------------------------------------------------------------------------
 # The record of a connection without a partner, the record of a pair, and the state of the relay at
 # one moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
-# ---------------------------------------------------------------------------------------------
 
 
 class UsageRecord(NamedTuple):
@@ -382,9 +376,7 @@ def blur_size(size: int) -> int:
     return size // 100_000_000 * 100_000_000
 
 
-# ---------------------------------------------------------------------------------------------
-# Kernel
-#
+# Kernel --------------------------------------------------------------------------------------
 # Kernel calls other than plain reads and writes: socket options, how much the peer has
 # acknowledged, and pipes for bulk. With splice(2) bulk moves from a socket into a pipe and from
 # there into another socket, without entering Python.
@@ -396,7 +388,6 @@ def blur_size(size: int) -> int:
 # The number of pipes is limited: all processes of an unprivileged user share pipe-user-pages-soft
 # (pipe(7)). Past that limit the kernel makes pipes of two pages, through which splicing is no
 # cheaper than copying. The pool refuses small pipes. Without a pipe the relay copies.
-# ---------------------------------------------------------------------------------------------
 
 
 def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
@@ -604,9 +595,7 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
     return max(1, min(limit * 4 // 5, limit - open_now - RESERVED_FDS - 2 * pipes)), pipes
 
 
-# ---------------------------------------------------------------------------------------------
-# Rates
-#
+# Rates ---------------------------------------------------------------------------------------
 # How many bytes a pair may read now, both directions together, under a rate for all pairs and a
 # rate for each one; and how many bytes were relayed in this month.
 #
@@ -619,7 +608,6 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # Small reads are not worth a system call. So a pair waits when less is left of its share than its
 # last read had, and than `_least`. The remainder is added to its next share. A share is `_least` or
 # more: if there is not enough for all pairs that wait, they take turns.
-# ---------------------------------------------------------------------------------------------
 
 REFILL_SECONDS = 0.05
 BUCKET_SECONDS = 0.25  # what a rate allows in this time is the most that is read at once
@@ -819,14 +807,11 @@ class Quota:
         return self.row()[1] >= self._max_bytes
 
 
-# ---------------------------------------------------------------------------------------------
-# Timers
-#
+# Timers --------------------------------------------------------------------------------------
 # There is one queue for each time limit that many connections have. All entries of a queue have the
 # same limit, and a new entry goes to the end, so the queue is sorted. It stores when each entry
 # began, not its deadline. An expired entry may be obsolete: then its handler does nothing. Chores
 # are periodic tasks. A Sweep finds out for how long a value has not changed.
-# ---------------------------------------------------------------------------------------------
 
 
 class TimeLimit:
@@ -949,16 +934,13 @@ class Timers:
             queue.cancel(conn)
 
 
-# ---------------------------------------------------------------------------------------------
-# Addresses
-#
+# Addresses -----------------------------------------------------------------------------------
 # Where a client comes from: the peer of its socket, unless a proxy tells another address, in a
 # PROXY header or in X-Forwarded-For. Only limits need it. Of a client's address the relay keeps a
 # keyed hash of the IPv4 address or of the IPv6 network /64, in memory. The result is a Peer.
 #
 # In this section an address is bytes: its family, then its 4 or 16 bytes. An IPv4-mapped IPv6
-# address is an IPv4 address. PROXY headers: HAProxy's proxy-protocol.txt, 2.1 and 2.2.
-# ---------------------------------------------------------------------------------------------
+# address is an IPv4 address.
 
 IPV4, IPV6, UNIX = b"4", b"6", b"u"  # families; UNIX has no bytes behind it
 MAPPED_START = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address: RFC 4291, 2.5.5.2
@@ -966,34 +948,6 @@ EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings of exemp
 Network = tuple[bytes, bytes]  # its first and its last address
 # An element of X-Forwarded-For with brackets or a port. Any other one is a bare address.
 DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5})\Z")
-MAX_PROXY_BYTES = 4096
-V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-V2_FIXED_BYTES = 16  # the signature, command and family, and the length of the rest
-# How a header of version 2 tells an address: the family, where the source ends, the least size.
-V2_IPV4, V2_IPV6, V2_NONE = (socket.AF_INET, 20, 28), (socket.AF_INET6, 32, 52), (None, 0, 16)
-V2_TOLD = {b"\x21\x11": V2_IPV4, b"\x21\x12": V2_IPV4}  # by command and family: PROXY, TCP or UDP
-V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
-
-
-def beginnings(text: bytes, *patterns: bytes) -> bytes:
-    """Return a pattern of all beginnings of `text` + `patterns`; those match their own already."""
-    parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
-    return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
-
-
-PORT_NUMBER = rb"(?:0|[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
-V1_END = (b" ", PORT_NUMBER, b" ", PORT_NUMBER, b"\r", b"\n")
-V1_IPV4, V1_IPV6 = rb"[0-9.]{1,15}", rb"[0-9A-Fa-f:.]{1,39}"
-V2_FAMILY, V2_END = rb"[\0-\2\x10-\x12\x20-\x22\x30-\x32]", (rb"[\0-\x0f]", b".*")
-PROXY_BEGINNINGS = (
-    beginnings(b"PROXY TCP4 ", V1_IPV4, b" ", V1_IPV4, *V1_END),
-    beginnings(b"PROXY TCP6 ", V1_IPV6, b" ", V1_IPV6, *V1_END),
-    beginnings(b"PROXY UNKNOWN\r\n"),
-    beginnings(b"PROXY UNKNOWN ", rb".{0,91}", b"\r", b"\n"),  # 107 bytes in all
-    beginnings(V2_SIGNATURE + b"\x20", b".", *V2_END),  # LOCAL: any family
-    beginnings(V2_SIGNATURE + b"\x21", V2_FAMILY, *V2_END),  # PROXY
-)
-PROXY_BEGINNING = b"|".join(PROXY_BEGINNINGS)  # compiled when it is needed: that takes 2 ms
 
 
 class Peer(NamedTuple):
@@ -1005,10 +959,6 @@ class Peer(NamedTuple):
 
 
 LOCAL_PEER = Peer(None)  # shared by all with these values
-
-
-class ProxyError(Exception):
-    """A connection does not begin with a PROXY header."""
 
 
 def parse_address(text: str) -> bytes | None:
@@ -1100,62 +1050,10 @@ class Addresses:
         return Peer(int.from_bytes(digest[:8], "big"), is_allowed, is_trusted)
 
 
-class ProxyReader:
-    """Reads the PROXY header at the beginning of a connection."""
-
-    __slots__ = ("_header",)
-    CARRIED = __slots__
-
-    def __init__(self) -> None:
-        self._header = b""  # the received start of the header
-
-    def receive(self, data: Bytes) -> tuple[str | None, Bytes] | None:
-        """Return the told address and the bytes behind the header, or None until it is whole.
-
-        No address is told by UNKNOWN, LOCAL and families other than IPv4 and IPv6. Raises
-        ProxyError at the first byte that no header has there; for an address in version 1 at the
-        end of the line (2.1).
-        """
-        seen = len(self._header)
-        header = self._header + data[: MAX_PROXY_BYTES - seen]
-        size = v2_bytes(header) if header.startswith(b"\r") else header.find(b"\r\n") + 2
-        is_whole = 2 <= size <= len(header)
-        pattern = re.compile(PROXY_BEGINNING, re.DOTALL)
-        if not pattern.fullmatch(header, 0, size if is_whole else len(header)):
-            raise ProxyError
-        self._header = b"" if is_whole else header
-        return (told_address(header), data[size - seen :]) if is_whole else None
-
-
-def v2_bytes(header: bytes) -> int:
-    """Return the size of a header of version 2, or 0 if it is not known yet. Raises ProxyError."""
-    if len(header) < V2_FIXED_BYTES:
-        return 0
-    size = V2_FIXED_BYTES + int.from_bytes(header[14:V2_FIXED_BYTES], "big")
-    if not V2_TOLD.get(header[12:14], V2_NONE)[2] <= size <= MAX_PROXY_BYTES:
-        raise ProxyError
-    return size
-
-
-def told_address(header: bytes) -> str | None:
-    """Return the source address in a whole header, if it tells one. Raises ProxyError."""
-    if header.startswith(b"PROXY TCP"):
-        _, kind, *addresses = header.decode("latin-1").split(" ")[:4]
-        for address in addresses:
-            if (":" in address) != (kind == "TCP6") or parse_address(address) is None:
-                raise ProxyError
-        return addresses[0]
-    family, end, _ = V2_TOLD.get(header[12:14], V2_NONE)
-    return None if family is None else socket.inet_ntop(family, header[V2_FIXED_BYTES:end])
-
-
-# ---------------------------------------------------------------------------------------------
-# Interfaces
-#
+# Interfaces ----------------------------------------------------------------------------------
 # Names that several sections use, and the methods that earlier sections call on later ones: those
 # of a Connection that a Session, a Pair and a Framing use, and those of the Server that a
 # Connection and Faults use. Each of the two Protocols has one implementation in the relay.
-# ---------------------------------------------------------------------------------------------
 
 
 class Role(enum.Enum):
@@ -1214,72 +1112,43 @@ class ServerPhase(enum.Enum):
 
 
 class Transport(Protocol):
-    """What a Session, a Pair and a Framing use of a Connection."""
+    """What a Session, a Pair and a Framing use of a Connection, which describes the methods."""
 
     framing: Framing  # a Framing assigns its successor here
 
-    def send(self, data: Bytes) -> None:
-        """Encode and send `data`, now or later. The caller may then reuse its buffer."""
-
-    def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send encoded bytes, now or when there is room. After a failed write, discard them."""
-
-    def queued_bytes(self) -> int:
-        """Return the size of the backlog."""
-
-    def session_changed(self) -> None:
-        """Note that the client waits for a partner now, or has one."""
-
-    def note_activity(self) -> None:
-        """Restart the time of silence, after which `framing.keep_alive` is called."""
-
-    def finish(self, reason: Reason) -> None:
-        """Queue the closing bytes, flush the backlog and end. Nothing can be sent afterwards."""
+    def send(self, data: Bytes) -> None: ...
+    def write(self, data: Bytes, *more: Bytes) -> None: ...
+    def queued_bytes(self) -> int: ...
+    def session_changed(self) -> None: ...
+    def note_activity(self) -> None: ...
+    def finish(self, reason: Reason) -> None: ...
 
 
 class EventLoop(Protocol):
-    """The attributes of the Server that a Connection and Faults use."""
+    """What a Connection, Faults and the LimitEnforcer use of the Server, which describes it."""
 
-    buffer: memoryview  # of READ_BYTES, shared by all connections
+    buffer: memoryview
     pipes: PipePool
     rates: Rates
+    timers: Timers
     rendezvous: Rendezvous
     connections: set[Connection]
     wallclock: Callable[[], float]  # seconds since the epoch
 
     @property
-    def clock(self) -> Callable[[], float]:
-        """Return a clock of monotonic seconds, without those of suspensions."""
-
-    def update_interest(self, conn: Connection) -> None:
-        """Register what `conn.interest()` returns now, unless `conn` is unpolled."""
-
-    def queue_bulk(self, conn: Connection, ready: int) -> None:
-        """Call `conn.on_bulk_turn(ready)` when the bulk queue reaches `conn`."""
-
-    def note_activity(self, conn: Connection) -> None:
-        """Call `conn.framing.keep_alive` after PING_SECONDS, counted from now."""
-
-    def limit_waiting(self, conn: Connection) -> None:
-        """End `conn` if it still waits after the time limit for that."""
-
-    def poll_linger(self, conn: Connection) -> None:
-        """Call `conn.check_linger` after LINGER_POLL_SECONDS."""
-
-    def doom(self, conn: Connection) -> None:
-        """Call `conn.close` at the end of this turn."""
+    def clock(self) -> Callable[[], float]: ...  # monotonic seconds, without those of suspensions
+    def update_interest(self, conn: Connection) -> None: ...
+    def queue_bulk(self, conn: Connection, ready: int) -> None: ...
+    def doom(self, conn: Connection) -> None: ...
 
 
-# ---------------------------------------------------------------------------------------------
-# Session
-#
+# Session -------------------------------------------------------------------------------------
 # The state machine of one client. It has no socket, and of the stream it stores the handshake only.
 # Framing, Connection, Rendezvous, Server, Faults and the partner's Session report events to it. It
 # calls its Transport (in the relay: its Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
-# ---------------------------------------------------------------------------------------------
 
 
 class State(enum.Enum):
@@ -1379,7 +1248,7 @@ class Session:
             self.refused_by = None if peer.is_allowed else Limit.ALLOW
 
     def http_detected(self) -> None:
-        """Note that the client uses HTTP. Its byte stream begins after an upgrade."""
+        """Note that the byte stream begins later: after an upgrade, or after a PROXY header."""
         assert self.state is State.WAIT_HANDSHAKE, self
         self.state = State.WAIT_UPGRADE
 
@@ -1504,12 +1373,9 @@ class Session:
         self.transport.finish(reason)
 
 
-# ---------------------------------------------------------------------------------------------
-# Rendezvous
-#
+# Rendezvous ----------------------------------------------------------------------------------
 # The Rendezvous matches clients. A Pair is two matched sessions: it counts their bytes and has what
 # their record needs.
-# ---------------------------------------------------------------------------------------------
 
 
 class Pair:
@@ -1707,9 +1573,7 @@ class Rendezvous:
         return self._ended_bytes + self.incomplete_bytes()
 
 
-# ---------------------------------------------------------------------------------------------
-# Framing
-#
+# Framing -------------------------------------------------------------------------------------
 # A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
 # clients send the stream as it is. WebSocket clients send it as the payload of messages. A
 # connection begins with DetectFraming, behind a proxy that sends PROXY headers with ProxyFraming,
@@ -1722,7 +1586,6 @@ class Rendezvous:
 # the stream in named fields (CARRIED), so that a reload, which is planned, can carry them. It
 # writes an HTTP answer, a Ping or a Pong to its Transport, already encoded; `closing_bytes` returns
 # a WebSocket's Close.
-# ---------------------------------------------------------------------------------------------
 
 
 class Framing:
@@ -1822,18 +1685,19 @@ class ProxyFraming(Framing):
 
     max_read_bytes = FIRST_READ_BYTES
 
-    def __init__(self, session: Session, transport: Transport, role: Role) -> None:
-        """`session` begins in `wait_upgrade`: without a header it leaves no record."""
+    def __init__(self, session: Session, transport: Transport) -> None:
         super().__init__(session, transport)
-        self._expects_http = role is Role.WEBSOCKET
-        self._reader = ProxyReader()
+        self._expects_http = session.state is State.WAIT_UPGRADE
+        if not self._expects_http:
+            session.http_detected()  # without a header, there is no record either
+        self._reader = ws_frames.ProxyReader()
 
     def receive(self, data: memoryview) -> None:
         """Install the next Framing once the header is whole."""
         session, transport = self._session, self._transport
         try:
             read = self._reader.receive(data)
-        except ProxyError:
+        except ws_frames.ProxyError:
             session.client_ended()
             return
         if read is None:
@@ -2059,9 +1923,7 @@ class WebSocketFraming(Framing):
 CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013}  # RFC 6455, 7.4
 
 
-# ---------------------------------------------------------------------------------------------
-# Connection
-#
+# Connection ----------------------------------------------------------------------------------
 # A Connection has one non-blocking socket, a backlog, an interest and a phase. The interest is the
 # set of events that the selector waits for. It is computed from the fields of the connection and
 # of its partner whenever one of these fields changes.
@@ -2072,7 +1934,6 @@ CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013} 
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
 # bytes in flight to the peer.
-# ---------------------------------------------------------------------------------------------
 
 
 class Connection:
@@ -2106,21 +1967,14 @@ class Connection:
     __slots__ = (*CARRIED, "_server", "framing", "is_unpolled", "mask", "session", "sock")
 
     def __init__(
-        self,
-        sock: socket.socket,
-        server: EventLoop,
-        role: Role,
-        peer: Peer = LOCAL_PEER,
-        has_proxy_header: bool = False,
+        self, sock: socket.socket, server: EventLoop, role: Role, peer: Peer, has_proxy_header: bool
     ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        first_role = Role.WEBSOCKET if has_proxy_header else role
-        self.session = Session(self, server.rendezvous, server.wallclock(), first_role, peer)
-        self.framing: Framing = DetectFraming(self.session, self)
-        if has_proxy_header:
-            self.framing = ProxyFraming(self.session, self, role)
+        self.session = Session(self, server.rendezvous, server.wallclock(), role, peer)
+        first_framing = ProxyFraming if has_proxy_header else DetectFraming
+        self.framing: Framing = first_framing(self.session, self)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
@@ -2205,11 +2059,11 @@ class Connection:
     # Orders of the Session and the Framing: see Transport.
 
     def send(self, data: Bytes) -> None:
-        """Encode and send `data`."""
+        """Encode and send `data`, now or later. The caller may then reuse its buffer."""
         self.write(*self.framing.encode(data))
 
     def write(self, data: Bytes, *more: Bytes) -> None:
-        """Send what the kernel accepts, unless there is a backlog. Copy the rest to the backlog."""
+        """Send encoded bytes, as many as the kernel accepts now. Copy the rest to the backlog."""
         if self._write_failed:
             return
         if self.backlog is not None:
@@ -2236,15 +2090,17 @@ class Connection:
 
     def session_changed(self) -> None:
         """Start the time limit of a client that waits, or compute the interest again."""
-        waits = self.session.state is State.WAIT_PARTNER
-        (self._server.limit_waiting if waits else self._server.update_interest)(self)
+        if self.session.state is State.WAIT_PARTNER:
+            self._server.timers.waiting.start(self, self._server.clock())
+        else:
+            self._server.update_interest(self)
 
     def note_activity(self) -> None:
-        """Restart the time of silence."""
-        self._server.note_activity(self)
+        """Restart the time of silence, after which `framing.keep_alive` is called."""
+        self._server.timers.silent.start(self, self._server.clock())
 
     def finish(self, reason: Reason) -> None:
-        """Queue the closing bytes, and enter the phase `flushing`."""
+        """Queue the closing bytes and enter the phase `flushing`. Nothing can be sent later."""
         if self.phase is not Phase.OPEN:
             return
         closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
@@ -2399,7 +2255,7 @@ class Connection:
         if self._linger_deadline is not None and now >= self._linger_deadline:
             self.doom()
         else:
-            self._server.poll_linger(self)
+            self._server.timers.linger_polls.start(self, now)
 
     def doom(self) -> None:
         """Have the socket closed at the end of this turn."""
@@ -2416,14 +2272,11 @@ class Connection:
             self.sock.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# Accepting
-#
+# Accepting -----------------------------------------------------------------------------------
 # The Acceptor accepts newcomers. It pauses when the relay has as many connections as its
 # descriptors allow, when a resource is used up, and after an error of accept or of the selector
 # that may concern the next newcomer too.
 # During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
-# ---------------------------------------------------------------------------------------------
 
 
 class ListenerHandler(NamedTuple):
@@ -2566,12 +2419,9 @@ class Acceptor:
                     self._selector.unregister(listener.fd)
 
 
-# ---------------------------------------------------------------------------------------------
-# Signals and stops
-#
+# Signals and stops ---------------------------------------------------------------------------
 # A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks
 # whether a stop has delivered everything.
-# ---------------------------------------------------------------------------------------------
 
 
 class Signals:
@@ -2665,13 +2515,10 @@ def is_delivered(conn: Connection) -> bool:
     return conn.phase is Phase.CLOSED
 
 
-# ---------------------------------------------------------------------------------------------
-# Faults
-#
+# Faults --------------------------------------------------------------------------------------
 # Unexpected exceptions are contained: they end the connection that was being served, and its pair.
 # A log message has the traceback and the type of the exception. It has the message only of an
 # AssertionError, OSError or MemoryError, which contains no data of a client.
-# ---------------------------------------------------------------------------------------------
 
 
 class Faults:
@@ -2805,20 +2652,16 @@ def is_consistent(conn: Connection) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------
-# Limits
-#
+# Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: it is counted and logged, and the client is ended.
 # Rendezvous and Framing report the refusals, which the Session sends.
-# ---------------------------------------------------------------------------------------------
 
 
 class LimitEnforcer:
     """Ends the clients that have reached a limit, and makes room when the relay is full."""
 
-    def __init__(self, loop: EventLoop, timers: Timers, faults: Faults, limits: Limits) -> None:
+    def __init__(self, loop: EventLoop, faults: Faults, limits: Limits) -> None:
         self._loop = loop
-        self._timers = timers
         self._faults = faults
         self._limits = limits
         self.reached = Tally()  # by the option of the limit
@@ -2854,10 +2697,10 @@ class LimitEnforcer:
         A client that has all its bytes goes first, then one without a handshake, then one that
         waits; the oldest of each kind. A pair does not go, nor a client that has bytes to get.
         """
-        for conn in self._timers.linger_polls.connections():
+        for conn in self._loop.timers.linger_polls.connections():
             if conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock):
                 return conn
-        silent = self._timers.handshaking.oldest(is_before_handshake)
+        silent = self._loop.timers.handshaking.oldest(is_before_handshake)
         if silent is not None:
             return silent
         session = self._loop.rendezvous.oldest_of_busiest_source()
@@ -2897,10 +2740,10 @@ class LimitEnforcer:
         if now >= self._loop.rates.next_due():
             for pair in self._loop.rates.refill(now):
                 self.allowance_changed(pair)
-        for conn in self._timers.handshaking.take_expired(now):
+        for conn in self._loop.timers.handshaking.take_expired(now):
             if is_before_handshake(conn):
                 self._end(Limit.HANDSHAKE, conn)
-        for conn in self._timers.waiting.take_expired(now):
+        for conn in self._loop.timers.waiting.take_expired(now):
             if conn.session.state is State.WAIT_PARTNER:
                 self._end(Limit.WAIT, conn)
 
@@ -2939,9 +2782,7 @@ def is_before_handshake(conn: Connection) -> bool:
     return conn.session.state in BEFORE_HANDSHAKE
 
 
-# ---------------------------------------------------------------------------------------------
-# Server
-#
+# Server --------------------------------------------------------------------------------------
 # Each turn waits for events with a select and calls the handlers of the ready sockets. Small
 # reads are handled at once. Bulk is queued, and a turn serves only so much of it that small
 # messages do not wait long.
@@ -2950,7 +2791,6 @@ def is_before_handshake(conn: Connection) -> bool:
 # earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
 #
 # An exception of a handler is contained (see Faults). Another one in the loop ends the process.
-# ---------------------------------------------------------------------------------------------
 
 
 class Server:
@@ -2981,7 +2821,7 @@ class Server:
         self.rendezvous = Rendezvous(
             recorder.record, clock, self.rates, limits.max_waiting_per_source, addresses
         )
-        self.buffer = memoryview(bytearray(READ_BYTES))
+        self.buffer = memoryview(bytearray(READ_BYTES))  # shared by all connections
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
         self.phase = ServerPhase.SERVING
@@ -2993,10 +2833,10 @@ class Server:
         )
         self._doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
-        self._timers = Timers(limits)
+        self.timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
-        self.limits = LimitEnforcer(self, self._timers, self.faults, limits)
+        self.limits = LimitEnforcer(self, self.faults, limits)
         self.rendezvous.limit_reached = self.limits.note
         if self.limits.share_seconds:
             self.every(self.limits.share_seconds, self.limits.check_progress)
@@ -3071,7 +2911,7 @@ class Server:
 
     def _timeout(self) -> float:
         """Return how long the select may wait (seconds)."""
-        due = min(self._timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
+        due = min(self.timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
         timeout = max(0.0, due - self.clock())
         return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
 
@@ -3098,13 +2938,13 @@ class Server:
 
     def _run_timers(self, now: float) -> None:
         self.limits.run(now)
-        for conn in self._timers.silent.take_expired(now):
+        for conn in self.timers.silent.take_expired(now):
             self.faults.guard(conn.framing.keep_alive, conn)
-        for conn in self._timers.linger_polls.take_expired(now):
+        for conn in self.timers.linger_polls.take_expired(now):
             self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
             self.faults.guard(partial(self._acceptor.resume, now), self._acceptor)
-        for chore in self._timers.chores:
+        for chore in self.timers.chores:
             if chore.period.take(now):
                 self.faults.guard(chore.work)
         if self.phase is not ServerPhase.SERVING:
@@ -3121,7 +2961,7 @@ class Server:
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
         """Call `work`, which must not block, in the next turn and then every `seconds`."""
-        self._timers.chores.append(Chore(Throttle(seconds), work))
+        self.timers.chores.append(Chore(Throttle(seconds), work))
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
@@ -3172,18 +3012,6 @@ class Server:
             conn.is_unpolled = True
             self.update_interest(conn)
 
-    def note_activity(self, conn: Connection) -> None:
-        """Restart the time of silence of a WebSocket."""
-        self._timers.silent.start(conn, self.clock())
-
-    def limit_waiting(self, conn: Connection) -> None:
-        """Start the time limit of a client that waits."""
-        self._timers.waiting.start(conn, self.clock())
-
-    def poll_linger(self, conn: Connection) -> None:
-        """Start the poll timer of a lingering connection."""
-        self._timers.linger_polls.start(conn, self.clock())
-
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn."""
         self._doomed[conn] = None
@@ -3212,7 +3040,7 @@ class Server:
             try:
                 conn.session.connection_lost()
             finally:
-                self._timers.forget(conn)
+                self.timers.forget(conn)
 
     def _close_connections(self) -> None:
         for conn in self.connections:
@@ -3237,7 +3065,7 @@ class Server:
             if not has_room:
                 conn.session.refused_by = Limit.CONNECTIONS
             self.connections.add(conn)
-            self._timers.handshaking.start(conn, self.clock())
+            self.timers.handshaking.start(conn, self.clock())
             self.update_interest(conn)
             if not conn.mask:  # the end of this one makes no room, so it must not end the pause
                 self._acceptor.pause("the selector refused one", may_end_early=False)
@@ -3298,9 +3126,7 @@ class Server:
             self.phase = ServerPhase.OVER
 
 
-# ---------------------------------------------------------------------------------------------
-# Recorder
-#
+# Recorder ------------------------------------------------------------------------------------
 # Usage records leave the event loop through queues. Each sink (database, JSON lines) has a queue
 # and a thread that writes batches from it. So the event loop never waits for an fsync, a locked
 # database or a stalled reader. A record stays in its sink until it is written, or until the sink is
@@ -3311,7 +3137,6 @@ class Server:
 #
 # `CARRIED`, and the parameter `fd` of PidFile and LogFile, are for a reload, which does not exist
 # yet.
-# ---------------------------------------------------------------------------------------------
 
 
 class Sink(threading.Thread):
@@ -3519,14 +3344,11 @@ class Recorder:
         return sum(sink.unwritten + sink.dropped for sink in self._sinks)
 
 
-# ---------------------------------------------------------------------------------------------
-# Sinks
-#
+# Sinks ---------------------------------------------------------------------------------------
 # The two destinations of records. JSON lines go to a descriptor whose reader may stall, or leave,
 # which ends the sink. The database may be locked, damaged or on a full disk: its records wait
 # meanwhile. If it was moved away, a new one is created.
 # sqlite3 is imported with `--usage-db` only: without this option the relay runs without it.
-# ---------------------------------------------------------------------------------------------
 
 
 def is_same_file(path: str, file: os.stat_result) -> bool:
@@ -3792,11 +3614,8 @@ class UsageDatabase(Sink):
         return self._db
 
 
-# ---------------------------------------------------------------------------------------------
-# Status text
-#
+# Status text ---------------------------------------------------------------------------------
 # Text for people about a running relay, made by pure functions from one Snapshot.
-# ---------------------------------------------------------------------------------------------
 
 
 def status_line(now: Snapshot) -> str:
@@ -3828,14 +3647,11 @@ def size_text(size: int) -> str:
     return f"{value / 1000:.1f} TB"
 
 
-# ---------------------------------------------------------------------------------------------
-# Endpoints
-#
+# Endpoints -----------------------------------------------------------------------------------
 # The values of --port and --websocket, in the syntax of Twisted: a kind, then fields between
 # colons, by position or as name=value. A backslash escapes the next character. `haproxy:` may
 # stand before the kind: then each connection begins with a PROXY header.
 # The service manager passes sockets that are open already; an endpoint can name one of them.
-# ---------------------------------------------------------------------------------------------
 
 # The fields of each kind, in the order in which they may be written without a name.
 ENDPOINT_FIELDS = {
@@ -4039,13 +3855,10 @@ def _suggestion(text: str, kind: str, prefix: str) -> str:
     return f", write {prefix}KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
 
 
-# ---------------------------------------------------------------------------------------------
-# Listeners
-#
+# Listeners -----------------------------------------------------------------------------------
 # A Listener is one open listening socket. An endpoint has one for each address of its interface;
 # a socket for all of IPv6 serves IPv4 too. A refusal by the system is a StartupError, whose text
 # names the endpoint.
-# ---------------------------------------------------------------------------------------------
 
 NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # not in the kernel; or switched off
 # getaddrinfo(3), where the system has them: the name has no address, or none of this family.
@@ -4307,13 +4120,10 @@ def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
     return sock
 
 
-# ---------------------------------------------------------------------------------------------
-# Messages
-#
+# Messages ------------------------------------------------------------------------------------
 # Where our own messages go: stderr, stdout or the log file. Messages should not delay clients, so
 # a message is dropped if a pipe, a terminal or a socket has no room for it. A write to a file can
 # still block, for example while its disk hangs.
-# ---------------------------------------------------------------------------------------------
 
 SEVERITIES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 OMISSION = b"\n[...]\n"  # stands for the middle of a long message
@@ -4424,13 +4234,10 @@ def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
     return file
 
 
-# ---------------------------------------------------------------------------------------------
-# Daemon
-#
+# Daemon --------------------------------------------------------------------------------------
 # What init scripts, cron and systemd expect of a program: a pidfile, notifications, the
 # background, another user. Notifications go on for as long as the program runs. All else
 # happens once, at the start or at the end. A start that the system refuses is a StartupError.
-# ---------------------------------------------------------------------------------------------
 
 MIN_WATCHDOG_SECONDS = 0.05  # between two notifications, even if the watchdog is stricter
 MAX_ID = 2**32 - 2  # of a user or group; the next number stands for "no change", chown(2)
@@ -4697,12 +4504,9 @@ def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | No
         os.setuid(uid)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-#
+# Command line --------------------------------------------------------------------------------
 # The options, and the file that may contain them. An error is one line: it names the option,
 # and the line of the file.
-# ---------------------------------------------------------------------------------------------
 
 EPILOG = """\
 endpoints:
@@ -4807,6 +4611,10 @@ def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]
     return lambda text: text and parse(text)
 
 
+LIMIT_OPTIONS = (  # in the order of the fields of Limits
+    *("handshake_timeout", "max_wait", "idle_timeout", "stall_timeout", "keepalive"),
+    *("max_connections", "max_waiting_per_source", "max_rate", "max_pair_rate", "quota_rate"),
+)
 # The texts of --help, by the long name of the option. The man page has the same texts.
 HELP = {
     "port": "accept clients here, over TCP and WebSocket; can be given several times"
@@ -4877,15 +4685,9 @@ def make_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    limits = Limits()
-    parser.set_defaults(port=[], websocket=[], config=[], blur_usage=0)
-    parser.set_defaults(allow=[], trust_forwarded_for=[])
-    parser.set_defaults(handshake_timeout=limits.handshake_seconds)
-    parser.set_defaults(keepalive=limits.keepalive_seconds)
-    parser.set_defaults(max_wait=limits.wait_seconds, idle_timeout=limits.idle_seconds)
-    parser.set_defaults(stall_timeout=limits.stall_seconds)
-    parser.set_defaults(max_waiting_per_source=limits.max_waiting_per_source)
-    parser.set_defaults(max_rate=0, max_pair_rate=0, monthly_quota=0, quota_rate=0)
+    parser.set_defaults(**{name: [] for name in (*REPEATABLE, "config")}, blur_usage=0)
+    parser.set_defaults(**dict(zip(LIMIT_OPTIONS, Limits())), monthly_quota=0)
+    parser.set_defaults(max_connections=None)  # it depends on the system
 
     add = parser.add_argument_group("where it listens").add_argument
     port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
@@ -5016,16 +4818,13 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
     return [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
 
 
-# ---------------------------------------------------------------------------------------------
-# Start and stop
-#
+# Start and stop ------------------------------------------------------------------------------
 # The order matters. Steps that need root come first, then the switch of the user, then the files
 # that belong to that user. Threads start last: a fork would lose them. A start that fails removes
 # its pidfile and its unix sockets. The end of the process closes the rest.
 #
 # `serve` has the steps that belong to the process (background, pidfile, log file). `open_relay` has
 # the others (listeners, sinks, user): the planned reload will try these alone.
-# ---------------------------------------------------------------------------------------------
 
 
 class Relay(NamedTuple):
@@ -5052,9 +4851,10 @@ def open_relay(
     if ws_frames is None and (
         options.websocket_url
         or options.trust_forwarded_for
-        or any(endpoint.role is Role.WEBSOCKET for endpoint in endpoints)
+        or any(one.role is Role.WEBSOCKET or one.has_proxy_header for one in endpoints)
     ):
-        raise StartupError("WebSocket: Python finds no ws_frames.py (beside transit_relay.py)")
+        missing = "Python finds no ws_frames.py (beside transit_relay.py)"
+        raise StartupError(f"WebSocket and haproxy: {missing}")
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     listeners = open_listeners(endpoints, passed)
     for listener in listeners:
@@ -5070,21 +4870,13 @@ def open_relay(
     for sink in sinks:
         sink.prepare()  # the files belong to the user
     max_connections, max_pipes = descriptor_budget(limit, len(open_descriptors()))
+    limits = Limits(*(getattr(options, name) for name in LIMIT_OPTIONS))
+    if options.max_connections is None:
+        limits = limits._replace(max_connections=max_connections)
     server = Server(
         listeners,
         Recorder(sinks, options.blur_usage),
-        Limits(
-            options.handshake_timeout,
-            options.max_wait,
-            options.idle_timeout,
-            options.stall_timeout,
-            options.keepalive,
-            max_connections if options.max_connections is None else options.max_connections,
-            options.max_waiting_per_source,
-            options.max_rate,
-            options.max_pair_rate,
-            options.quota_rate,
-        ),
+        limits,
         max_pipes=0 if options.no_splice else max_pipes,
         quota=quota,
         addresses=Addresses(options.allow, options.trust_forwarded_for),

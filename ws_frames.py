@@ -5,6 +5,7 @@ The module has no socket, clock, randomness or log. The caller reads from its ow
 pieces of any size, passes the bytes to a reader, and sends the bytes that the builders return.
 The numbers at the checks are sections of RFC 6455, unless they name another RFC.
 
+    Before it            ProxyReader                    server, behind a proxy
     Opening handshake    RequestReader, Request         server
                          upgrade_request, AnswerReader  client
     Received frames      FrameParser, Event             both; `must_be_masked` sets the role
@@ -25,6 +26,7 @@ The type of an error tells its cause:
     ProtocolError      the peer broke a rule of frames, or sent text; `code` is for the Close
     UpgradeRejected    the request cannot be served; `status` and `answer` are for HTTP
     UpgradeFailed      the server did not accept our upgrade
+    ProxyError         a connection does not begin with a PROXY header
 
 Apart from a ValueError of `resume`, any other exception is a programming error.
 """
@@ -149,12 +151,100 @@ class Reader:
             setattr(self, name, type(getattr(self, name))(value))
 
 
-# ---------------------------------------------------------------------------------------------
-# The opening handshake, section 4
-#
+# PROXY headers, HAProxy's proxy-protocol.txt -------------------------------------------------
+# A proxy can send such a header before the bytes of a connection. It has the client's address.
+
+MAX_PROXY_BYTES = 4096
+V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+V2_FIXED_BYTES = 16  # the signature, command and family, and the length of the rest
+# How a header of version 2 tells an address: where the source ends (0: none), the least size.
+V2_IPV4, V2_IPV6, V2_NONE = (20, 28), (32, 52), (0, 16)
+V2_TOLD = {b"\x21\x11": V2_IPV4, b"\x21\x12": V2_IPV4}  # by command and family: PROXY, TCP or UDP
+V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
+
+
+def beginnings(text: bytes, *patterns: bytes) -> bytes:
+    """Return a pattern of all beginnings of `text` + `patterns`; those match their own already."""
+    parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
+    return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
+
+
+PORT_NUMBER = rb"(?:0|[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+V1_END = (b" ", PORT_NUMBER, b" ", PORT_NUMBER, b"\r", b"\n")
+V1_IPV4, V1_IPV6 = rb"[0-9.]{1,15}", rb"[0-9A-Fa-f:.]{1,39}"
+V2_FAMILY, V2_END = rb"[\0-\2\x10-\x12\x20-\x22\x30-\x32]", (rb"[\0-\x0f]", b".*")
+PROXY_BEGINNINGS = (
+    beginnings(b"PROXY TCP4 ", V1_IPV4, b" ", V1_IPV4, *V1_END),
+    beginnings(b"PROXY TCP6 ", V1_IPV6, b" ", V1_IPV6, *V1_END),
+    beginnings(b"PROXY UNKNOWN\r\n"),
+    beginnings(b"PROXY UNKNOWN ", rb".{0,91}", b"\r", b"\n"),  # 107 bytes in all
+    beginnings(V2_SIGNATURE + b"\x20", b".", *V2_END),  # LOCAL: any family
+    beginnings(V2_SIGNATURE + b"\x21", V2_FAMILY, *V2_END),  # PROXY
+)
+PROXY_BEGINNING = b"|".join(PROXY_BEGINNINGS)  # compiled when it is needed: that takes 2 ms
+
+
+class ProxyError(Exception):
+    """A connection does not begin with a PROXY header."""
+
+
+class ProxyReader(Reader):
+    """Reads the PROXY header at the beginning of a connection."""
+
+    __slots__ = ("_header",)
+    CARRIED = __slots__
+
+    def __init__(self) -> None:
+        self._header = b""  # the received start of the header
+
+    def receive(self, data: Bytes) -> tuple[str | None, Bytes] | None:
+        """Return the told address and the bytes behind the header, or None until it is whole.
+
+        No address is told by UNKNOWN, LOCAL and families other than IPv4 and IPv6. Raises
+        ProxyError at the first byte that no header has there; for an address in version 1 at the
+        end of the line (2.1).
+        """
+        seen = len(self._header)
+        header = self._header + data[: MAX_PROXY_BYTES - seen]
+        size = v2_bytes(header) if header.startswith(b"\r") else header.find(b"\r\n") + 2
+        is_whole = 2 <= size <= len(header)
+        pattern = re.compile(PROXY_BEGINNING, re.DOTALL)
+        if not pattern.fullmatch(header, 0, size if is_whole else len(header)):
+            raise ProxyError
+        self._header = b"" if is_whole else header
+        return (told_address(header), data[size - seen :]) if is_whole else None
+
+
+def v2_bytes(header: bytes) -> int:
+    """Return the size of a header of version 2, or 0 if it is not known yet. Raises ProxyError."""
+    if len(header) < V2_FIXED_BYTES:
+        return 0
+    size = V2_FIXED_BYTES + int.from_bytes(header[14:V2_FIXED_BYTES], "big")
+    if not V2_TOLD.get(header[12:14], V2_NONE)[1] <= size <= MAX_PROXY_BYTES:
+        raise ProxyError
+    return size
+
+
+def told_address(header: bytes) -> str | None:
+    """Return the source address in a whole header, if it tells one. Raises ProxyError."""
+    import ipaddress
+
+    if header.startswith(b"PROXY TCP"):
+        _, kind, *addresses = header.decode("latin-1").split(" ")[:4]
+        try:
+            versions = {ipaddress.ip_address(address).version for address in addresses}
+        except ValueError:
+            raise ProxyError from None
+        if versions != {6 if kind == "TCP6" else 4}:
+            raise ProxyError
+        return addresses[0]
+    end, _ = V2_TOLD.get(header[12:14], V2_NONE)
+    return str(ipaddress.ip_address(bytes(header[V2_FIXED_BYTES:end]))) if end else None
+
+
+# The opening handshake, section 4 ------------------------------------------------------------
 # Client and server each send one head of HTTP/1.1. A server reads a Request and checks whether
 # it `wants_websocket`. `accept` answers an upgrade, `http_answer` any other request.
-# ---------------------------------------------------------------------------------------------
 
 
 class HeadReader(Reader):
@@ -397,13 +487,10 @@ class AnswerReader(HeadReader):
             raise UpgradeFailed("the answer names an extension or subprotocol")
 
 
-# ---------------------------------------------------------------------------------------------
-# Received frames, section 5
-#
+# Received frames, section 5 ------------------------------------------------------------------
 # A frame is a header and a payload. The parser checks a header while it arrives. It returns the
 # payload of a data frame in pieces, and that of a control frame when it is whole.
 # Of the message to which the frames belong it keeps one bit: whether the message goes on.
-# ---------------------------------------------------------------------------------------------
 
 
 class Event(NamedTuple):
@@ -580,11 +667,8 @@ def may_be_sent(code: int) -> bool:
     return is_defined or 3000 <= code <= 4999
 
 
-# ---------------------------------------------------------------------------------------------
-# Frames to send, section 5.2
-#
+# Frames to send, section 5.2 -----------------------------------------------------------------
 # `frame_header` is for payload that stays in the caller's buffer, `build_frame` for short frames.
-# ---------------------------------------------------------------------------------------------
 
 
 def frame_header(opcode: int, length: int, is_final: bool = True, key: bytes = b"") -> bytes:

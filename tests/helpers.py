@@ -32,6 +32,7 @@ from invariants import check_server
 import transit_relay
 from transit_relay import (
     DISCARD,
+    Addresses,
     Connection,
     Limits,
     Listener,
@@ -452,6 +453,7 @@ class Loop:
         *listeners: Listener,
         limits: Limits | None = None,
         quota: Quota | None = None,
+        addresses: Addresses | None = None,
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
@@ -463,6 +465,7 @@ class Loop:
             self.wallclock,
             max_pipes=self._max_pipes,
             quota=quota,
+            addresses=addresses,
         )
         self.server.start()
 

@@ -63,7 +63,7 @@ def check_server(server: Server) -> None:
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
-    lingering = set(server._timers.linger_polls.connections())
+    lingering = set(server.timers.linger_polls.connections())
     for conn in server.connections:
         assert conn.mask == (0 if conn.is_unpolled else conn.interest()), conn
         assert conn.backlog is None or len(conn.backlog) > 0, conn
@@ -79,7 +79,7 @@ def check_server(server: Server) -> None:
         assert (conn.phase is Phase.LINGERING) == is_polled, conn
     backlogs = [conn.backlog for conn in server.connections]
     check_pool(server.pipes, [one for one in backlogs if isinstance(one, Pipe)])
-    for queue in server._timers._queues:
+    for queue in server.timers._queues:
         assert set(queue.connections()) <= server.connections, "a time limit of a closed connection"
     states = [conn.session.state for conn in server.connections]
     assert server.rendezvous.waiting_clients == states.count(State.WAIT_PARTNER)

@@ -498,7 +498,7 @@ def test_websocket_without_ws_frames_is_refused(
     copy_without_ws_frames: list[str], option: tuple[str, str]
 ) -> None:
     output = failed_start(*LOCAL, *option, program=copy_without_ws_frames)
-    expected = "WebSocket: Python finds no ws_frames.py (beside transit_relay.py)"
+    expected = "WebSocket and haproxy: Python finds no ws_frames.py (beside transit_relay.py)"
     assert output == f"transit-relay: {expected}"
 
 

@@ -91,7 +91,7 @@ CLASSES: list[type] = [
 ]
 SERVER_METHODS = (
     # `admit` contains the faults of its own calls, all of which are in this list.
-    *("update_interest", "queue_bulk", "note_activity", "limit_waiting", "poll_linger", "doom"),
+    *("update_interest", "queue_bulk", "doom"),
 )
 # The loop itself, and what is called without a connection. A fault there may end the process.
 NOT_A_HANDLER = {
@@ -910,7 +910,7 @@ def test_a_fault_in_the_time_limits_of_a_closed_connection(
     loop: Loop, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection is closed, and its entry is gone when the limit has passed."""
-    queue = getattr(loop.server._timers, name)
+    queue = getattr(loop.server.timers, name)
     client = loop.client("unix")
     assert client.conn is not None
     queue.start(client.conn, loop.clock())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import re
 import subprocess
 import symtable
@@ -19,7 +20,7 @@ import transit_relay
 SOURCE = RELAY.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
-RULE = "# " + "-" * 93
+BANNER = re.compile(r"# ([A-Z].*?) -+")  # 95 columns, then the description of the section
 HEAD = "(head)"  # the lines before the first section
 
 
@@ -32,12 +33,11 @@ class Section(NamedTuple):
 
 
 def find_sections() -> list[Section]:
-    """Return the head, then each section. Its banner begins with a rule and its name."""
-    banners = [n for n, (a, b) in enumerate(zip(LINES, LINES[1:]), 1) if a == RULE and b[2:3]]
-    banners = [n for n in banners if re.fullmatch("# [A-Z].*", LINES[n])]
+    """Return the head, then each section. Its banner begins with its name."""
+    banners = {n: found for n, line in enumerate(LINES, 1) if (found := BANNER.fullmatch(line))}
     starts = [1, *banners]
     ends = [*(n - 1 for n in banners), len(LINES)]
-    names = [HEAD, *(LINES[n][2:] for n in banners)]
+    names = [HEAD, *(found[1] for found in banners.values())]
     return [Section(*found) for found in zip(names, starts, ends)]
 
 
@@ -101,7 +101,7 @@ DEFINED = {section.name: names_defined(section) for section in SECTIONS}
 def test_the_sections_are_found() -> None:
     """The other tests depend on it."""
     assert NAMES[:2] == [HEAD, "Constants and errors"] and NAMES[-1] == "Start and stop"
-    assert LINES.count(RULE) == 2 * (len(SECTIONS) - 1)
+    assert {len(LINES[section.first - 1]) for section in SECTIONS[1:]} == {95}
     assert {"UsageRecord", "Current", "Snapshot", "blur_size"} == DEFINED["Records"]
     assert "blur_size" in names_used(SECTIONS[NAMES.index("Records")])
 
@@ -140,9 +140,9 @@ def test_the_module_docstring_lists_the_sections_in_order() -> None:
 
 def test_each_banner_describes_its_section() -> None:
     for section in SECTIONS[1:]:
-        banner = LINES[section.first - 1 : LINES.index(RULE, section.first) + 1]
-        assert banner[2] == "#" and 5 <= len(banner) <= 25, section.name
-        assert all(line.startswith("#") for line in banner), section.name
+        lines = LINES[section.first - 1 : section.last]
+        banner = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+        assert 2 <= len(banner) <= 20 and lines[len(banner)] == "", section.name
 
 
 def modules_imported(tree: ast.Module) -> set[str]:
@@ -170,7 +170,7 @@ def test_imports_are_of_the_standard_library() -> None:
 def test_ws_frames_does_no_input_and_output() -> None:
     """None of its imports can wait, read a clock or write a message."""
     assert modules_imported(WS_FRAMES) == {
-        *("__future__", "binascii", "collections.abc", "hashlib", "re", "typing")
+        *("__future__", "binascii", "collections.abc", "hashlib", "ipaddress", "re", "typing")
     }
 
 

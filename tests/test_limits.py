@@ -130,7 +130,7 @@ def test_a_pair_that_is_gone_is_forgotten(loop: Loop) -> None:
     one, other = loop.pair()
     one.close()
     loop.pump()
-    assert loop.server._timers.linger_polls.next_due() < float("inf")  # the client that stayed
+    assert loop.server.timers.linger_polls.next_due() < float("inf")  # the client that stayed
     other.close()
     loop.pump()
     assert_no_limit_runs(loop)
@@ -146,7 +146,7 @@ def test_a_client_that_was_refused_is_forgotten(loop: Loop) -> None:
 
 
 def assert_no_limit_runs(loop: Loop) -> None:
-    for queue in loop.server._timers._queues:
+    for queue in loop.server.timers._queues:
         assert not set(queue.connections()) and queue.next_due() == float("inf")
 
 

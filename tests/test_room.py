@@ -13,6 +13,7 @@ from helpers import TIMEOUT, Loop, handshake
 
 from transit_relay import (
     LOCAL_PEER,
+    Addresses,
     Connection,
     Endpoint,
     Limit,
@@ -22,6 +23,7 @@ from transit_relay import (
     Phase,
     Role,
     State,
+    parse_network,
 )
 
 LOCAL_WEB = b"GET / HTTP/1.1\r\nHost: relay\r\n"
@@ -54,13 +56,15 @@ class Guest(NamedTuple):
         return data
 
 
-def arrive(loop: Loop, peer: Peer = LOCAL_PEER, role: Role = Role.PORT) -> Guest:
+def arrive(
+    loop: Loop, peer: Peer = LOCAL_PEER, role: Role = Role.PORT, has_proxy_header: bool = False
+) -> Guest:
     """Return a new client. `peer`: what the relay learned of its address."""
     ours, its = socket.socketpair()
     ours.settimeout(TIMEOUT)
     loop._clients.append(ours)
     before = set(loop.server.connections)
-    loop.server.admit(its, role, peer)
+    loop.server.admit(its, role, peer, has_proxy_header)
     (conn,) = loop.server.connections - before
     loop.pump()
     return Guest(ours, conn)
@@ -432,3 +436,99 @@ def test_a_limit_is_logged_once_a_minute_and_counted(
         "--stall-timeout: a client was disconnected (4 more since the last message)",
     ]
     assert reached(loop) == {"--stall-timeout": 6, "--allow": 1}
+
+
+# Addresses that a proxy tells.
+
+V1 = b"PROXY TCP4 192.0.2.7 192.0.2.1 50000 4001\r\n"
+BANNED = b"PROXY TCP4 198.51.100.7 192.0.2.1 50000 4001\r\n"
+V2_LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
+
+
+def behind_proxy(loop: Loop, role: Role = Role.PORT, **networks: str) -> Guest:
+    """Return a new client of a relay that expects PROXY headers."""
+    limits = Limits(max_waiting_per_source=1)
+    judge = Addresses([parse_network(networks["allow"])] if networks else (), (), b"key")
+    loop.restart(limits=limits, addresses=judge)
+    return arrive(loop, role=role, has_proxy_header=True)
+
+
+@pytest.mark.parametrize("cut", [1, 5, len(V1) - 1, len(V1), len(V1) + 1, 200])
+def test_the_handshake_follows_the_header(loop: Loop, cut: int) -> None:
+    guest = behind_proxy(loop)
+    stream = V1 + handshake("token", "one")
+    guest.send(loop, stream[:cut])
+    guest.send(loop, stream[cut:])
+    (source,) = loop.server.rendezvous.waiting_by_source
+    assert source == loop.server.rendezvous.addresses.judge_told("192.0.2.7").source
+    other = arrive(loop, Peer(source))
+    other.send(loop, handshake("another"))
+    assert other.read_all() == b"too many waiting\n"
+
+
+def test_a_header_without_an_address_means_that_of_the_proxy(loop: Loop) -> None:
+    guest = behind_proxy(loop)
+    guest.send(loop, V2_LOCAL + handshake("token"))
+    assert loop.server.rendezvous.waiting_by_source == {None: 1}
+
+
+@pytest.mark.parametrize(
+    "sent", [handshake(), b"GET / HTTP/1.0\r\n\r\n", V1[:-2] + b"x", b"PROXY UNKNOW\r\n", b""]
+)
+@pytest.mark.parametrize("role", [Role.PORT, Role.WEBSOCKET])
+def test_anything_else_is_closed_without_a_record(loop: Loop, role: Role, sent: bytes) -> None:
+    guest = behind_proxy(loop, role)
+    if sent:
+        guest.send(loop, sent)
+    else:
+        loop.advance(60)
+    assert guest.read_all() == b""
+    assert loop.recorder.moods() == []
+
+
+@pytest.mark.parametrize("role", [Role.PORT, Role.WEBSOCKET])
+def test_http_follows_the_header(loop: Loop, role: Role) -> None:
+    guest = behind_proxy(loop, role)
+    guest.send(loop, V1 + UPGRADE)
+    assert guest.sock.recv(1000).startswith(b"HTTP/1.1 101 ")
+
+
+def test_the_told_address_is_the_one_that_must_be_allowed(loop: Loop) -> None:
+    guest = behind_proxy(loop, allow="192.0.2.0/24")
+    assert not guest.conn.session.peer.is_allowed or guest.conn.session.peer == LOCAL_PEER
+    guest.send(loop, V1 + handshake("token"))
+    assert guest.conn.session.state is State.WAIT_PARTNER
+    banned = arrive(loop, has_proxy_header=True)
+    banned.send(loop, BANNED + handshake("token"))
+    assert banned.read_all() == b"not allowed\n"
+
+
+def test_x_forwarded_for_counts_from_a_trusted_proxy_only(loop: Loop) -> None:
+    addresses = Addresses((), [parse_network("unix")], b"key")
+    loop.restart(addresses=addresses)
+    head = UPGRADE[:-2] + b"X-Forwarded-For: 203.0.113.9, 192.0.2.7\r\n\r\n"
+    trusted = arrive(loop, addresses.judge(""))
+    trusted.send(loop, head)
+    assert trusted.conn.session.peer == addresses.judge_told("192.0.2.7")
+    other = arrive(loop, addresses.judge(("192.0.2.1", 50000)))
+    other.send(loop, head)
+    assert other.conn.session.peer == addresses.judge_told("192.0.2.1")
+
+
+def test_accepted_clients_are_judged_by_their_addresses(loop: Loop) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    addresses = Addresses([parse_network("127.0.0.2")], (), b"key")
+    loop.restart(Listener(listening, Endpoint("tcp", "tcp")), addresses=addresses)
+    for source, is_allowed in (("127.0.0.1", False), ("127.0.0.2", True)):
+        client = socket.create_connection(listening.getsockname(), TIMEOUT, (source, 0))
+        loop._clients.append(client)
+        client.sendall(handshake(source.replace(".", "_")))
+        while not loop.server.connections:
+            loop.pump()
+        loop.pump()
+        if is_allowed:
+            assert loop.server.rendezvous.waiting_clients == 1
+        else:
+            assert client.recv(100) == b"not allowed\n"
+            client.close()
+            loop.pump()

@@ -1178,7 +1178,7 @@ class World:
         self.newcomer = loop.connect_both()[1]
         loop.connect().sendall(b"junk\n")
         loop.pump()
-        self.lingering = self.server._timers.linger_polls
+        self.lingering = self.server.timers.linger_polls
         ((self.token, self.crowd),) = self.rendezvous.waiting.items()
 
 
@@ -1204,7 +1204,7 @@ CORRUPTIONS: dict[str, Callable[[World], tuple[object, str, object]]] = {
     "waits in another state": lambda w: (w.waiter.session, "state", State.WAIT_HANDSHAKE),
     "waits without handshake": lambda w: (w.waiter.session, "handshake", None),
     "time limit of no connection": lambda w: (
-        w.server._timers.silent,
+        w.server.timers.silent,
         "_since",
         OrderedDict({"no connection": 0.0}),
     ),
