@@ -141,11 +141,10 @@ def test_a_comparison_of_a_metric_that_should_be_small(ratio: float, answer: str
     assert compared(comparisons) == [answer]
 
 
-@pytest.mark.parametrize("workload", ["ws-tcp", "ws-ws"])
-def test_a_comparison_may_need_a_speedup(workload: str) -> None:
-    ours, before = OURS._replace(workload=workload), BEFORE._replace(workload=workload)
-    assert compared(table.compare({ours: [1.34] * 10, before: [1.0] * 10})) == ["no: fails"]
-    assert compared(table.compare({ours: [1.35] * 10, before: [1.0] * 10})) == ["yes"]
+def test_a_comparison_may_need_a_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(table.NEEDED_SPEEDUPS, OURS.workload, 1.35)
+    assert compared(table.compare({OURS: [1.34] * 10, BEFORE: [1.0] * 10})) == ["no: fails"]
+    assert compared(table.compare({OURS: [1.35] * 10, BEFORE: [1.0] * 10})) == ["yes"]
 
 
 def test_metrics_without_a_direction_are_not_compared() -> None:
