@@ -433,7 +433,7 @@ class Stage:
         descriptors = open_descriptors()
         self.injection = injection
         self.peers = {}
-        server._acceptor._admit = lambda sock, role: server.admit(sock, role)  # as patched
+        server._acceptor._admit = lambda *newcomer: server.admit(*newcomer)  # as patched
         clients = len(self.loop._clients)
         self.talk()
         scenario(self)
