@@ -1,7 +1,8 @@
 """The addresses that real proxies tell, in PROXY headers and in X-Forwarded-For, by the recipes.
 
-A plain socket stands in for the relay. It reads what the proxy sends with the relay's own readers.
-Clients connect from an address of their own, which the proxy must tell, and try to forge another.
+In most tests a plain socket stands in for the relay. It reads what the proxy sends with the readers
+of the relay. Clients connect from an address of their own, which the proxy must tell, and try to
+forge another. The last tests run the relay, which allows the address of one client only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from children import TIMEOUT
+from children import TIMEOUT, Relay
 from test_proxies import (
     HOST,
     RECIPES,
@@ -27,8 +28,8 @@ from test_proxies import (
     stunnel_front,
 )
 
-from transit_relay import Addresses, Peer, ProxyReader, parse_network
-from ws_frames import Request, RequestReader
+from transit_relay import Addresses, Peer, parse_network
+from ws_frames import BINARY, ProxyReader, Request, RequestReader, build_frame
 
 STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 CLIENTS = {socket.AF_INET: "127.0.0.5", socket.AF_INET6: "::1"}  # by the family of the listener
@@ -119,11 +120,11 @@ def nginx_tcp(program: Path, folder: Path, family: int, backend: str) -> Iterato
                 yield front
 
 
-def connect(front: Front, family: int) -> socket.socket:
-    """Connect to a proxy from the client's address."""
+def connect(front: Front, family: int, source: str | None = None) -> socket.socket:
+    """Connect to a proxy from the client's address, or from another one."""
     host, _, port = front.address.rpartition(":")
     client = socket.create_connection(
-        (host.strip("[]"), int(port)), TIMEOUT, source_address=(CLIENTS[family], 0)
+        (host.strip("[]"), int(port)), TIMEOUT, source_address=(source or CLIENTS[family], 0)
     )
     client.settimeout(TIMEOUT)
     return client
@@ -218,3 +219,89 @@ def test_forwarded_for(
     expected = addresses.judge_told(CLIENTS[socket.AF_INET])
     assert isinstance(expected, Peer) and expected.source is not None
     assert addresses.judge_forwarded(values) == expected, values
+
+
+OTHER = "127.0.0.6"  # a client's address that the relay does not allow
+HANDSHAKE = b"please relay " + b"a" * 64 + b" for side " + b"1" * 16 + b"\n"
+PARTNER = HANDSHAKE.replace(b"1", b"2")
+
+
+@contextmanager
+def relay_behind(our_relay: list[str], *options: str) -> Iterator[Relay]:
+    """Return a relay on a free port that allows the client's address and no other."""
+    allowed = ["--allow", CLIENTS[socket.AF_INET], *options]
+    with Relay([*our_relay, *allowed], r"^Transit starting on .*?tcp:(\d+)") as relay:
+        yield relay
+        assert relay.terminate() == 0
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    data = b""
+    while part := client.recv(65536):
+        data += part
+    return data
+
+
+@pytest.mark.parametrize("way", ["send-proxy", "send-proxy-v2", "proxy_protocol"])
+def test_the_relay_judges_the_client_and_not_the_proxy(
+    request: pytest.FixtureRequest,
+    way: str,
+    our_relay: list[str],
+    missing: Callable[[str], NoReturn],
+    tmp_path: Path,
+) -> None:
+    endpoint = ("--port", "haproxy:tcp:0:interface=127.0.0.1")
+    with relay_behind(our_relay, *endpoint) as relay:
+        backend = f"127.0.0.1:{relay.port}"
+        if way == "proxy_protocol":
+            if not STREAM_MODULE.exists():
+                missing("no stream module: apt-get install libnginx-mod-stream")
+            program: Path = request.getfixturevalue("nginx")
+            proxy = nginx_tcp(program, tmp_path, socket.AF_INET, backend)
+        else:
+            program = request.getfixturevalue("haproxy")
+            proxy = haproxy_tcp(program, tmp_path, socket.AF_INET, backend, way)
+        with proxy as front:
+            with connect(front, socket.AF_INET) as one, connect(front, socket.AF_INET) as other:
+                one.sendall(HANDSHAKE)
+                other.sendall(PARTNER)
+                assert one.recv(3) == other.recv(3) == b"ok\n"
+                other.sendall(b"data")
+                assert one.recv(4) == b"data"
+            assert relay.record().mood == "happy"
+            with connect(front, socket.AF_INET, OTHER) as banned:
+                banned.sendall(HANDSHAKE)
+                assert read_to_end(banned) == b"not allowed\n"
+            assert relay.record().mood == "lonely"
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
+def test_the_relay_judges_the_address_that_is_forwarded(
+    request: pytest.FixtureRequest,
+    proxy: str,
+    our_relay: list[str],
+    certificate: Path,
+    tmp_path: Path,
+) -> None:
+    """A client that is not allowed forges the address of one that is."""
+    start = {"nginx": nginx_front, "haproxy": haproxy_front}[proxy]
+    program: Path = request.getfixturevalue(proxy)
+    options = ("--websocket", "tcp:0:interface=127.0.0.1", "--port", "tcp:0:interface=127.0.0.1")
+    with relay_behind(our_relay, *options, "--trust-forwarded-for", "127.0.0.1") as relay:
+        with start(Place(program, tmp_path, certificate, relay.port)) as front:
+            for source, answer in ((CLIENTS[socket.AF_INET], b""), (OTHER, b"not allowed\n")):
+                forged = f"X-Forwarded-For: {CLIENTS[socket.AF_INET]}\r\n"
+                upgrade = (
+                    f"GET / HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n{forged}"
+                    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+                )
+                context = ssl.create_default_context(cafile=certificate / "fullchain.pem")
+                plain = connect(front, socket.AF_INET, source)
+                with context.wrap_socket(plain, server_hostname=HOST) as client:
+                    client.sendall(upgrade.encode() + build_frame(BINARY, HANDSHAKE, key=b"key!"))
+                    if answer:
+                        assert answer in read_to_end(client)
+                    else:
+                        assert client.recv(1000).startswith(b"HTTP/1.1 101 ")
+                assert relay.record().mood == "lonely"
