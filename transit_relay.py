@@ -682,7 +682,10 @@ class Rates:
             pairs.pop(pair, None)
 
     def next_due(self) -> float:
-        """Return when `refill` is due; infinity if no pair waits or has read."""
+        """Return when `refill` is due; infinity if no pair waits or has read.
+
+        If it is due, call it before the next read: so there is no burst after a suspension.
+        """
         is_used = self._waiting or self._sharing or self._beginning
         return self._refilled_at + REFILL_SECONDS if is_used else float("inf")
 
