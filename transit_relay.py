@@ -2089,7 +2089,7 @@ class Connection:
 
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
-        return 0 if self.backlog is None else len(self.backlog)
+        return len(self.backlog or ())
 
     def session_changed(self) -> None:
         """Start the time limit of a client that waits, or compute the interest again."""
@@ -2116,14 +2116,13 @@ class Connection:
     # How bytes move.
 
     def _receive(self) -> int:
-        """Read once, and return how many bytes came.
-
-        In a direct pair they go to the partner's socket, large reads through a pipe.
-        """
+        """Read once: in a direct pair for the partner's socket. Return how many bytes came."""
         pair, most = self.session.pair, PIPE_BYTES
         limited = pair if pair is not None and pair.allowance is not None else None
-        if limited is not None and not (most := self._server.rates.limit(limited)):
-            return 0
+        if limited is not None:
+            limited.sessions = limited.partner_of(self.session), self.session  # they take turns
+            if not (most := self._server.rates.limit(limited)):
+                return 0
         if pair is not None and not pair.is_direct:
             pair = None
         if pair is not None and self._is_bulk and (count := self._splice(pair, most)):
@@ -2400,10 +2399,6 @@ class Acceptor:
             self.pause(error_text(error), may_end_early=False)
         else:
             self.retry_at = float("inf")
-
-    def descriptors(self) -> set[int]:
-        """Return the listeners' descriptors."""
-        return {listener.fd for listener in self._listeners}
 
     def close(self) -> None:
         """Close the listeners."""
@@ -2712,8 +2707,10 @@ class LimitEnforcer:
         assert isinstance(session.transport, Connection)
         return session.transport
 
-    def check_quota(self, quota: Quota) -> None:
+    def check_quota(self, quota: Quota | None) -> None:
         """Compare the bytes of the month with the quota, and act if that changes something."""
+        if quota is None:
+            return
         rendezvous, limits, rates = self._loop.rendezvous, self._limits, self._loop.rates
         for percent in quota.count(rendezvous.relayed_bytes()):
             log.warning("%d %% of the monthly quota are used", percent)
@@ -2733,16 +2730,18 @@ class LimitEnforcer:
                     self.note(Limit.QUOTA)
                     self._faults.guard(session.client_ended, session.transport)
 
+    def refill_rates(self, now: float) -> None:
+        """Let pairs that wait for an allowance go on."""
+        for pair in self._loop.rates.refill(now):
+            self.allowance_changed(pair)
+
     def allowance_changed(self, pair: Pair) -> None:
         """Read the clients of a pair again, or stop reading them."""
         for session in pair.sessions:
             self._faults.guard(session.transport.session_changed, session.transport)
 
     def run(self, now: float) -> None:
-        """End the clients whose handshake or wait has taken too long. Refill allowances."""
-        if now >= self._loop.rates.next_due():
-            for pair in self._loop.rates.refill(now):
-                self.allowance_changed(pair)
+        """End the clients whose handshake or wait has taken too long."""
         for conn in self._loop.timers.handshaking.take_expired(now):
             if is_before_handshake(conn):
                 self._end(Limit.HANDSHAKE, conn)
@@ -2843,8 +2842,9 @@ class Server:
         self.rendezvous.limit_reached = self.limits.note
         if self.limits.share_seconds:
             self.every(self.limits.share_seconds, self.limits.check_progress)
+        self._check_quota = partial(self.limits.check_quota, quota)
         if quota is not None:
-            self.every(QUOTA_SECONDS, partial(self.limits.check_quota, quota))
+            self.every(QUOTA_SECONDS, self._check_quota)
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
@@ -2876,6 +2876,8 @@ class Server:
     def run_once(self, timeout: float) -> None:
         """Run one turn: wait at most `timeout` seconds, then work."""
         events = self._wait(0 if self._bulk_queue else timeout)
+        if self.rates.next_due() <= self.clock():  # before the reads: these spend allowances
+            self.faults.guard(partial(self.limits.refill_rates, self.clock()))
         for key, mask in events:
             try:
                 key.data.on_ready(mask)
@@ -3121,6 +3123,7 @@ class Server:
                 pairs = self._stop_progress.leavers(self.connections)
                 self.faults.guard(partial(self._end_pairs, pairs))
             self._close_connections()
+            self.faults.guard(self._check_quota)
             self.recorder.update(self.snapshot().current())
             self.recorder.stop()
             self.phase = ServerPhase.STOPPING_RECORDS

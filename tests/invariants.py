@@ -59,7 +59,7 @@ def check_server(server: Server) -> None:
     """Raise AssertionError if the fields of a Server contradict each other or the kernel."""
     check_rendezvous(server.rendezvous)
     assert server._selector is not None
-    others = {server.signals._sockets[0].fileno(), *server._acceptor.descriptors()}
+    others = {server.signals._sockets[0].fileno(), *(one.fd for one in server._acceptor._listeners)}
     entries = server._selector.get_map().items()
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}

@@ -99,7 +99,7 @@ NOT_A_HANDLER = {
     *("TimeLimit.__init__", "TimeLimit.next_due", "TimeLimit.take_expired"),
     *("TimeLimit.connections", "Timers.__init__", "Timers.next_due"),
     *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
-    *("Acceptor.__init__", "Acceptor.descriptors", "Acceptor.close"),
+    *("Acceptor.__init__", "Acceptor.close"),
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
     # After a fault only: a second fault there is tested apart.
     *("Session.abandon", "Rendezvous.expel"),
