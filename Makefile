@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes fuzz interop check-packaging bench bench-quick bench-against lint install uninstall \
+.PHONY: help pytest test test-in-process test-processes fuzz interop hostile soak check-packaging bench bench-quick bench-against lint install uninstall \
 	onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
@@ -58,6 +58,14 @@ fuzz: ## run the fuzz tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for o
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
+
+hostile: ## faults and floods around a real relay, 5 minutes; RELAY_HOSTILE_SHORT=1: a minute; needs root
+	@$(find_pytest); "$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/hostile
+
+MINUTES = 10
+
+soak: ## random clients, every byte and record checked: make soak MINUTES=10
+	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q tests/packaging
