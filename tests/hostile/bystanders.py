@@ -25,6 +25,7 @@ from typing import NamedTuple
 from helpers import DIRECTIONS, Client, WebSocketClient, handshake
 
 PATIENCE_SECONDS = 600  # the test that stops us gives up earlier
+LAST_ROUNDS = 3  # after SIGTERM: bytes must pass after the fault too
 CONTENT = random.Random(18).randbytes(1 << 20)
 
 
@@ -125,8 +126,9 @@ def main() -> None:
         kind((options.host, options.port), number, kinds)
         for number, kinds in zip(range(options.transfers), itertools.cycle(DIRECTIONS))
     ]
-    rounds = []
-    while True:
+    rounds: list[tuple[float, float]] = []
+    enough = None  # the number of rounds at the end, from SIGTERM on
+    while enough is None or len(rounds) < enough:
         began = time.monotonic()
         for transfer in transfers:
             size = chance.randint(1, options.block_bytes)
@@ -139,7 +141,7 @@ def main() -> None:
         if len(rounds) == options.rounds:
             print("ready", flush=True)
         if signal.sigtimedwait({signal.SIGTERM}, options.pause_seconds):
-            break
+            enough = len(rounds) + LAST_ROUNDS
     for transfer in transfers:
         transfer.end()
     sent = [transfer.sent_bytes for transfer in transfers]

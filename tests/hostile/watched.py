@@ -7,7 +7,6 @@ compares the relay's records with the Books, exactly.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import random
@@ -23,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +39,8 @@ from helpers import (
     handshake,
 )
 from interop.children import Child, Lines, Record
+
+from transit_relay import query_descriptor
 
 IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbers
 HERE = Path(__file__).parent
@@ -251,42 +252,39 @@ class WatchedRelay(RelayProcess):
         honest_pair(self, books)
 
     def open_files(self) -> Counter[str]:
-        """Return how many descriptors of each kind are open; the empty pipes of its pool apart.
+        """Return how many descriptors of each kind are open, without those of the pool of pipes.
 
-        The pool keeps up to MAX_IDLE_PIPES pipes (two descriptors each) for the next reads.
+        The pool keeps up to MAX_IDLE_PIPES pipes for the next reads.
         """
+        pool = {target for target, _ in self._pool_pipes()}
         kinds: Counter[str] = Counter()
-        pipes: Counter[str] = Counter()
         for fd in os.listdir(f"/proc/{self.pid}/fd"):
-            try:
+            with suppress(FileNotFoundError):  # closed meanwhile
                 target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
-            except FileNotFoundError:
-                continue  # closed meanwhile
-            if target.startswith("pipe:"):
-                pipes[target] += 1
-            else:
-                kinds[target.split(":")[0]] += 1
-        # A pipe of which the relay has both ends is the pool's.
-        kinds["pipe ends"] = sum(ends for ends in pipes.values() if ends == 1)
+                if target not in pool:
+                    kinds[target.split(":")[0]] += 1
         return kinds
 
     def pool_bytes(self) -> list[int]:
         """Return how many bytes are in each pipe of its pool."""
-        targets: dict[str, list[str]] = {}
-        for fd in os.listdir(f"/proc/{self.pid}/fd"):
-            target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
-            if target.startswith("pipe:"):
-                targets.setdefault(target, []).append(fd)
         found = []
-        for fds in targets.values():
-            if len(fds) == 2:
-                fd = os.open(f"/proc/{self.pid}/fd/{fds[0]}", os.O_RDONLY | os.O_NONBLOCK)
-                try:
-                    size = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
-                finally:
-                    os.close(fd)
-                found.append(int.from_bytes(size, sys.byteorder))
+        for _, fd in self._pool_pipes():
+            ours = os.open(f"/proc/{self.pid}/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
+            size = query_descriptor(ours, termios.FIONREAD)
+            os.close(ours)
+            assert size is not None
+            found.append(size)
         return found
+
+    def _pool_pipes(self) -> Iterator[tuple[str, str]]:
+        """Yield name and descriptor of each pipe that the relay reads. Only the pool has such."""
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
+                info = Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text()
+                is_reading = re.search(r"(?m)^flags:\s*\d*0$", info)  # O_RDONLY, in octal
+                if target.startswith("pipe:") and is_reading:
+                    yield target, fd
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of all its threads."""
