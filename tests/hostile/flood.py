@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from bench import clients
 from helpers import handshake
@@ -142,25 +142,36 @@ def segments(port: int, count: int) -> Found:
 def stalled(port: int, count: int) -> Found:
     """Pairs whose receivers read nothing, while the senders send all that is accepted."""
     pairs = [make_pair(port, STALL_BYTES) for _ in range(count)]
-    sent = {one.fileno(): 0 for one, _ in pairs}
-    poll = select.epoll()
-    senders = {}
-    for one, _ in pairs:
-        one.setblocking(False)
-        senders[one.fileno()] = one
-        poll.register(one, select.EPOLLOUT)
-    block = bytes(1 << 16)
-    # Real time: no event reports that nothing more is accepted.
-    while ready := poll.poll(1):
-        for fd, _ in ready:
-            with contextlib.suppress(BlockingIOError):
-                sent[fd] += senders[fd].send(block)
+    sent = upload([one for one, _ in pairs])
     wait_for_end()
     for _, other in pairs:
         other.close()
     for one, _ in pairs:
         one.close()
-    return [("happy", 0, size, 1) for size in sent.values()]
+    return [("happy", 0, size, 1) for size in sent]
+
+
+def upload(senders: Sequence[socket.socket]) -> list[int]:
+    """Send all that is accepted. Return how many bytes of each sender.
+
+    A second without progress is real time: no event reports that nothing more is accepted.
+    """
+    by_fd = {sock.fileno(): sock for sock in senders}
+    sent = dict.fromkeys(by_fd, 0)
+    block = bytes(1 << 16)
+    with contextlib.closing(select.epoll()) as epoll:
+        for fd, sock in by_fd.items():
+            sock.setblocking(False)
+            epoll.register(fd, select.EPOLLOUT)
+        while ready := epoll.poll(1):
+            for fd, _ in ready:
+                try:
+                    sent[fd] += by_fd[fd].send(block)
+                except BlockingIOError:
+                    pass
+                except ConnectionError:  # the relay has ended it
+                    epoll.unregister(fd)
+    return list(sent.values())
 
 
 def make_pair(port: int, buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from helpers import Client, frame, handshake, parse_head, reset
-from watched import Books, Scene, WatchedRelay, shorter
+from watched import Books, SharedScene, WatchedRelay, shorter
 
 TIMES = shorter(50, 5)  # clients in each stage
 BLOCK = bytes(range(256)) * 256
@@ -17,11 +17,20 @@ KINDS = pytest.mark.parametrize("kind", ["tcp", "ws"])
 PARTNERS = pytest.mark.parametrize("partner", ["tcp", "ws"])
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[SharedScene]:
+    """Return the relay of all these tests, and the transfers beside it."""
+    shared = SharedScene()
+    yield shared
+    shared.close()
+
+
 def reset_all(
+    shared: SharedScene,
     prepare: Callable[[WatchedRelay, Books], Client],
 ) -> None:
     """Prepare clients, let the relay serve them, then reset all."""
-    with Scene() as scene:
+    with shared.stage() as scene:
         clients = [prepare(scene.relay, scene.books) for _ in range(TIMES)]
         scene.relay.settle(scene.books)
         for client in clients:
@@ -43,25 +52,25 @@ def send_all_that_is_accepted(sender: Client) -> int:
     return sent + len(BLOCK)
 
 
-def test_before_the_first_byte() -> None:
+def test_before_the_first_byte(shared: SharedScene) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         books.add("empty")
         return relay.client()
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
-def test_in_the_handshake_line() -> None:
+def test_in_the_handshake_line(shared: SharedScene) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         client = relay.client()
         client.send(handshake()[:40])
         books.add("empty")
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
-def test_in_the_upgrade_request() -> None:
+def test_in_the_upgrade_request(shared: SharedScene) -> None:
     """An upgrade that is not complete has no record."""
 
     def prepare(relay: WatchedRelay, _: Books) -> Client:
@@ -69,40 +78,40 @@ def test_in_the_upgrade_request() -> None:
         client.send_wire(client.request[:40])  # type: ignore[attr-defined]
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
-def test_after_the_upgrade() -> None:
+def test_after_the_upgrade(shared: SharedScene) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         books.add("empty")
         return relay.client("ws")
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
-def test_in_the_frame_of_the_handshake() -> None:
+def test_in_the_frame_of_the_handshake(shared: SharedScene) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         client = relay.client("ws")
         client.send_wire(frame(2, handshake())[:40])
         books.add("empty")
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
 @KINDS
-def test_while_it_waits(kind: str) -> None:
+def test_while_it_waits(shared: SharedScene, kind: str) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         client = relay.client(kind)
         client.send(handshake(relay.new_token(), "one"))
         books.add("lonely")
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
 @KINDS
-def test_while_a_refused_client_lingers(kind: str) -> None:
+def test_while_a_refused_client_lingers(shared: SharedScene, kind: str) -> None:
     def prepare(relay: WatchedRelay, books: Books) -> Client:
         client = relay.client(kind)
         client.send(b"nonsense\n")
@@ -110,10 +119,10 @@ def test_while_a_refused_client_lingers(kind: str) -> None:
         books.add("errory")
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
-def test_while_the_answer_to_a_plain_request_lingers() -> None:
+def test_while_the_answer_to_a_plain_request_lingers(shared: SharedScene) -> None:
     def prepare(relay: WatchedRelay, _: Books) -> Client:
         client = relay.client()
         client.send(b"GET / HTTP/1.0\r\n\r\n")
@@ -121,14 +130,14 @@ def test_while_the_answer_to_a_plain_request_lingers() -> None:
         assert parse_head(head)[0] == "200"
         return client
 
-    reset_all(prepare)
+    reset_all(shared, prepare)
 
 
 @KINDS
 @PARTNERS
-def test_in_a_quiet_pair(kind: str, partner: str) -> None:
+def test_in_a_quiet_pair(shared: SharedScene, kind: str, partner: str) -> None:
     """The partner gets an orderly end."""
-    with Scene() as scene:
+    with shared.stage() as scene:
         for _ in range(TIMES):
             one, other = scene.relay.client(kind), scene.relay.client(partner)
             scene.relay.couple(one, other)
@@ -142,9 +151,9 @@ def test_in_a_quiet_pair(kind: str, partner: str) -> None:
 
 @KINDS
 @PARTNERS
-def test_of_a_sender_whose_bytes_are_under_way(kind: str, partner: str) -> None:
+def test_of_a_sender_with_bytes_under_way(shared: SharedScene, kind: str, partner: str) -> None:
     """The partner gets all that the relay had received, and the record has just these bytes."""
-    with Scene() as scene:
+    with shared.stage() as scene:
         for _ in range(shorter(10, 3)):
             one, other = scene.relay.client(kind), scene.relay.client(partner)
             scene.relay.couple(one, other)
@@ -158,9 +167,9 @@ def test_of_a_sender_whose_bytes_are_under_way(kind: str, partner: str) -> None:
 
 @KINDS
 @PARTNERS
-def test_of_a_receiver_whose_bytes_are_under_way(kind: str, partner: str) -> None:
+def test_of_a_receiver_with_bytes_under_way(shared: SharedScene, kind: str, partner: str) -> None:
     """The sender gets an orderly end."""
-    with Scene() as scene:
+    with shared.stage() as scene:
         for _ in range(shorter(10, 3)):
             one = scene.relay.client(kind, buffer_bytes=LEAST_BUFFER_BYTES)
             other = scene.relay.client(partner)
@@ -174,9 +183,9 @@ def test_of_a_receiver_whose_bytes_are_under_way(kind: str, partner: str) -> Non
 
 @KINDS
 @PARTNERS
-def test_while_the_rest_is_flushed(kind: str, partner: str) -> None:
+def test_while_the_rest_is_flushed(shared: SharedScene, kind: str, partner: str) -> None:
     """The client ends its direction, and has not read what is queued for it."""
-    with Scene() as scene:
+    with shared.stage() as scene:
         for _ in range(shorter(10, 3)):
             one = scene.relay.client(kind, buffer_bytes=LEAST_BUFFER_BYTES)
             other = scene.relay.client(partner)
@@ -191,8 +200,8 @@ def test_while_the_rest_is_flushed(kind: str, partner: str) -> None:
 
 @KINDS
 @PARTNERS
-def test_while_the_end_of_a_pair_lingers(kind: str, partner: str) -> None:
-    with Scene() as scene:
+def test_while_the_end_of_a_pair_lingers(shared: SharedScene, kind: str, partner: str) -> None:
+    with shared.stage() as scene:
         staying = []
         for _ in range(TIMES):
             one, other = scene.relay.client(kind), scene.relay.client(partner)

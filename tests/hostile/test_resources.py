@@ -1,4 +1,4 @@
-"""Descriptors, disk, database, log reader, memory and time that the relay does not get."""
+"""Descriptors, disk, database, log reader, and memory that the relay does not get."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench import clients
-from helpers import BINARY, ENTRY, PING, PONG, TIMEOUT, Client, WebSocketClient, frame, handshake
+from flood import upload
+from helpers import ENTRY, TIMEOUT
 from interop.children import Record
-from processes import locked, patched, refused
+from processes import refused
 from watched import (
     MEBIBYTE,
     Outcome,
@@ -25,10 +24,8 @@ from watched import (
     Scene,
     eventually,
     honest_pair,
-    percentile_99,
     rows,
     shorter,
-    stopped,
 )
 
 # Descriptors.
@@ -138,39 +135,6 @@ def test_a_full_disk_under_the_database(small_disk: Path) -> None:
     scene.books.check(rows(database))
 
 
-LOCKED_SECONDS = shorter(30, 4)
-SLOWED_RATIO = 3
-SLOWED_SECONDS = 0.02  # less is not noticed, and may be the machine
-
-
-def test_a_database_locked_by_another_process(tmp_path: Path) -> None:
-    """No record is lost, and the transfers are as fast as before and afterwards.
-
-    The time is real: a ratio needs enough rounds with the lock and without it.
-    """
-    database = tmp_path / "usage.sqlite"
-    with Scene(*("--usage-db", str(database)), may_warn=["usage-db: database is locked"]) as scene:
-        borders = [time.monotonic()]
-        for is_locked in (False, True, False):
-            with locked(database) if is_locked else contextlib.nullcontext():
-                deadline = time.monotonic() + LOCKED_SECONDS
-                while time.monotonic() < deadline:
-                    honest_pair(scene.relay, scene.books)
-                    refuse_many(scene, 5)
-                borders.append(time.monotonic())
-                if is_locked:
-                    scene.relay.wait_for("database is locked")
-        eventually(lambda: len(rows(database)) == len(scene.books), "all records")
-    scene.books.check(rows(database))
-    p99 = [
-        percentile_99([took for at, took in scene.result.rounds if start <= at - took and at < end])
-        for start, end in zip(borders, borders[1:])
-    ]
-    before, during, after = p99
-    print(f"p99 of a round: {before:.4f}, locked {during:.4f}, {after:.4f} s")
-    assert during < SLOWED_RATIO * max(before, after) + SLOWED_SECONDS
-
-
 # The reader of the log.
 
 READER = """\
@@ -229,7 +193,7 @@ def test_a_memory_limit_is_hit() -> None:
             pairs.append((one, other))
         limit = relay.virtual_bytes() + ROOM_BYTES
         resource.prlimit(relay.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        sent = [upload(one) for one, _ in pairs]
+        sent = upload([one.sock for one, _ in pairs])
         relay.wait_for("MemoryError")
         for one, other in pairs:
             one.close()
@@ -238,91 +202,3 @@ def test_a_memory_limit_is_hit() -> None:
             books.add_range("happy", 0, size)
         for _ in range(20):
             honest_pair(relay, books)
-
-
-def upload(sender: Client) -> int:
-    """Send as much as is accepted at once. Return how many bytes it was at most."""
-    sender.sock.settimeout(0.05)  # real time: no event reports that nothing more is accepted
-    block = bytes(1 << 16)
-    sent = 0
-    with contextlib.suppress(TimeoutError, ConnectionError):
-        while True:
-            sender.send(block)
-            sent += len(block)
-    return sent + len(block)
-
-
-# Time.
-
-SUSPENDED_SECONDS = shorter(120, 8)
-# In the short form the relay sends Pings sooner: it has to be suspended longer than it waits.
-PING_SECONDS = shorter(25, 2)
-
-
-class WaitingWebSocket(threading.Thread):
-    """A WebSocket client that waits, and answers Pings, until its `ok` comes."""
-
-    def __init__(self, client: WebSocketClient) -> None:
-        super().__init__()
-        self.client = client
-        client.sock.settimeout(SUSPENDED_SECONDS + 20 * TIMEOUT)
-        self.received: bytes | None = None
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            found = self.client.next_frame()
-            if found is None:
-                return
-            opcode, payload = found
-            if opcode == PING:
-                self.client.send_wire(frame(PONG, payload))
-            elif opcode == BINARY:
-                self.received = payload
-                return
-
-
-@pytest.mark.parametrize("has_sent_more", [False, True], ids=["silent", "busy"])
-def test_the_relay_is_suspended(has_sent_more: bool) -> None:
-    """No client is ended for a silence that was the relay's. The time is real: SIGSTOP lasts.
-
-    In the busy form a client sends the rest of its handshake meanwhile, after the time limit.
-    """
-    limits = ["--handshake-timeout", str(SUSPENDED_SECONDS // 2)]
-    with Scene(*limits, program=patched(PING_SECONDS=PING_SECONDS)) as scene:
-        relay, books = scene.relay, scene.books
-        tokens = [relay.new_token() for _ in range(20)]
-        waiting = []
-        for token in tokens:
-            client = relay.client("ws")
-            client.send(handshake(token, "one"))
-            assert isinstance(client, WebSocketClient)
-            waiting.append(WaitingWebSocket(client))
-        late_token = relay.new_token()
-        late = relay.client()
-        late.send(handshake(late_token, "one")[:50])
-        relay.settle(books)
-        with stopped(relay):
-            time.sleep(SUSPENDED_SECONDS)
-            if has_sent_more:
-                late.send(handshake(late_token, "one")[50:])
-        if not has_sent_more:
-            late.send(handshake(late_token, "one")[50:])
-        for token, one in zip(tokens, waiting):
-            other = relay.client()
-            other.send(handshake(token, "other"))
-            assert other.receive(3) == b"ok\n"
-            one.join()
-            assert one.received == b"ok\n"
-            one.client.half_close()
-            assert other.read_to_end() == one.client.read_to_end() == b""
-            other.close()
-            one.client.close()
-            books.add("happy", 0)
-        other = relay.client()
-        other.send(handshake(late_token, "other"))
-        assert late.receive(3) == other.receive(3) == b"ok\n"
-        late.close()
-        assert other.read_to_end() == b""
-        other.close()
-        books.add("happy", 0)

@@ -33,7 +33,7 @@ LOST_PERCENT = 2
 DELAY_SECONDS = 0.1
 
 KINDS = pytest.mark.parametrize("kind", ["tcp", "ws"])
-PARTNERS = pytest.mark.parametrize("partner", ["tcp", "ws"])
+BETWEEN = pytest.mark.parametrize(("kind", "partner"), [("tcp", "ws"), ("ws", "tcp")])
 
 
 def on_server(*command: str) -> list[str]:
@@ -81,8 +81,7 @@ def check_found(since: float, limit_seconds: float) -> None:
 
 
 @pytest.mark.needs("--stall-timeout")
-@KINDS
-@PARTNERS
+@BETWEEN
 def test_a_receiver_vanishes(kind: str, partner: str) -> None:
     """Bytes are queued for it. The stall limit ends the pair; the sender gets an orderly end."""
     with far_scene("--stall-timeout", str(STALL_SECONDS)) as (scene, far):
@@ -123,8 +122,7 @@ def test_a_refused_client_vanishes(kind: str) -> None:
         scene.books.add("errory")
 
 
-@KINDS
-@PARTNERS
+@BETWEEN
 def test_a_client_of_a_quiet_pair_vanishes(kind: str, partner: str) -> None:
     """Keepalive ends the pair. The partner gets what came before, and an orderly end."""
     with far_scene("--keepalive", str(KEEPALIVE_SECONDS)) as (scene, far):

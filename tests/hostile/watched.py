@@ -197,12 +197,13 @@ class WatchedRelay(RelayProcess):
         if self._lines is not None:
             self._lines.close()
 
-    def records(self) -> list[Outcome]:
-        """Return all records of a relay that has stopped."""
-        if self._lines is None:
-            return []
-        self._lines.rest()
-        found = [Record.parse(line) for line in self._lines.seen]
+    def records(self, number: int | None = None) -> list[Outcome]:
+        """Wait for the next `number` records; None: for all that are left when it has stopped."""
+        assert self._lines is not None
+        read = [self._lines.next() for _ in range(number or 0)]
+        lines = self._lines.rest() if number is None else read
+        assert all(lines), "the relay has ended"
+        found = [Record.parse(line) for line in lines if line]
         return [Outcome(record.mood, record.total_bytes) for record in found]
 
     def client(
@@ -467,6 +468,7 @@ class Scene:
             relay.started()
             self._files = relay.open_files()
             self.bystanders = resources.enter_context(Bystanders(relay, *self._bystander_options))
+            self._files_beside = relay.open_files()
             self._resources = resources.pop_all()
         return self
 
@@ -474,6 +476,13 @@ class Scene:
         with self._resources:
             if kind is None:
                 self._check()
+
+    def checkpoint(self) -> None:
+        """Check the records and the descriptors so far, while the transfers go on."""
+        relay = self.relay
+        eventually(lambda: relay.open_files() == self._files_beside, "the descriptors of before")
+        books, self.books = self.books, Books()
+        books.check(relay.records(len(books)))
 
     def _check(self) -> None:
         self.result = self.bystanders.finish(self.books)
@@ -492,6 +501,34 @@ class Scene:
             f"{pairs} transfers beside it with {sum(self.result.received_bytes)} bytes;"
             f" {len(self.books)} records"
         )
+
+
+class SharedScene:
+    """A scene for several tests, with a checkpoint after each. A failure replaces it."""
+
+    def __init__(self, *options: str, **others: object) -> None:
+        """For the arguments see Scene."""
+        self._arguments = options, others
+        self._scene: Scene | None = None
+
+    @contextmanager
+    def stage(self) -> Iterator[Scene]:
+        """Yield the scene for a test."""
+        if self._scene is None:
+            options, others = self._arguments
+            self._scene = Scene(*options, **others).__enter__()  # type: ignore[arg-type]
+        try:
+            yield self._scene
+            self._scene.checkpoint()
+        except BaseException:
+            self._scene.__exit__(*sys.exc_info())
+            self._scene = None
+            raise
+
+    def close(self) -> None:
+        """Check the rest."""
+        if self._scene is not None:
+            self._scene.__exit__(None, None, None)
 
 
 def percentile_99(seconds: Sequence[float]) -> float:
