@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--transfers", type=int, default=20)
-    parser.add_argument("--pause-seconds", type=float, default=0.05)
+    parser.add_argument("--pause-seconds", type=float, default=0.1)
     parser.add_argument("--block-bytes", type=int, default=100_000)  # the largest one
     parser.add_argument("--rounds", type=int, default=1)  # before "ready"
     parser.add_argument("--may-be-ended", action="store_true")

@@ -53,7 +53,8 @@ def slow(port: int, count: int) -> Found:
     flood = [clients.connect(port) for _ in range(count)]
     for number, byte in enumerate(line):
         for sock in flood:
-            sock.send(bytes([byte]))
+            with contextlib.suppress(ConnectionError):  # the relay has made room
+                sock.send(bytes([byte]))
         if number == 10:
             print("peak", flush=True)
         if is_ended(STEP_SECONDS):

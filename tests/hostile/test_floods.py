@@ -28,7 +28,7 @@ from watched import (
 
 CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or says nothing
 RECEIVE_BUFFER_BYTES = 64 * 1024  # of the kernel, for each sender to a stalled receiver
-MAX_MEMORY_BYTES = 64 * 1000 * 1000
+MAX_MEMORY_BYTES = 64_000_000
 LEAK_BYTES = MEBIBYTE
 
 
@@ -65,7 +65,6 @@ def flooding(
 ) -> Iterator[tuple[Flood, Probes]]:
     """Flood, with honest pairs during all of it. At the end the relay is as before."""
     relay = scene.relay
-    files = relay.open_files()
     with Probes(relay, scene.books) as probes:
         relay.forget_peak()
         before = relay.peak_bytes()
@@ -77,9 +76,9 @@ def flooding(
             probes.wait_for_more()
         grown = relay.peak_bytes() - before
     print(f"{name}, {count}: the relay grew by {grown / MEBIBYTE:.1f} MiB")
-    scene.grown_bytes = grown  # type: ignore[attr-defined]
+    scene.grown_bytes = grown
     probes.check()
-    eventually(lambda: relay.open_files() == files, "the descriptors of before")
+    eventually(lambda: relay.open_files() == scene.files_beside, "the descriptors of before")
     relay.check_idle()
 
 
@@ -146,7 +145,7 @@ def test_stalled_receivers_with_uploading_senders(max_memory_bytes: int) -> None
         options = ["--port", f"fd:{listener.fileno()}"]
         bound = count * 2 * RECEIVE_BUFFER_BYTES
         if max_memory_bytes:
-            options += ["--max-memory", str(max_memory_bytes)]
+            options += ["--max-memory", f"{max_memory_bytes // 1_000_000}MB"]
             bound = min(bound, max_memory_bytes)
         with Scene(*options, pass_fds=[listener.fileno()]) as scene:
             port = listener.getsockname()[1]

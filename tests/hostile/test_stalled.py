@@ -35,10 +35,13 @@ def idle() -> Iterator[SharedScene]:
 
 
 def check_limit(since: float) -> None:
-    """Check that the limit has passed, and not much more."""
+    """Check that the limit has passed, and not much more.
+
+    The last byte may have been taken a little before `since`.
+    """
     elapsed = time.monotonic() - since
     print(f"ended after {elapsed:.2f} s, the limit is {LIMIT_SECONDS} s")
-    assert LIMIT_SECONDS - 0.1 < elapsed < LIMIT_SECONDS + TIMEOUT
+    assert 0.8 * LIMIT_SECONDS < elapsed < LIMIT_SECONDS + TIMEOUT
 
 
 def patient(client: Client) -> Client:

@@ -253,16 +253,17 @@ class WatchedRelay(RelayProcess):
         honest_pair(self, books)
 
     def open_files(self) -> Counter[str]:
-        """Return how many descriptors of each kind are open, without those of the pool of pipes.
+        """Return how many descriptors of each kind are open.
 
-        The pool keeps up to MAX_IDLE_PIPES pipes for the next reads.
+        Those of the pool of pipes, and SQLite's journal, come and go: they are left out. The pool
+        keeps up to MAX_IDLE_PIPES pipes for the next reads.
         """
         pool = {target for target, _ in self._pool_pipes()}
         kinds: Counter[str] = Counter()
         for fd in os.listdir(f"/proc/{self.pid}/fd"):
             with suppress(FileNotFoundError):  # closed meanwhile
                 target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
-                if target not in pool:
+                if target not in pool and not target.endswith("-journal"):
                     kinds[target.split(":")[0]] += 1
         return kinds
 
@@ -460,6 +461,7 @@ class Scene:
         self._may_warn = may_warn
         self._resources = ExitStack()
         self.books = Books()
+        self.grown_bytes = 0  # how much the relay's memory grew in a flood
 
     def __enter__(self) -> Scene:
         with ExitStack() as resources:
@@ -468,7 +470,7 @@ class Scene:
             relay.started()
             self._files = relay.open_files()
             self.bystanders = resources.enter_context(Bystanders(relay, *self._bystander_options))
-            self._files_beside = relay.open_files()
+            self.files_beside = relay.open_files()
             self._resources = resources.pop_all()
         return self
 
@@ -480,7 +482,7 @@ class Scene:
     def checkpoint(self) -> None:
         """Check the records and the descriptors so far, while the transfers go on."""
         relay = self.relay
-        eventually(lambda: relay.open_files() == self._files_beside, "the descriptors of before")
+        eventually(lambda: relay.open_files() == self.files_beside, "the descriptors of before")
         books, self.books = self.books, Books()
         books.check(relay.records(len(books)))
 
