@@ -191,11 +191,18 @@ def pairs(port: int, count: int) -> Found:
     for number in range(count // AT_ONCE):
         if number == count // AT_ONCE // 10:
             wait_for_end()
-        made = [make_pair(port) for _ in range(AT_ONCE)]
-        for one, other in made:
+        made = []
+        for _ in range(AT_ONCE):
+            token = clients.new_token()
+            made.append((clients.connect(port), clients.connect(port)))
+            for sock, side in zip(made[-1], ("one", "other")):
+                clients.send_handshake(sock, False, token, side)
+        for one, _ in made:
+            clients.expect_ok(one, False)
             one.send(b"x")
             one.close()
-            assert clients.receive_exactly(other, 1) == b"x"
+        for _, other in made:
+            assert clients.receive_exactly(other, 4) == b"ok\nx"
             assert other.recv(1) == b""
             other.close()
     wait_for_end()

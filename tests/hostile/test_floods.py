@@ -65,6 +65,7 @@ def flooding(
 ) -> Iterator[tuple[Flood, Probes]]:
     """Flood, with honest pairs during all of it. At the end the relay is as before."""
     relay = scene.relay
+    share = relay.cpu_share()
     with Probes(relay, scene.books) as probes:
         relay.forget_peak()
         before = relay.peak_bytes()
@@ -79,7 +80,7 @@ def flooding(
     scene.grown_bytes = grown
     probes.check()
     eventually(lambda: relay.open_files() == scene.files_beside, "the descriptors of before")
-    relay.check_idle()
+    relay.check_idle(share)
 
 
 HELD = {
