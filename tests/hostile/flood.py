@@ -67,7 +67,9 @@ def slow(port: int, count: int) -> Found:
 
 def bad(port: int, count: int) -> Found:
     """Bad handshakes, each over a new connection. The answer and the end are read."""
-    for _ in range(count // AT_ONCE):
+    for number in range(count // AT_ONCE):
+        if number % 100 == 0:
+            print(number * AT_ONCE, "refused", flush=True)
         flood = [clients.connect(port) for _ in range(AT_ONCE)]
         for sock in flood:
             sock.send(b"nonsense\n")
@@ -191,6 +193,8 @@ def pairs(port: int, count: int) -> Found:
     for number in range(count // AT_ONCE):
         if number == count // AT_ONCE // 10:
             wait_for_end()
+        if number % 100 == 0:
+            print(number * AT_ONCE, "pairs", flush=True)
         made = []
         for _ in range(AT_ONCE):
             token = clients.new_token()

@@ -7,6 +7,7 @@ compares the relay's records with the Books, exactly.
 from __future__ import annotations
 
 import ctypes
+import heapq
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import sys
 import termios
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, cycle
@@ -141,12 +142,23 @@ class Books:
         found = Counter(records)
         missing, others = self._exact - found, found - self._exact
         assert not missing, f"not recorded: {missing}; recorded instead: {others}"
-        left = sorted(others.elements())
-        for mood, low, high in sorted(self._ranges):
-            fitting = [one for one in left if one.mood == mood and low <= one.total_bytes <= high]
-            assert fitting, f"no record {mood} of {low} to {high} bytes, only: {left}"
-            left.remove(fitting[0])
-        assert not left, f"recorded, but nobody counted them: {left}"
+        self._check_ranges(sorted(others.elements()))
+
+    def _check_ranges(self, records: Sequence[Outcome]) -> None:
+        """Match each record with a range, in the order of the bytes: that of the least upper end.
+
+        If there is any match of all, this is one.
+        """
+        assert len(records) == len(self._ranges), f"{records} do not match {self._ranges}"
+        for mood in {record.mood for record in records}:
+            ranges = deque(sorted(one for one in self._ranges if one.mood == mood))
+            begun: list[int] = []  # the upper ends of ranges that a record can match
+            for _, size in (record for record in records if record.mood == mood):
+                while ranges and ranges[0].low_bytes <= size:
+                    heapq.heappush(begun, ranges.popleft().high_bytes)
+                assert begun, f"{mood}, {size} bytes: recorded, but nobody counted them"
+                high = heapq.heappop(begun)
+                assert size <= high, f"{mood}, {size} bytes: too many, the most is {high}"
 
 
 def rows(database: Path) -> list[Outcome]:
