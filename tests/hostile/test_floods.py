@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,15 +18,16 @@ from watched import (
     ENVIRONMENT,
     HERE,
     MEBIBYTE,
+    STALL_RECEIVE_BYTES,
     Books,
     Probes,
     Scene,
     eventually,
     shorter,
+    stalling_listener,
 )
 
 CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or says nothing
-RECEIVE_BUFFER_BYTES = 64 * 1024  # of the kernel, for each sender to a stalled receiver
 MAX_MEMORY_BYTES = 64_000_000
 LEAK_BYTES = MEBIBYTE
 
@@ -139,12 +139,9 @@ def test_stalled_receivers_with_uploading_senders(max_memory_bytes: int) -> None
     They come over a listener whose sockets inherit small buffers, or the kernel holds gigabytes.
     """
     count = shorter(2_000, 200)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        listener.listen(1024)
+    with stalling_listener() as listener:
         options = ["--port", f"fd:{listener.fileno()}"]
-        bound = count * 2 * RECEIVE_BUFFER_BYTES
+        bound = count * 2 * STALL_RECEIVE_BYTES
         if max_memory_bytes:
             options += ["--max-memory", f"{max_memory_bytes // 1_000_000}MB"]
             bound = min(bound, max_memory_bytes)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from bench import clients
-from flood import upload
+from flood import make_pair, upload
 from helpers import ENTRY, TIMEOUT
 from interop.children import Record
 from processes import refused
+from test_resets import LEAST_BUFFER_BYTES
 from watched import (
     MEBIBYTE,
     Outcome,
@@ -26,6 +27,7 @@ from watched import (
     honest_pair,
     rows,
     shorter,
+    stalling_listener,
 )
 
 # Descriptors.
@@ -171,8 +173,8 @@ def test_the_log_reader_is_stopped_and_continued(tmp_path: Path) -> None:
 
 # Memory.
 
-ROOM_BYTES = 8 * MEBIBYTE  # of address space, beyond what the relay has with its clients
-STALLED = 60  # pairs whose backlogs need more
+ROOM_BYTES = 4 * MEBIBYTE  # of address space, beyond what the relay has with its clients
+STALLED = 200  # pairs whose backlogs need more
 
 
 def test_a_memory_limit_is_hit() -> None:
@@ -180,24 +182,24 @@ def test_a_memory_limit_is_hit() -> None:
 
     A MemoryError ends the connection in whose turn it comes, so transfers may be ended.
     """
-    with Scene(
-        "--no-splice",
-        bystander_options=["--may-be-ended"],
-        may_warn=["contained fault", "out of memory", "MemoryError", "newcomers"],
-    ) as scene:
+    with (
+        stalling_listener() as listener,
+        Scene(
+            *("--no-splice", "--port", f"fd:{listener.fileno()}"),
+            pass_fds=[listener.fileno()],
+            bystander_options=["--may-be-ended"],
+            may_warn=["contained fault", "out of memory", "MemoryError", "newcomers"],
+        ) as scene,
+    ):
         relay, books = scene.relay, scene.books
-        pairs = []
-        for _ in range(STALLED):
-            one, other = relay.client(), relay.client(buffer_bytes=4096)
-            relay.couple(one, other)
-            pairs.append((one, other))
+        pairs = [make_pair(listener.getsockname()[1], LEAST_BUFFER_BYTES) for _ in range(STALLED)]
         limit = relay.virtual_bytes() + ROOM_BYTES
         resource.prlimit(relay.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        sent = upload([one.sock for one, _ in pairs])
+        sent = upload([one for one, _ in pairs])
         relay.wait_for("MemoryError")
         for one, other in pairs:
             one.close()
-            other.reset()
+            other.close()
         for size in sent:
             books.add_range("happy", 0, size)
         for _ in range(20):

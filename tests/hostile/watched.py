@@ -55,6 +55,7 @@ SERVED_SECONDS = 1.0  # the longest time until an honest pair is served
 SERVED_RATIO = 100  # or so many times the median of a quiet run, if that is longer
 
 MEBIBYTE = 1 << 20
+STALL_RECEIVE_BYTES = 64 * 1024  # of the kernel, which doubles it: the relay reads so much at once
 
 
 def shorter(whole: int, short: int) -> int:
@@ -462,6 +463,18 @@ class Bystanders(Child):
             else:
                 books.add_range("happy", received, sent)
         return result
+
+
+@contextmanager
+def stalling_listener() -> Iterator[socket.socket]:
+    """Yield a listener for clients that do not read. Its connections have small kernel buffers.
+
+    Otherwise the kernel would hold megabytes for each of them.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STALL_RECEIVE_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield listener
 
 
 @contextmanager
