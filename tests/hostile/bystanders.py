@@ -1,6 +1,6 @@
 """Transfers beside a fault, in a process of their own: every byte is checked.
 
-    bystanders.py PORT [--host ADDRESS] [--transfers N] [--rounds N] [--pause-seconds S]
+    bystanders.py PORT [--host ADDRESS] [--transfers N] [--rounds N] [--relay PID] ...
 
 Pairs over all four directions send a block each, receive it, and pause: that is a round. "ready"
 is printed after the first rounds. SIGTERM ends the transfers in order. Then a Result is printed as
@@ -20,6 +20,7 @@ import random
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from helpers import DIRECTIONS, Client, WebSocketClient, handshake
@@ -34,7 +35,9 @@ class Result(NamedTuple):
 
     sent_bytes: list[int]  # of each transfer
     received_bytes: list[int]  # of each transfer; less than sent only if the relay ended it
-    rounds: list[tuple[float, float]]  # of each round: its end (monotonic), its duration; seconds
+    # Of each round: its end (monotonic), and its duration without the time that we and the relay
+    # waited for a core. Seconds.
+    rounds: list[tuple[float, float]]
 
 
 class Transfer:
@@ -108,6 +111,15 @@ def connect(address: tuple[str, int], kind: str, seed: int) -> Client:
     return client
 
 
+def delayed_seconds(*processes: int | None) -> float:
+    """Return how long this thread, and the main threads of processes, were ready to run, but others
+    had the cores: see sched-stats.rst of Linux. The load of the machine must not fail a test.
+    """
+    paths = [f"/proc/{pid}/task/{pid}/schedstat" for pid in processes if pid is not None]
+    stats = [Path(path).read_text().split() for path in ("/proc/thread-self/schedstat", *paths)]
+    return sum(int(delay) for _, delay, _ in stats) / 1e9
+
+
 def main() -> None:
     """Run the transfers until SIGTERM."""
     parser = argparse.ArgumentParser()
@@ -117,6 +129,7 @@ def main() -> None:
     parser.add_argument("--pause-seconds", type=float, default=0.1)
     parser.add_argument("--block-bytes", type=int, default=100_000)  # the largest one
     parser.add_argument("--rounds", type=int, default=1)  # before "ready"
+    parser.add_argument("--relay", type=int)  # its process
     parser.add_argument("--may-be-ended", action="store_true")
     options = parser.parse_args()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -129,7 +142,7 @@ def main() -> None:
     rounds: list[tuple[float, float]] = []
     enough = None  # the number of rounds at the end, from SIGTERM on
     while enough is None or len(rounds) < enough:
-        began = time.monotonic()
+        began, delayed = time.monotonic(), delayed_seconds(options.relay)
         for transfer in transfers:
             size = chance.randint(1, options.block_bytes)
             start = chance.randrange(len(CONTENT) - size)
@@ -137,7 +150,7 @@ def main() -> None:
         for transfer in transfers:
             transfer.receive()
         now = time.monotonic()
-        rounds.append((now, now - began))
+        rounds.append((now, now - began - (delayed_seconds(options.relay) - delayed)))
         if len(rounds) == options.rounds:
             print("ready", flush=True)
         if signal.sigtimedwait({signal.SIGTERM}, options.pause_seconds):

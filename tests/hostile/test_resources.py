@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def test_a_full_disk_under_the_database(small_disk: Path) -> None:
 
 # The reader of the log.
 
+STOPPED_SECONDS = 2  # real time: longer than a write waits for the reader
 READER = """\
 import sys
 with open(sys.argv[1], "wb", 0) as log:
@@ -161,6 +163,7 @@ def test_the_log_reader_is_stopped_and_continued(tmp_path: Path) -> None:
             refuse_many(scene, 2_000)  # about 200 kB
             for _ in range(10):
                 honest_pair(scene.relay, scene.books)
+            time.sleep(STOPPED_SECONDS)
             os.kill(reader.pid, signal.SIGCONT)
             eventually(lambda: log.read_bytes().count(b"\n") == len(scene.books), "all lines")
         assert reader.wait(TIMEOUT) == 0  # at the end of the relay

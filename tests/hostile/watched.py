@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bystanders
+from bystanders import delayed_seconds
 from helpers import (
     DIRECTIONS,
     ENTRY,
@@ -328,11 +329,6 @@ class WatchedRelay(RelayProcess):
         print(f"idle: {100 * share:.1f} % of a core, before: {100 * before:.1f} %")
         assert share < IDLE_RATIO * before + IDLE_SHARE
 
-    def delayed_seconds(self) -> float:
-        """Return how long its loop has been ready to run while other processes had the cores."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
-        return int(path.read_text().split()[1]) / 1e9
-
     def virtual_bytes(self) -> int:
         """Return the size of its address space, which RLIMIT_AS limits."""
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
@@ -354,7 +350,7 @@ def honest_pair(relay: WatchedRelay, books: Books, source: str | None = None) ->
     this thread waited for a core: the load of the machine must not fail a test.
     """
     there, back = _chance.randbytes(1_000), _chance.randbytes(1_000)
-    began = time.monotonic() - relay.delayed_seconds() - delayed_seconds()
+    began = time.monotonic() - delayed_seconds(relay.pid)
     kinds = next(_kinds)
     with relay.client(kinds[0], source=source) as one:
         with relay.client(kinds[1], source=source) as other:
@@ -363,16 +359,11 @@ def honest_pair(relay: WatchedRelay, books: Books, source: str | None = None) ->
             assert other.receive(len(there)) == there
             other.send(back)
             assert one.receive(len(back)) == back
-            elapsed = time.monotonic() - relay.delayed_seconds() - delayed_seconds() - began
+            elapsed = time.monotonic() - delayed_seconds(relay.pid) - began
             one.half_close()
             assert other.read_to_end() == one.read_to_end() == b""
     books.add("happy", len(there) + len(back))
     return elapsed
-
-
-def delayed_seconds() -> float:
-    """Return how long this thread has been ready to run while others had the cores."""
-    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 class Probes(threading.Thread):
@@ -447,6 +438,7 @@ class Bystanders(Child):
         host, port = address or relay.address
         namespace = namespace or relay.namespace
         script = [sys.executable, str(HERE / "bystanders.py"), str(port), "--host", host]
+        script += ["--relay", str(relay.pid)]
         inside = ["ip", "netns", "exec", namespace] if namespace else []
         super().__init__([*inside, *script, *options], env=ENVIRONMENT)
         self.lines.until("^ready$")
