@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import Client, frame, handshake, parse_head, reset
+from helpers import Client, digest, frame, handshake, parse_head, reset
 from watched import Books, SharedScene, WatchedRelay, shorter
 
 TIMES = shorter(50, 5)  # clients in each stage
@@ -160,7 +160,8 @@ def test_of_a_sender_with_bytes_under_way(shared: SharedScene, kind: str, partne
             sent = send_all_that_is_accepted(one)
             one.reset()
             received = other.read_to_end()
-            assert received == (BLOCK * (sent // len(BLOCK)))[: len(received)]
+            expected = BLOCK * (sent // len(BLOCK))
+            assert digest(received) == digest(expected[: len(received)])
             other.close()
             scene.books.add("happy", len(received))
 

@@ -404,14 +404,18 @@ class Probes(threading.Thread):
                     self.seconds.append(elapsed)
                     self._progress.notify()
         except BaseException as error:
-            self._error = error
+            with self._progress:
+                self._error = error
+                self._progress.notify()
 
     def wait_for_more(self, number: int = 5) -> None:
         """Wait until so many probes have begun and ended from now on."""
         with self._progress:
             goal = len(self.seconds) + number + 1  # the current one began earlier
-            is_done = self._progress.wait_for(lambda: len(self.seconds) >= goal, 20 * TIMEOUT)
-            assert is_done, f"{len(self.seconds)} of {goal} probes: {self._error!r}"
+            self._progress.wait_for(
+                lambda: len(self.seconds) >= goal or self._error is not None, 20 * TIMEOUT
+            )
+            assert len(self.seconds) >= goal, f"{goal} probes: {self._error!r}"
 
     def check(self) -> None:
         """Raise AssertionError if a probe was not served in time."""
