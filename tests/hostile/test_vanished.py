@@ -204,4 +204,4 @@ def test_transfers_over_a_long_way_that_loses_packets(nft: str) -> None:
         print(f"{len(result.rounds)} rounds, {sum(result.sent_bytes)} bytes, {lost} packets lost")
         assert lost > 0
         # Each round crosses the way twice.
-        assert min(seconds for _, seconds in result.rounds[1:]) >= 2 * DELAY_SECONDS
+        assert min(seconds for _, seconds in result.rounds[1:]) > 1.5 * DELAY_SECONDS
