@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes fuzz interop check-packaging bench bench-quick bench-against lint install uninstall \
+.PHONY: help pytest test test-in-process test-processes fuzz interop hostile soak check-packaging bench bench-quick bench-against lint install uninstall \
 	onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
@@ -58,6 +58,27 @@ fuzz: ## run the fuzz tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for o
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
+
+# Three runs at the same time, because the tests of two of them wait for most of their time. Then
+# those that compare times or use both cores run alone.
+hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
+hostile_runs = suspended stalled+vanished resets+resources
+hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
+
+hostile: pytest ## faults and floods around a relay, 5 minutes; RELAY_HOSTILE_SHORT=1: 2; needs root
+	@mkdir -p build; $(find_pytest); status=0; runs=; \
+	for run in $(hostile_runs); do \
+		$(hostile_pytest) $$(echo "+$$run" | sed 's,+\([a-z]*\), tests/hostile/test_\1.py,g') \
+			>build/hostile-$$run.log 2>&1 & runs="$$runs $$!"; \
+	done; \
+	for run in $$runs; do wait $$run || status=1; done; \
+	cat $(patsubst %,build/hostile-%.log,$(hostile_runs)); \
+	$(hostile_pytest) $(hostile_alone) || status=1; exit $$status
+
+MINUTES = 10
+
+soak: ## random clients, every byte and record checked: make soak MINUTES=10
+	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q tests/packaging

@@ -1,0 +1,582 @@
+"""A relay that is watched from outside: its records, descriptors, memory and CPU time.
+
+A Scene is one relay, checked transfers beside it, and the Books: what the clients counted. Its end
+compares the relay's records with the Books, exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import count, cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import bystanders
+from bystanders import delayed_seconds
+from helpers import (
+    DIRECTIONS,
+    ENTRY,
+    RELAY,
+    TIMEOUT,
+    Client,
+    RelayProcess,
+    WebSocketClient,
+    handshake,
+)
+from interop.children import Child, Lines, Record
+
+from transit_relay import query_descriptor
+
+IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbers
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{RELAY.parent}"}
+CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.setns from 3.12 on
+POLL_SECONDS = 0.05  # how often a state of the relay is read that has no event
+SHARE_SECONDS = 1.0  # of real time, in which a share of the CPU is measured
+IDLE_SHARE = 0.02  # of a core, at most, without work
+IDLE_RATIO = 2  # with transfers: at most so many times the share before
+SERVED_SECONDS = 1.0  # the longest time until an honest pair is served
+SERVED_RATIO = 100  # or so many times the median of a quiet run, if that is longer
+
+MEBIBYTE = 1 << 20
+STALL_RECEIVE_BYTES = 64 * 1024  # of the kernel, which doubles it: the relay reads so much at once
+
+
+def shorter(whole: int, short: int) -> int:
+    """Return a number for the whole form of a test, or for the short form."""
+    return short if IS_SHORT else whole
+
+
+def has_option(name: str) -> bool:
+    """Return whether this relay has an option."""
+    text = subprocess.run([sys.executable, str(RELAY), "--help"], capture_output=True, text=True)
+    return name in text.stdout
+
+
+def eventually(is_so: Callable[[], bool], what: str, limit_seconds: float = 4 * TIMEOUT) -> None:
+    """Poll until `is_so` returns true. Fail with `what` after the limit.
+
+    The states that are read this way (files in /proc, a database) have no events.
+    """
+    deadline = time.monotonic() + limit_seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not in {limit_seconds:g} s: {what}"
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def in_namespace(name: str | None) -> Iterator[None]:
+    """Let this thread make its sockets in a network namespace; None: in its own."""
+    if name is None:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as ours, open(f"/run/netns/{name}") as theirs:
+        if libc.setns(theirs.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+        try:
+            yield
+        finally:
+            assert libc.setns(ours.fileno(), CLONE_NEWNET) == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Books
+# ---------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """The fields of a record that the clients know."""
+
+    mood: str
+    total_bytes: int
+
+
+class Range(NamedTuple):
+    """A record of which the clients know only limits, both inclusive."""
+
+    mood: str
+    low_bytes: int
+    high_bytes: int
+
+
+class Books:
+    """The records that must exist, as the clients counted. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._exact: Counter[Outcome] = Counter()
+        self._ranges: list[Range] = []
+        self._lock = threading.Lock()
+
+    def add(self, mood: str, total_bytes: int = 0, times: int = 1) -> None:
+        """Note `times` records."""
+        with self._lock:
+            self._exact[Outcome(mood, total_bytes)] += times
+
+    def add_range(self, mood: str, low_bytes: int, high_bytes: int) -> None:
+        """Note a record whose bytes are known within limits."""
+        with self._lock:
+            self._ranges.append(Range(mood, low_bytes, high_bytes))
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(self._exact.values()) + len(self._ranges)
+
+    def check(self, records: Sequence[Outcome]) -> None:
+        """Raise AssertionError unless the records are exactly those of the books."""
+        found = Counter(records)
+        missing, others = self._exact - found, found - self._exact
+        assert not missing, f"not recorded: {missing}; recorded instead: {others}"
+        self._check_ranges(sorted(others.elements()))
+
+    def _check_ranges(self, records: Sequence[Outcome]) -> None:
+        """Match each record with a range, in the order of the bytes: that of the least upper end.
+
+        If there is any match of all, this is one.
+        """
+        assert len(records) == len(self._ranges), f"{records} do not match {self._ranges}"
+        for mood in {record.mood for record in records}:
+            ranges = deque(sorted(one for one in self._ranges if one.mood == mood))
+            begun: list[int] = []  # the upper ends of ranges that a record can match
+            for _, size in (record for record in records if record.mood == mood):
+                while ranges and ranges[0].low_bytes <= size:
+                    heapq.heappush(begun, ranges.popleft().high_bytes)
+                assert begun, f"{mood}, {size} bytes: recorded, but nobody counted them"
+                high = heapq.heappop(begun)
+                assert size <= high, f"{mood}, {size} bytes: too many, the most is {high}"
+
+
+def rows(database: Path) -> list[Outcome]:
+    """Return the records in a usage database."""
+    with closing(sqlite3.connect(database, timeout=TIMEOUT)) as db:
+        return [Outcome(*row) for row in db.execute("SELECT result, total_bytes FROM usage")]
+
+
+# ---------------------------------------------------------------------------------------------
+# The relay
+# ---------------------------------------------------------------------------------------------
+
+
+class WatchedRelay(RelayProcess):
+    """A relay with `--log-fd` and one endpoint, which takes both encodings."""
+
+    def __init__(
+        self,
+        *options: str,
+        program: Sequence[str] = (sys.executable, str(ENTRY)),
+        host: str = "127.0.0.1",
+        namespace: str | None = None,
+        pass_fds: Sequence[int] = (),
+        log_fd: int | None = None,
+    ) -> None:
+        """`host`: where clients connect, from `namespace`. `log_fd`: replaces our own reader."""
+        read_end, write_end = os.pipe() if log_fd is None else (-1, log_fd)
+        endpoint = "tcp:0" if namespace else f"tcp:0:interface={host}"
+        try:
+            super().__init__(
+                *("--port", endpoint, "--log-fd", str(write_end), *options),
+                program=program,
+                pass_fds=[write_end, *pass_fds],
+            )
+        finally:
+            os.close(write_end)
+        self.host = host
+        self.namespace = namespace
+        self._lines = Lines(open(read_end, encoding="ascii")) if log_fd is None else None
+        self._tokens = count()
+
+    def started(self) -> WatchedRelay:
+        super().started()
+        self.address = (self.host, self.port)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        if self._lines is not None:
+            self._lines.close()
+
+    @property
+    def port(self) -> int:
+        """Return the port of the tcp endpoint."""
+        match = re.search(rb"Transit starting on .*?tcp:(\d+)", self.stderr)
+        assert match, self.stderr
+        return int(match[1])
+
+    def records(self, number: int | None = None) -> list[Outcome]:
+        """Wait for the next `number` records; None: for all that are left when it has stopped."""
+        assert self._lines is not None
+        read = [self._lines.next() for _ in range(number or 0)]
+        lines = self._lines.rest() if number is None else read
+        assert all(lines), "the relay has ended"
+        found = [Record.parse(line) for line in lines if line]
+        return [Outcome(record.mood, record.total_bytes) for record in found]
+
+    def client(
+        self,
+        kind: str = "tcp",
+        *,
+        source: str | None = None,
+        buffer_bytes: int | None = None,
+        upgrade: bool = True,
+        namespace: str | None = None,
+    ) -> Client:
+        """Return a new client of a kind, tcp or ws.
+
+        `source`: its address. `buffer_bytes`: the size of its kernel buffers.
+        """
+        with in_namespace(namespace or self.namespace):
+            sock = socket.socket()
+        sock.settimeout(TIMEOUT)
+        if buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        if source is not None:
+            sock.bind((source, 0))
+        sock.connect(self.address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind == "tcp":
+            return Client(sock)
+        return WebSocketClient(sock, upgrade=upgrade, seed=next(self._seeds))
+
+    def new_token(self) -> str:
+        """Return a token that no other pair of this relay has."""
+        return f"watched{next(self._tokens)}x"
+
+    def couple(self, one: Client, other: Client, token: str | None = None) -> None:
+        """Send the handshakes of a pair, and read both `ok`."""
+        token = token or self.new_token()
+        one.send(handshake(token, "one"))
+        other.send(handshake(token, "other"))
+        assert one.receive(3) == other.receive(3) == b"ok\n"
+
+    def settle(self, books: Books) -> None:
+        """Return when the relay has served all that came before the call.
+
+        Connections are served in the order in which they became ready. The pair here needs
+        several turns.
+        """
+        honest_pair(self, books)
+
+    def open_files(self) -> Counter[str]:
+        """Return how many descriptors of each kind are open.
+
+        Those of the pool of pipes, and SQLite's journal, come and go: they are left out. The pool
+        keeps up to MAX_IDLE_PIPES pipes for the next reads.
+        """
+        pool = {target for target, _ in self._pool_pipes()}
+        kinds: Counter[str] = Counter()
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
+                if target not in pool and not target.endswith("-journal"):
+                    kinds[target.split(":")[0]] += 1
+        return kinds
+
+    def pool_bytes(self) -> list[int]:
+        """Return how many bytes are in each pipe of its pool."""
+        found = []
+        for _, fd in self._pool_pipes():
+            ours = os.open(f"/proc/{self.pid}/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
+            size = query_descriptor(ours, termios.FIONREAD)
+            os.close(ours)
+            assert size is not None
+            found.append(size)
+        return found
+
+    def _pool_pipes(self) -> Iterator[tuple[str, str]]:
+        """Yield name and descriptor of each pipe that the relay reads. Only the pool has such."""
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
+                info = Path(f"/proc/{self.pid}/fdinfo/{fd}").read_text()
+                is_reading = re.search(r"(?m)^flags:\s*\d*0$", info)  # O_RDONLY, in octal
+                if target.startswith("pipe:") and is_reading:
+                    yield target, fd
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all its threads."""
+        total = 0
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            total += int((thread / "schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def cpu_share(self) -> float:
+        """Return how much of a core it uses. That needs real time: SHARE_SECONDS."""
+        before = self.cpu_seconds()
+        time.sleep(SHARE_SECONDS)
+        return (self.cpu_seconds() - before) / SHARE_SECONDS
+
+    def check_idle(self, before: float = 0.0) -> None:
+        """Raise AssertionError if it uses CPU time without work, or more than `before`."""
+        share = self.cpu_share()
+        print(f"idle: {100 * share:.1f} % of a core, before: {100 * before:.1f} %")
+        assert share < IDLE_RATIO * before + IDLE_SHARE
+
+    def virtual_bytes(self) -> int:
+        """Return the size of its address space, which RLIMIT_AS limits."""
+        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
+        return int(fields[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------------------------------------
+# Honest clients
+# ---------------------------------------------------------------------------------------------
+
+_kinds = cycle(DIRECTIONS)
+_chance = random.Random(1)
+
+
+def honest_pair(relay: WatchedRelay, books: Books, source: str | None = None) -> float:
+    """Make a pair, pass bytes both ways, end it in order.
+
+    Return how long it took until the bytes had come (seconds), without the time that the relay and
+    this thread waited for a core: the load of the machine must not fail a test.
+    """
+    there, back = _chance.randbytes(1_000), _chance.randbytes(1_000)
+    began = time.monotonic() - delayed_seconds(relay.pid)
+    kinds = next(_kinds)
+    with relay.client(kinds[0], source=source) as one:
+        with relay.client(kinds[1], source=source) as other:
+            relay.couple(one, other)
+            one.send(there)
+            assert other.receive(len(there)) == there
+            other.send(back)
+            assert one.receive(len(back)) == back
+            elapsed = time.monotonic() - delayed_seconds(relay.pid) - began
+            one.half_close()
+            assert other.read_to_end() == one.read_to_end() == b""
+    books.add("happy", len(there) + len(back))
+    return elapsed
+
+
+class Probes(threading.Thread):
+    """Honest pairs, one after the other, during the `with` block. The first ones are quiet.
+
+    Their pause is real time: without it they would be a load of their own.
+    """
+
+    PAUSE_SECONDS = 0.1
+    QUIET = 20  # the number of probes before the block
+    SOURCE = "127.0.99.1"  # no attacker uses it
+
+    def __init__(self, relay: WatchedRelay, books: Books) -> None:
+        super().__init__()
+        self._relay, self._books = relay, books
+        self._stopping = threading.Event()
+        self._progress = threading.Condition()
+        self._error: BaseException | None = None
+        self.seconds: list[float] = []  # how long each one took
+
+    def __enter__(self) -> Probes:
+        quiet = [honest_pair(self._relay, self._books, self.SOURCE) for _ in range(self.QUIET)]
+        self.quiet_seconds = statistics.median(quiet)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def run(self) -> None:
+        try:
+            while not self._stopping.wait(self.PAUSE_SECONDS):
+                elapsed = honest_pair(self._relay, self._books, self.SOURCE)
+                with self._progress:
+                    self.seconds.append(elapsed)
+                    self._progress.notify()
+        except BaseException as error:
+            with self._progress:
+                self._error = error
+                self._progress.notify()
+
+    def wait_for_more(self, number: int = 5) -> None:
+        """Wait until so many probes have begun and ended from now on."""
+        with self._progress:
+            goal = len(self.seconds) + number + 1  # the current one began earlier
+            self._progress.wait_for(
+                lambda: len(self.seconds) >= goal or self._error is not None, 20 * TIMEOUT
+            )
+            assert len(self.seconds) >= goal, f"{goal} probes: {self._error!r}"
+
+    def check(self) -> None:
+        """Raise AssertionError if a probe was not served in time."""
+        worst = max(self.seconds)
+        limit = max(SERVED_SECONDS, SERVED_RATIO * self.quiet_seconds)
+        print(
+            f"{len(self.seconds)} honest pairs: quiet {1000 * self.quiet_seconds:.1f} ms, median"
+            f" {1000 * statistics.median(self.seconds):.1f} ms, longest {1000 * worst:.1f} ms"
+        )
+        assert worst < limit, f"an honest pair was served after {worst:.3f} s"
+
+
+class Bystanders(Child):
+    """Checked transfers in a process of their own: see bystanders.py."""
+
+    def __init__(
+        self,
+        relay: WatchedRelay,
+        *options: str,
+        address: tuple[str, int] | None = None,
+        namespace: str | None = None,
+    ) -> None:
+        """`address`, `namespace`: where they connect, and from where; default: as other clients."""
+        host, port = address or relay.address
+        namespace = namespace or relay.namespace
+        script = [sys.executable, str(HERE / "bystanders.py"), str(port), "--host", host]
+        script += ["--relay", str(relay.pid)]
+        inside = ["ip", "netns", "exec", namespace] if namespace else []
+        super().__init__([*inside, *script, *options], env=ENVIRONMENT)
+        self.lines.until("^ready$")
+
+    def finish(self, books: Books) -> bystanders.Result:
+        """End the transfers, whose bytes and ends must be right, and note them in the books."""
+        self._process.terminate()
+        found = self.lines.until(r"^\[\[.*").group()
+        self.succeed()
+        result = bystanders.Result(*json.loads(found))
+        for sent, received in zip(result.sent_bytes, result.received_bytes):
+            if sent == received:
+                books.add("happy", sent)
+            else:
+                books.add_range("happy", received, sent)
+        return result
+
+
+@contextmanager
+def stalling_listener() -> Iterator[socket.socket]:
+    """Yield a listener for clients that do not read. Its connections have small kernel buffers.
+
+    Otherwise the kernel would hold megabytes for each of them.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STALL_RECEIVE_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield listener
+
+
+@contextmanager
+def stopped(relay: WatchedRelay) -> Iterator[None]:
+    """Suspend the relay for the `with` block."""
+    os.kill(relay.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(relay.pid, signal.SIGCONT)
+
+
+# ---------------------------------------------------------------------------------------------
+# A scene
+# ---------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A relay, transfers beside it, and the books. The end of the `with` block checks all."""
+
+    def __init__(
+        self,
+        *options: str,
+        bystander_options: Sequence[str] = (),
+        may_warn: Sequence[str] = (),
+        **relay_options: object,
+    ) -> None:
+        """`options`: the relay's. `may_warn`: patterns of warnings and errors that may come."""
+        self._options = options
+        self._relay_options = relay_options
+        self._bystander_options = bystander_options
+        self._may_warn = may_warn
+        self._resources = ExitStack()
+        self.books = Books()
+        self.grown_bytes = 0  # how much the relay's memory grew in a flood
+
+    def __enter__(self) -> Scene:
+        with ExitStack() as resources:
+            relay = WatchedRelay(*self._options, **self._relay_options)  # type: ignore[arg-type]
+            self.relay = resources.enter_context(relay)
+            relay.started()
+            self._files = relay.open_files()
+            self.bystanders = resources.enter_context(Bystanders(relay, *self._bystander_options))
+            self.files_beside = relay.open_files()
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._resources:
+            if kind is None:
+                self._check()
+
+    def checkpoint(self) -> None:
+        """Check the records and the descriptors so far, while the transfers go on."""
+        relay = self.relay
+        eventually(lambda: relay.open_files() == self.files_beside, "the descriptors of before")
+        books, self.books = self.books, Books()
+        books.check(relay.records(len(books)))
+
+    def _check(self) -> None:
+        self.result = self.bystanders.finish(self.books)
+        relay = self.relay
+        eventually(lambda: relay.open_files() == self._files, "the descriptors of before")
+        assert not any(relay.pool_bytes()), "bytes were left in a pipe"
+        relay.check_idle()
+        assert relay.stop() == 0, relay.stderr.decode()
+        for line in relay.stderr.decode().splitlines():
+            if re.search("warning:|error:|critical:", line):
+                assert any(re.search(one, line) for one in self._may_warn), line
+        if relay._lines is not None:
+            self.books.check(relay.records())
+        pairs = len(self.result.sent_bytes)
+        print(
+            f"{pairs} transfers beside it with {sum(self.result.received_bytes)} bytes;"
+            f" {len(self.books)} records"
+        )
+
+
+class SharedScene:
+    """A scene for several tests, with a checkpoint after each. A failure replaces it."""
+
+    def __init__(self, *options: str, **others: object) -> None:
+        """For the arguments see Scene."""
+        self._arguments = options, others
+        self._scene: Scene | None = None
+
+    @contextmanager
+    def stage(self) -> Iterator[Scene]:
+        """Yield the scene for a test."""
+        if self._scene is None:
+            options, others = self._arguments
+            self._scene = Scene(*options, **others).__enter__()  # type: ignore[arg-type]
+        try:
+            yield self._scene
+            self._scene.checkpoint()
+        except BaseException:
+            self._scene.__exit__(*sys.exc_info())
+            self._scene = None
+            raise
+
+    def close(self) -> None:
+        """Check the rest."""
+        if self._scene is not None:
+            self._scene.__exit__(None, None, None)
+
+
+def percentile_99(seconds: Sequence[float]) -> float:
+    """Return the 99th percentile."""
+    return sorted(seconds)[int(len(seconds) * 0.99)]
