@@ -544,7 +544,8 @@ class Scene:
             self.books.check(relay.records())
         pairs = len(self.result.sent_bytes)
         print(
-            f"{pairs} transfers beside it with {sum(self.result.received_bytes)} bytes;"
+            f"{pairs} transfers beside it with {sum(self.result.received_bytes)} bytes, the longest"
+            f" round {1000 * max(took for _, took in self.result.rounds):.0f} ms;"
             f" {len(self.books)} records"
         )
 
