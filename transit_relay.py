@@ -166,7 +166,7 @@ IGNORED_SIGNALS = {
 
 READ_BYTES = 256 * 1024  # the largest read that is copied
 FRAMED_READ_BYTES = 64 * 1024  # the largest WebSocket read; 30 ms of work if of empty frames
-FRAMES_PER_READ = 1_000  # a read is sized for this many frames like the last ones: 3 ms
+FRAMES_PER_READ = 1_000  # a read is sized for this many, if they are as dense as the last ones
 COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the next one waits in the bulk queue
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
 MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
@@ -196,8 +196,8 @@ SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspe
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
 LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
-SWEEPS_PER_LIMIT = 8  # how often a connection is checked in the time of a stall or idle limit
-SHARES_PER_SWEEP = 16  # of the connections, each in a turn of its own, but one per second at most
+SWEEPS_PER_LIMIT = 8  # sweeps over all connections in the time of a stall or idle limit
+SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one per second at most
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
@@ -264,10 +264,7 @@ def startup_errors(subject: str) -> Iterator[None]:
 
 
 def parse_number(text: str, highest: int, base: int = 10) -> int | None:
-    """Return `text` as a number, or None if it is not a number from 0 to `highest`.
-
-    `highest` has at most 15 digits.
-    """
+    """Return `text` as a number, or None if it is not one from 0 to `highest` (15 digits)."""
     digits = "[0-7]" if base == 8 else "[0-9]"
     number = int(text, base) if re.fullmatch(digits + "{1,15}", text) else None
     return None if number is None or number > highest else number
@@ -434,10 +431,7 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Return whether a pipe has room for PIPE_BUF bytes, or `fd` has an error or no reader.
-
-    Wait for that up to `seconds`.
-    """
+    """Return whether `fd` has room for PIPE_BUF bytes, or an error. Wait up to `seconds`."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
@@ -871,7 +865,7 @@ class Chore(NamedTuple):
 
 
 class AwakeClock:
-    """A monotonic clock that stands still while the process is suspended."""
+    """A monotonic clock that leaves out the time in which the process was seen to be suspended."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` returns monotonic seconds."""
@@ -886,7 +880,7 @@ class Sweep:
     """Visits all connections again and again, and notes which values stay the same."""
 
     def __init__(self, connections: set[Connection], shares: int) -> None:
-        """`shares`: so many calls of `take` visit all."""
+        """`shares`: this many calls of `take` visit all connections."""
         self._connections = connections
         self._shares = shares
         self._left: list[Connection] = []  # to be visited in this sweep
@@ -918,7 +912,7 @@ class Timers:
     """The queues of the time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # A connection stays in these two queues afterwards. The Server checks its state.
+        # A connection stays in these two queues afterwards. LimitEnforcer.run checks its state.
         self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
         self.waiting = TimeLimit(limits.wait_seconds)
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
@@ -1075,13 +1069,14 @@ class Reason(enum.Enum):
 
 
 class Limit(enum.Enum):
-    """A limit that ends or refuses a client, by its option."""
+    """A limit that ends or refuses a client, by the option or the resource."""
 
     HANDSHAKE = "--handshake-timeout"
     WAIT = "--max-wait"
     IDLE = "--idle-timeout"
     STALL = "--stall-timeout"
     CONNECTIONS = "--max-connections"
+    DESCRIPTORS = "no free file descriptor"
     SOURCE = "--max-waiting-per-source"
     ALLOW = "--allow"
     QUOTA = "--monthly-quota"
@@ -1128,7 +1123,7 @@ class Transport(Protocol):
 
 
 class EventLoop(Protocol):
-    """What a Connection, Faults and the LimitEnforcer use of the Server, which describes it."""
+    """What a Connection, Faults and the LimitEnforcer use of the Server, which has descriptions."""
 
     buffer: memoryview
     pipes: PipePool
@@ -1136,6 +1131,7 @@ class EventLoop(Protocol):
     timers: Timers
     rendezvous: Rendezvous
     connections: set[Connection]
+    doomed: OrderedDict[Connection, None]  # those that this turn closes
     wallclock: Callable[[], float]  # seconds since the epoch
 
     @property
@@ -1174,7 +1170,7 @@ class Handshake(NamedTuple):
     side: bytes | None
 
     def matches(self, other: Handshake) -> bool:
-        """Return whether two clients of one token are partners: not if both name the same side."""
+        """Return whether two clients of one token are partners: unless both name the same side."""
         return self.side != other.side or self.side is None
 
 
@@ -1579,8 +1575,8 @@ class Rendezvous:
 # Framing -------------------------------------------------------------------------------------
 # A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
 # clients send the stream as it is. WebSocket clients send it as the payload of messages. A
-# connection begins with DetectFraming, behind a proxy that sends PROXY headers with ProxyFraming,
-# and a Framing replaces itself with the next one:
+# connection begins with DetectFraming. Behind a proxy that sends PROXY headers it begins with
+# ProxyFraming. A Framing replaces itself with the next one:
 #
 #     DetectFraming --+--> RawFraming                          a line, then data
 #                     +--> HttpFraming --> WebSocketFraming    the same, in messages
@@ -2275,9 +2271,8 @@ class Connection:
 
 
 # Accepting -----------------------------------------------------------------------------------
-# The Acceptor accepts newcomers. It pauses when the relay has as many connections as its
-# descriptors allow, when a resource is used up, and after an error of accept or of the selector
-# that may concern the next newcomer too.
+# The Acceptor accepts newcomers. It pauses when a resource is used up and no client can make room,
+# and after an error of accept or of the selector that may concern the next newcomer too.
 # During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
 
 
@@ -2322,7 +2317,7 @@ class Acceptor:
         self._selector: selectors.BaseSelector | None = None
         self.is_accepting = False
         self._may_end_early = False  # a closed connection ends the pause
-        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause, or until a close
+        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
@@ -2372,15 +2367,13 @@ class Acceptor:
                     sock.close()
                     raise
 
-    def pause(
-        self, why: str, may_end_early: bool = True, seconds: float = ACCEPT_RETRY_SECONDS
-    ) -> None:
-        """Stop accepting for `seconds`. Log the reason, at most once a minute."""
+    def pause(self, why: str, may_end_early: bool = True) -> None:
+        """Stop accepting for ACCEPT_RETRY_SECONDS. Log the reason, at most once a minute."""
         if not self.is_accepting:
             return
         now = self._clock()
         self._may_end_early = may_end_early
-        self.retry_at = now + seconds
+        self.retry_at = now + ACCEPT_RETRY_SECONDS
         self._unregister()
         if self._complaints.take(now):
             log.warning("newcomers have to wait: %s", why)
@@ -2489,7 +2482,7 @@ class StopProgress:
                 yield leaver
 
     def leavers(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield for each connection of a running pair which of the two is to leave first.
+        """Yield, for each connection of a running pair, the one of the two that leaves first.
 
         A client without a backlog leaves first. The other one then flushes its backlog, and the
         record is written. A pair that the caller ends is not yielded again.
@@ -2651,8 +2644,8 @@ def is_consistent(conn: Connection) -> bool:
 
 
 # Limits --------------------------------------------------------------------------------------
-# What happens when a client reaches a limit: it is counted and logged, and the client is ended.
-# Rendezvous and Framing report the refusals, which the Session sends.
+# What happens when a client reaches a limit: that is counted and logged, and the client is ended.
+# Session and HttpFraming send the refusals, and report them to `LimitEnforcer.note`.
 
 
 class LimitEnforcer:
@@ -2676,24 +2669,30 @@ class LimitEnforcer:
         message = f"{limit.value}: a client was disconnected"
         self.reached.note(limit.value, self._loop.clock(), logging.INFO, message)
 
-    def is_full(self) -> bool:
-        """Return whether a newcomer needs room."""
-        return 0 < self._limits.max_connections <= len(self._loop.connections)
+    def has_room(self) -> bool:
+        """Return whether a newcomer has room. If necessary, evict clients for it."""
+        most = self._limits.max_connections
+        while 0 < most <= len(self._loop.connections) - len(self._loop.doomed):
+            if not self.make_room(Limit.CONNECTIONS):
+                return False
+        return True
 
-    def make_room(self) -> bool:
+    def make_room(self, limit: Limit) -> bool:
         """Evict a client for a newcomer. Return whether there was one to evict."""
         conn = self._first_to_go()
-        if conn is not None:
-            self.note(Limit.CONNECTIONS)
-            self._faults.guard(partial(conn.session.client_ended, Reason.REFUSED), conn)
-            self._faults.guard(conn.doom, conn)
-        return conn is not None
+        if conn is None:
+            return False
+        if conn.session.state is not State.DONE:
+            self.note(limit)
+        self._faults.guard(partial(conn.session.client_ended, Reason.REFUSED), conn)
+        self._faults.guard(conn.doom, conn)
+        return True
 
     def _first_to_go(self) -> Connection | None:
         """Return the client that is evicted first, if there is one.
 
         A client that has all its bytes goes first, then one without a handshake, then one that
-        waits; the oldest of each kind. A pair does not go, nor a client that has bytes to get.
+        waits, the older ones first. A pair does not go, nor a client that has bytes to get.
         """
         for conn in self._loop.timers.linger_polls.connections():
             if conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock):
@@ -2728,7 +2727,8 @@ class LimitEnforcer:
             for crowd in tuple(rendezvous.waiting.values()) if quota.is_used_up else ():
                 for session in tuple(crowd):
                     self.note(Limit.QUOTA)
-                    self._faults.guard(session.client_ended, session.transport)
+                    end = partial(session.client_ended, Reason.REFUSED)
+                    self._faults.guard(end, session.transport)
 
     def refill_rates(self, now: float) -> None:
         """Let pairs that wait for an allowance go on."""
@@ -2736,7 +2736,7 @@ class LimitEnforcer:
             self.allowance_changed(pair)
 
     def allowance_changed(self, pair: Pair) -> None:
-        """Read the clients of a pair again, or stop reading them."""
+        """Register the interest of both clients of a pair again, which depends on its allowance."""
         for session in pair.sessions:
             self._faults.guard(session.transport.session_changed, session.transport)
 
@@ -2760,8 +2760,12 @@ class LimitEnforcer:
                 self._end(Limit.STALL, conn)
                 self._faults.guard(conn.doom, conn)  # nothing more can be sent
             elif pair is not None and limits.idle_seconds:
-                idle_seconds = self._sweep.unchanged_seconds(pair, pair.total_bytes, now)
-                if idle_seconds >= limits.idle_seconds:
+                has_backlog = any(one.transport.queued_bytes() for one in pair.sessions)
+                value = (
+                    -1 if has_backlog else pair.total_bytes
+                )  # a backlog that moves is no idleness
+                idle_seconds = self._sweep.unchanged_seconds(pair, value, now)
+                if idle_seconds >= limits.idle_seconds and not has_backlog:
                     self._end(Limit.IDLE, conn)
 
     def _stalled_seconds(self, conn: Connection, now: float) -> float:
@@ -2812,8 +2816,8 @@ class Server:
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
-        `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: for
-        bulk; 0: bulk is copied. `quota`: of the month; None: none.
+        `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: 0: bulk
+        is copied.
         """
         addresses = addresses or Addresses()
         self.clock = AwakeClock(clock)
@@ -2831,9 +2835,9 @@ class Server:
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
         self._acceptor = Acceptor(
-            listeners, self.admit, self._make_room_now, addresses, limits, self.clock
+            listeners, self.admit, self._free_descriptor, addresses, limits, self.clock
         )
-        self._doomed: OrderedDict[Connection, None] = OrderedDict()
+        self.doomed: OrderedDict[Connection, None] = OrderedDict()
         self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
         self.timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
@@ -3019,14 +3023,14 @@ class Server:
 
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn."""
-        self._doomed[conn] = None
+        self.doomed[conn] = None
 
     def _reap(self) -> None:
         """Close the doomed connections, and those that are doomed meanwhile."""
-        if not self._doomed:
+        if not self.doomed:
             return
-        while self._doomed:
-            conn, _ = self._doomed.popitem(last=False)
+        while self.doomed:
+            conn, _ = self.doomed.popitem(last=False)
             self._bulk_queue.pop(conn, None)
             try:
                 self._close(conn)
@@ -3065,7 +3069,7 @@ class Server:
         conn = None
         try:
             sock.setblocking(False)
-            has_room = not self.limits.is_full() or self.limits.make_room()
+            has_room = self.limits.has_room()
             conn = Connection(sock, self, role, peer, has_proxy_header)
             if not has_room:
                 conn.session.refused_by = Limit.CONNECTIONS
@@ -3079,11 +3083,11 @@ class Server:
                 sock.close()
             self.faults.contain(conn)
 
-    def _make_room_now(self) -> bool:
-        """Evict a client and close its socket in the middle of the turn."""
-        has_made_room = self.limits.make_room()
+    def _free_descriptor(self) -> bool:
+        """Evict a client, if there is one to evict. Close its socket in the middle of the turn."""
+        is_evicted = self.limits.make_room(Limit.DESCRIPTORS)
         self._reap()
-        return has_made_room
+        return is_evicted
 
     # The end.
 
@@ -3733,8 +3737,8 @@ class PassedSockets(NamedTuple):
             name = self.names[n] if n < len(self.names) else ""
             prefix = PROXY_PREFIX if name in ("haproxy", "haproxy-websocket") else ""
             is_web = name in ("websocket", "haproxy-websocket")
-            parse = parse_websocket_endpoint if is_web else parse_endpoint
-            found.append(parse(f"{prefix}systemd:index={n}"))
+            role = Role.WEBSOCKET if is_web else Role.PORT
+            found.append(parse_endpoint(f"{prefix}systemd:index={n}", role))
         return found
 
     def find(self, endpoint: Endpoint) -> int | None:
@@ -3759,8 +3763,8 @@ class PassedSockets(NamedTuple):
         return found[0]
 
 
-def parse_endpoint(text: str) -> Endpoint:
-    """Parse the text of an endpoint. Raises UsageError."""
+def parse_endpoint(text: str, role: Role = Role.PORT) -> Endpoint:
+    """Parse the text of an endpoint. `role`: of its listeners. Raises UsageError."""
     has_proxy_header = text.startswith(PROXY_PREFIX)
     plain = text[len(PROXY_PREFIX) :] if has_proxy_header else text
     if plain.isascii() and plain.isdecimal():
@@ -3800,6 +3804,7 @@ def parse_endpoint(text: str) -> Endpoint:
     return Endpoint(
         text,
         kind,
+        role,
         port=numbers.get("port", 0),
         interface=given.get("interface") or (ANY_IPV6 if kind == "tcp6" else ""),
         # Scripts may have the default of Twisted, 50: too low for a busy hour.
@@ -3811,11 +3816,6 @@ def parse_endpoint(text: str) -> Endpoint:
         fileno=numbers.get("fileno", -1),
         has_proxy_header=has_proxy_header,
     )
-
-
-def parse_websocket_endpoint(text: str) -> Endpoint:
-    """Parse the text of an endpoint behind `--websocket`. Raises UsageError."""
-    return parse_endpoint(text)._replace(role=Role.WEBSOCKET)
 
 
 def _split_fields(text: str) -> list[tuple[str, str]]:
@@ -4213,10 +4213,7 @@ class LogFile(MessageHandler):
             os.close(old)
 
     def _open(self) -> int:
-        """Open the path, and note whether that created the file.
-
-        `switch_user` changes the owner of a created file only: the path can be a link to another.
-        """
+        """Open the path. Note whether that created the file: `switch_user` gives away no other."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             fd = os.open(self._path, flags | os.O_EXCL, 0o666)
@@ -4696,7 +4693,8 @@ def make_parser() -> Parser:
     parser.set_defaults(max_connections=None)  # it depends on the system
 
     add = parser.add_argument_group("where it listens").add_argument
-    port, web, url = map(allow_empty, (parse_endpoint, parse_websocket_endpoint, websocket_url))
+    port, url = allow_empty(parse_endpoint), allow_empty(websocket_url)
+    web = allow_empty(partial(parse_endpoint, role=Role.WEBSOCKET))
     add("-p", "--port", metavar="ENDPOINT", type=port, action="append", help=HELP["port"])
     add("-w", "--websocket", metavar="ENDPOINT", type=web, action="append", help=HELP["websocket"])
     add("-u", "--websocket-url", metavar="URL", type=url, help=HELP["websocket-url"])
@@ -4862,6 +4860,9 @@ def open_relay(
         missing = "Python finds no ws_frames.py (beside transit_relay.py)"
         raise StartupError(f"WebSocket and haproxy: {missing}")
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
+    if any(one.has_proxy_header for one in endpoints):
+        import ipaddress  # noqa: F401  # before the change of the user, see switch_user
+    addresses = Addresses(options.allow, options.trust_forwarded_for)
     listeners = open_listeners(endpoints, passed)
     for listener in listeners:
         undo.callback(listener.close)
@@ -4885,7 +4886,7 @@ def open_relay(
         limits,
         max_pipes=0 if options.no_splice else max_pipes,
         quota=quota,
-        addresses=Addresses(options.allow, options.trust_forwarded_for),
+        addresses=addresses,
     )
     return Relay(listeners, server, [remark] if remark else [])
 

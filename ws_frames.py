@@ -13,8 +13,8 @@ The numbers at the checks are sections of RFC 6455, unless they name another RFC
 
 The module supports no extension, no subprotocol and no text messages. FrameParser does not
 assemble messages: it returns payload in pieces, so its memory does not depend on the length of a
-frame. A reader buffers a head (32 KiB), a frame header (13 bytes) or the payload of a control
-frame (125 bytes).
+frame. A reader buffers a PROXY header (4 KiB), a head (32 KiB), a frame header (13 bytes) or the
+payload of a control frame (125 bytes).
 
 The state of a reader is a few named fields. `place` returns them and `resume` puts them into
 another reader; both work between any two bytes. They are for a reload of the relay, which is
@@ -157,7 +157,7 @@ class Reader:
 MAX_PROXY_BYTES = 4096
 V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 V2_FIXED_BYTES = 16  # the signature, command and family, and the length of the rest
-# How a header of version 2 tells an address: where the source ends (0: none), the least size.
+# Headers of version 2: the end of the source address (0: none), and the least size of the header.
 V2_IPV4, V2_IPV6, V2_NONE = (20, 28), (32, 52), (0, 16)
 V2_TOLD = {b"\x21\x11": V2_IPV4, b"\x21\x12": V2_IPV4}  # by command and family: PROXY, TCP or UDP
 V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}

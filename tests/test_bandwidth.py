@@ -188,6 +188,27 @@ def test_when_the_quota_is_used_up_newcomers_are_refused(
     assert loop.server.rendezvous.waiting_clients == 1
 
 
+def test_a_waiting_websocket_is_told_to_come_back(loop: Loop) -> None:
+    restart(loop, Quota(1_000, loop.wallclock), Limits(stall_seconds=0))
+    waits = loop.client("ws-unix")
+    waits.send(handshake("waits"))
+    transfer(loop, 2_000, "first")
+    loop.advance(5)
+    assert waits.read_to_end(1013) == b""
+
+
+def test_a_stop_counts_the_last_bytes(loop: Loop) -> None:
+    quota = Quota(1_000_000, loop.wallclock)
+    restart(loop, quota, Limits(stall_seconds=0))
+    loop.advance(5)
+    transfer(loop, 2_000, "first")
+    assert quota.row()[1] == 0
+    loop.server.stop()
+    for _ in range(20):
+        loop.advance(1)
+    assert quota.row()[1] == 2_000
+
+
 def test_with_a_quota_rate_pairs_are_slowed(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     quota = Quota(10_000_000, loop.wallclock)

@@ -12,10 +12,10 @@ from helpers import RelayProcess
 from processes import ReachedRelay, only_line, query, transfer
 
 from transit_relay import (
+    Role,
     parse_arguments,
     parse_endpoint,
     parse_network,
-    parse_websocket_endpoint,
 )
 
 NETWORK_TEXTS = ["192.0.2.0/24", "2001:db8::/32"]
@@ -86,7 +86,7 @@ def test_switches(conf: Path) -> None:
 
 def test_options_that_can_be_given_several_times(conf: Path) -> None:
     text = "port tcp:4001\nwebsocket tcp:4002\nport unix:/run/x.sock\n"
-    websockets = [parse_websocket_endpoint("tcp:4002")]
+    websockets = [parse_endpoint("tcp:4002", Role.WEBSOCKET)]
     assert read(conf, text) == {"port": PORTS, "websocket": websockets}
     text = "allow 192.0.2.0/24\ntrust-forwarded-for unix\nallow = 2001:db8::/32  # IPv6\n"
     assert read(conf, text) == {"allow": NETWORKS, "trust_forwarded_for": [parse_network("unix")]}

@@ -27,7 +27,6 @@ from transit_relay import (
     UsageError,
     open_listeners,
     parse_endpoint,
-    parse_websocket_endpoint,
 )
 
 
@@ -1105,7 +1104,7 @@ def test_descriptor_that_is_not_a_listening_socket(listen: Listen, kind: str) ->
 @pytest.mark.parametrize("text", ["tcp:4001", "tcp:4001:interface=relay"])
 def test_an_open_descriptor_is_adopted_for_an_endpoint(text: str) -> None:
     """As a reload does: the label names the real address."""
-    endpoint = parse_websocket_endpoint(text)
+    endpoint = parse_endpoint(text, Role.WEBSOCKET)
     original = socket.create_server(("127.0.0.1", 0))
     port = original.getsockname()[1]
     (listener,) = transit_relay.open_endpoint(endpoint, original.detach())

@@ -248,8 +248,9 @@ def test_what_connection_and_faults_use_of_the_server_is_the_event_loop_protocol
     """Every member is used, none is missing, and the Server has all of them."""
     used = attributes_of({"_server"}, [class_node("Connection")])
     in_constructor = attributes_of({"server"}, [class_node("Connection")])
-    of_faults = attributes_of({"loop", "_loop"}, [class_node("Faults")])
-    assert used | in_constructor | of_faults == members("EventLoop")
+    holders = [class_node("Faults"), class_node("LimitEnforcer")]
+    of_others = attributes_of({"loop", "_loop"}, holders)
+    assert used | in_constructor | of_others == members("EventLoop")
     assert members("EventLoop") <= members("Server")
 
 

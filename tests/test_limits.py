@@ -223,6 +223,16 @@ def test_an_idle_pair_is_ended(loop: Loop) -> None:
     assert loop.server.limits.reached.counts == {"--idle-timeout": 1}
 
 
+def test_a_pair_whose_receiver_is_slow_is_not_idle(loop: Loop) -> None:
+    """The sender is not read meanwhile, so no byte is counted."""
+    loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
+    one, other = loop.meet("unix", "unix")
+    send_until_stalled(loop, one)
+    for _ in range(200):
+        loop.advance(1)
+    assert loop.recorder.moods() == [] and other.conn is not None and other.conn.backlog
+
+
 def test_pings_do_not_keep_an_idle_pair(loop: Loop) -> None:
     loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
     one, other = loop.meet("ws-unix", "ws-unix")

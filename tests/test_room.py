@@ -532,3 +532,42 @@ def test_accepted_clients_are_judged_by_their_addresses(loop: Loop) -> None:
             assert client.recv(100) == b"not allowed\n"
             client.close()
             loop.pump()
+
+
+# More than one at a time, and clients that are leaving.
+
+
+def test_several_clients_make_room_if_there_are_too_many(loop: Loop) -> None:
+    """Refused clients that have everything do not take places for ever."""
+    one, other = full(loop)
+    refused: list[Guest] = []
+    for _ in range(5):
+        refused.append(arrive(loop))
+        refused[-1].send(loop, b"x")
+        assert refused[-1].sock.recv(100) == b"relay full\n"
+    newcomer = arrive(loop)
+    newcomer.send(loop, handshake("token"))
+    assert newcomer.read_all() == b"relay full\n"
+    assert one.is_open() and other.is_open()
+    assert len(loop.server.connections) <= 3
+
+
+def test_a_client_that_leaves_in_this_turn_makes_room(loop: Loop) -> None:
+    fill(loop, 2)
+    waits, leaves = wait(loop, "a"), arrive(loop)
+    leaves.conn.doom()
+    ours, its = socket.socketpair()
+    loop._clients.append(ours)
+    loop.server.admit(its)
+    loop.pump()
+    assert waits.is_open() and len(loop.server.connections) == 2
+    assert reached(loop) == {}
+
+
+def test_a_client_that_is_over_is_not_counted_again(loop: Loop) -> None:
+    fill(loop, 1)
+    refused = arrive(loop)
+    refused.send(loop, b"junk\n")
+    assert refused.sock.recv(100) == b"bad handshake\n"
+    arrive(loop)
+    assert not refused.is_open() and reached(loop) == {}

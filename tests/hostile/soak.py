@@ -34,7 +34,6 @@ LIMITS = {
     "--max-waiting-per-source": "100",
     "--max-rate": "2GB",
     "--max-pair-rate": "1GB",
-    "--max-memory": "64MB",
 }
 PROGRESS_SECONDS = 10
 WARM_SHARE = 0.2  # of the run; the memory must not grow after it
