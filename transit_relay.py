@@ -594,14 +594,14 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # rate for each one; and how many bytes were relayed in this month.
 #
 # A refill, every REFILL_SECONDS, divides what the rate allows, max-min fair: a pair that reads less
-# than an equal share gets what it wants, and the others divide the rest evenly. A pair is taken to
-# want what it read since the last refill, and more if it has used up its share and waits. Pairs
+# than an equal share gets what it wants, and the others divide the rest evenly. A refill assumes
+# that a pair wants as much as it has read since the last one. A pair that waits wants more. Pairs
 # that begin to read need not wait for a refill: they read from a reserve. A refill visits the pairs
 # that wait or have read, and no others.
 #
-# Small reads are not worth a system call. So a pair waits when less is left of its share than its
-# last read had, and than `_least`. The remainder is added to its next share. A share is `_least` or
-# more: if there is not enough for all pairs that wait, they take turns.
+# Small reads are not worth a system call. So a pair waits when its share has less left than it has
+# just read, and less than `_least`. After a read, the remainder is added to its next share. A share
+# is `_least` or more: if there is not enough for all pairs that wait, these take turns.
 
 REFILL_SECONDS = 0.05
 BUCKET_SECONDS = 0.25  # what a rate allows in this time is the most that is read at once
@@ -651,8 +651,8 @@ class Rates:
 
     def change(self, max_rate: int, max_pair_rate: int) -> None:
         """Change the rates and forget all pairs. The caller must call `join` with each of them."""
-        # In the order of their turns, with the remainders of their shares. Until the next refill,
-        # a pair that goes on keeps its place at the end.
+        # In the order of their turns, with the remainders of their shares. `refill` moves a pair
+        # that may go on to the end. It stays in this dict until the next refill.
         self._waiting: dict[Pair, int] = {}
         # Pairs that do not wait, with the bytes that they have read since the last refill.
         self._sharing: dict[Pair, int] = {}  # it gave them a share
@@ -663,7 +663,7 @@ class Rates:
         self._least = int(min(LEAST_READ_BYTES, half_refill))
         # What all pairs together may read now.
         self._pool = self._rate * (RESERVE_SECONDS + REFILL_SECONDS)
-        self._spare, self._sharers = 0.0, 0  # `limit` gives each pair that begins an equal part
+        self._spare, self._sharers = 0.0, 0  # a pair that begins may read _spare / _sharers bytes
 
     def join(self, pair: Pair) -> None:
         """Give a pair its first allowance."""
@@ -1012,7 +1012,7 @@ class Addresses:
         self._key = key or os.urandom(16)
 
     def judge(self, address: object) -> Peer:
-        """Judge a peer by the address from `socket.accept`. Any other family counts as unix."""
+        """Judge a peer by the address from `socket.accept`: of IPv4, IPv6, or a unix socket."""
         found = parse_address(str(address[0])) if isinstance(address, tuple) else None
         return self._judge(found or UNIX, is_told=False)
 
@@ -1393,7 +1393,7 @@ class Pair:
         self.accepted = first.accepted  # monotonic seconds
         self.waiting_time = second.accepted - first.accepted
         self.total_bytes = 0  # from both clients while the pair ran
-        self.allowance: int | None = None  # what Rates let it read now (bytes); None: no rate
+        self.allowance: int | None = None  # set by Rates; None: no rate; 0: it must not be read
         self.level_used = 0.0  # what it has used of the level that Rates has for each pair
         # Between two raw clients, later reads bypass Framing and Session.
         self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
@@ -1495,7 +1495,7 @@ class Rendezvous:
         return Limit.SOURCE if is_crowded and self._partner_for(newcomer) is None else None
 
     def oldest_of_busiest_source(self) -> Session | None:
-        """Return a client that waits: the oldest one of the source with most waiting clients."""
+        """Return a waiting client of the source with most of them: the one of its oldest token."""
         if not self.waiting_by_source:
             return None
         busiest = max(self.waiting_by_source, key=self.waiting_by_source.__getitem__)

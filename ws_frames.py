@@ -164,7 +164,10 @@ V2_TOLD |= {b"\x21\x21": V2_IPV6, b"\x21\x22": V2_IPV6}
 
 
 def beginnings(text: bytes, *patterns: bytes) -> bytes:
-    """Return a pattern of all beginnings of `text` + `patterns`; those match their own already."""
+    """Return a pattern that matches each beginning of `text` + `patterns`.
+
+    Each of `patterns` must match the beginnings of its own text too.
+    """
     parts = [re.escape(bytes((byte,))) for byte in text] + list(patterns)
     return b"(?:" + b"(?:".join(parts) + b")?" * len(parts)
 
