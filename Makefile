@@ -52,9 +52,10 @@ test-in-process:
 test-processes:
 	@$(find_pytest); "$$python" -m pytest -q $(process_tests) >$(process_log) 2>&1
 
-fuzz: ## run the fuzz tests for minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other inputs
+fuzz: ## run the fuzz tests for half an hour; RELAY_FUZZ_FIRST=200000 make fuzz for other inputs
 	@$(find_pytest); RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \
-		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py
+		RELAY_WALK_STEPS=$${RELAY_WALK_STEPS:-1000000} \
+		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py tests/test_walk.py
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
