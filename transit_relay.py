@@ -490,7 +490,7 @@ class Pipe:
         assert splice is not None and not self._filled
         try:
             self._filled = splice(
-                sock.fileno(), self._write_fd, most, None, None, SPLICE_F_NONBLOCK
+                sock.fileno(), self._write_fd, min(most, PIPE_BYTES), None, None, SPLICE_F_NONBLOCK
             )
         except OSError:
             pass
@@ -579,14 +579,13 @@ def affordable_pipes() -> int:
 
 
 def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
-    """Return the maximum number of connections, and of pipes, for `limit` descriptors.
+    """Return how many connections, and how many pipes, fit into `limit` descriptors.
 
     `open_now`: descriptors that are in use. RESERVED_FDS are kept for other purposes. A pipe has
-    two descriptors; pipes get at most an eighth of the limit. Connections get at most 80 %, and at
-    least one is allowed.
+    two descriptors; pipes get at most an eighth of the limit. At least one connection is allowed.
     """
     pipes = min(affordable_pipes(), limit // 16)
-    return max(1, min(limit * 4 // 5, limit - open_now - RESERVED_FDS - 2 * pipes)), pipes
+    return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
 
 
 # Rates ---------------------------------------------------------------------------------------
@@ -2712,7 +2711,7 @@ class LimitEnforcer:
             return
         rendezvous, limits, rates = self._loop.rendezvous, self._limits, self._loop.rates
         for percent in quota.count(rendezvous.relayed_bytes()):
-            log.warning("%d %% of the monthly quota are used", percent)
+            log.warning("%d %% of the monthly quota is used", percent)
         if quota.is_used_up == self._is_quota_used_up:
             return
         self._is_quota_used_up = quota.is_used_up
@@ -2760,12 +2759,11 @@ class LimitEnforcer:
                 self._end(Limit.STALL, conn)
                 self._faults.guard(conn.doom, conn)  # nothing more can be sent
             elif pair is not None and limits.idle_seconds:
+                # A pair with a backlog or without an allowance is not read now, and is not idle.
                 has_backlog = any(one.transport.queued_bytes() for one in pair.sessions)
-                value = (
-                    -1 if has_backlog else pair.total_bytes
-                )  # a backlog that moves is no idleness
+                value = -1 if has_backlog or pair.allowance == 0 else pair.total_bytes
                 idle_seconds = self._sweep.unchanged_seconds(pair, value, now)
-                if idle_seconds >= limits.idle_seconds and not has_backlog:
+                if idle_seconds >= limits.idle_seconds and value >= 0:
                     self._end(Limit.IDLE, conn)
 
     def _stalled_seconds(self, conn: Connection, now: float) -> float:
@@ -2811,14 +2809,16 @@ class Server:
         wallclock: Callable[[], float] = time.time,
         *,
         max_pipes: int = 0,
+        max_open: int = MAX_OPEN_FILES,
         quota: Quota | None = None,
         addresses: Addresses | None = None,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: 0: bulk
-        is copied.
+        is copied. `max_open`: connections that have descriptors, refused ones included.
         """
+        self._max_open = max_open
         addresses = addresses or Addresses()
         self.clock = AwakeClock(clock)
         self.wallclock = wallclock
@@ -2864,11 +2864,7 @@ class Server:
     # The loop.
 
     def run(self, ready: Callable[[], None], stopping: Callable[[], None]) -> None:
-        """Serve until a signal stops the relay, and until the stop is complete.
-
-        `ready` is called when signals are handled and newcomers are accepted, `stopping` when a
-        stop has begun.
-        """
+        """Serve until a signal, and call `ready` before. Then call `stopping`, and stop."""
         self.signals.install()
         ready()
         while self.phase is ServerPhase.SERVING:
@@ -3069,6 +3065,10 @@ class Server:
         conn = None
         try:
             sock.setblocking(False)
+            if len(self.connections) >= self._max_open and not self._free_descriptor():
+                sock.close()  # without an answer: the rest is reserved for records
+                self._acceptor.pause("no file descriptor is left for newcomers")
+                return
             has_room = self.limits.has_room()
             conn = Connection(sock, self, role, peer, has_proxy_header)
             if not has_room:
@@ -4638,8 +4638,8 @@ HELP = {
     " seconds; 0 switches it off (default: %(default)g s)",
     "max-wait": "close a client that has waited for a partner for this many seconds; 0 switches it"
     " off (default: %(default)g s)",
-    "idle-timeout": "end a pair in which no byte has moved for this many seconds; 0 switches it off"
-    " (default: %(default)g s)",
+    "idle-timeout": "end a pair in which no byte has moved for this many seconds and none is"
+    " queued; 0 switches it off (default: %(default)g s)",
     "stall-timeout": "end a connection whose client has acknowledged none of the bytes queued for"
     " it for this many seconds; 0 switches it off (default: %(default)g s)",
     "max-connections": "open at most this many connections; a newcomer then takes the place of a"
@@ -4876,15 +4876,16 @@ def open_relay(
         switch_user(options.user, listeners, log_file)
     for sink in sinks:
         sink.prepare()  # the files belong to the user
-    max_connections, max_pipes = descriptor_budget(limit, len(open_descriptors()))
+    max_open, max_pipes = descriptor_budget(limit, len(open_descriptors()))
     limits = Limits(*(getattr(options, name) for name in LIMIT_OPTIONS))
     if options.max_connections is None:
-        limits = limits._replace(max_connections=max_connections)
+        limits = limits._replace(max_connections=min(limit * 4 // 5, max(1, max_open * 9 // 10)))
     server = Server(
         listeners,
         Recorder(sinks, options.blur_usage),
         limits,
         max_pipes=0 if options.no_splice else max_pipes,
+        max_open=max_open,
         quota=quota,
         addresses=addresses,
     )

@@ -32,6 +32,7 @@ from invariants import check_server
 import transit_relay
 from transit_relay import (
     DISCARD,
+    MAX_OPEN_FILES,
     Addresses,
     Connection,
     Limits,
@@ -454,6 +455,7 @@ class Loop:
         limits: Limits | None = None,
         quota: Quota | None = None,
         addresses: Addresses | None = None,
+        max_open: int = MAX_OPEN_FILES,
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
@@ -466,6 +468,7 @@ class Loop:
             max_pipes=self._max_pipes,
             quota=quota,
             addresses=addresses,
+            max_open=max_open,
         )
         self.server.start()
 

@@ -28,6 +28,7 @@ from transit_relay import (
 from ws_frames import ProxyError, ProxyReader
 
 KEY = b"sixteen bytes..."
+MAPPED = str(ipaddress.ip_address("::ffff:192.0.2.7"))  # Python 3.13 writes it in another way
 CASES = 2000  # of each test with random input
 
 
@@ -492,7 +493,7 @@ HEADERS: dict[str, tuple[bytes, str | None]] = {
     "UDP over IPv4": (v2(PROXY, 0x12, block("192.0.2.7")), "192.0.2.7"),
     "TCP over IPv6": (v2(PROXY, 0x21, block("2001:db8::7")), "2001:db8::7"),
     "UDP over IPv6": (v2(PROXY, 0x22, block("2001:db8::7")), "2001:db8::7"),
-    "mapped in version 2": (v2(PROXY, 0x21, block("::ffff:192.0.2.7")), "::ffff:c000:207"),
+    "mapped in version 2": (v2(PROXY, 0x21, block("::ffff:192.0.2.7")), MAPPED),
     "TLVs behind IPv4": (v2(PROXY, 0x11, block("192.0.2.7", TLVS)), "192.0.2.7"),
     "TLVs behind IPv6": (v2(PROXY, 0x21, block("2001:db8::7", TLVS)), "2001:db8::7"),
     "LOCAL": (v2(LOCAL, 0x00), None),

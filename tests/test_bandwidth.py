@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 from helpers import DIRECTIONS, Client, Loop, handshake
@@ -30,14 +31,14 @@ class Flow:
             while True:
                 self.rest = self.rest or memoryview(self.wire)
                 self.rest = self.rest[self.sender.sock.send(self.rest) :]
-        except BlockingIOError:
+        except (BlockingIOError, BrokenPipeError):
             pass
 
     def read(self) -> None:
         """Read all that has come, and count the bytes on the wire."""
         try:
-            while True:
-                self.received += len(self.receiver.sock.recv(1 << 20))
+            while part := self.receiver.sock.recv(1 << 20):
+                self.received += len(part)
         except BlockingIOError:
             pass
 
@@ -93,6 +94,33 @@ def test_a_pair_that_wants_little_is_not_slowed(loop: Loop) -> None:
             flow.read()
     found = rates(loop, flows, 3)
     assert 0.93 * 1_000_000 <= sum(found) <= 1.05 * 1_000_000
+
+
+@pytest.mark.parametrize("bulk_from_newcomer", [False, True])
+@pytest.mark.parametrize("limits", [Limits(max_rate=500_000), Limits(max_pair_rate=500_000)])
+def test_the_other_direction_of_a_pair_is_not_starved(
+    loop: Loop, limits: Limits, bulk_from_newcomer: bool
+) -> None:
+    loop.restart(limits=limits._replace(stall_seconds=0))
+    flow = Flow(loop, ("unix", "unix"))
+    if bulk_from_newcomer:
+        flow.sender, flow.receiver = flow.receiver, flow.sender
+    run(loop, [flow], 1)
+    arrived = b""
+    for number in range(40):
+        try:
+            flow.receiver.sock.send(b"%099d\n" % number)
+        except BlockingIOError:
+            pass
+        run(loop, [flow], STEP_SECONDS)
+        try:
+            arrived += flow.sender.sock.recv(1 << 16)
+        except BlockingIOError:
+            pass
+    assert len(arrived) >= 30 * 100
+    flow.receiver.sock.shutdown(socket.SHUT_WR)
+    run(loop, [flow], 1)
+    assert loop.server.rendezvous.pairs_ended == 1 or not flow.sender.conn.session.pair
 
 
 def test_all_bytes_arrive_under_a_rate(loop: Loop) -> None:
@@ -162,14 +190,14 @@ def test_when_the_quota_is_used_up_newcomers_are_refused(
     waits.send(handshake("waits"))
     loop.advance(5)
     assert [record.getMessage() for record in caplog.records] == [
-        "80 % of the monthly quota are used"
+        "80 % of the monthly quota is used"
     ]
     one.send(bytes(10_000))
     assert other.receive(10_000) == bytes(10_000)
     loop.advance(5)
     assert [record.getMessage() for record in caplog.records][1:] == [
-        "95 % of the monthly quota are used",
-        "100 % of the monthly quota are used",
+        "95 % of the monthly quota is used",
+        "100 % of the monthly quota is used",
     ]
     assert waits.read_to_end() == b""
     assert loop.recorder.moods() == ["lonely"]

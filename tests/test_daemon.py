@@ -284,7 +284,7 @@ def test_a_relay_can_be_opened_beside_a_running_one(tmp_path: Path) -> None:
 
 
 def test_the_limits_of_the_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
 
     def make_server(listeners: object, recorder: object, limits: object, **others: object) -> None:
         given.update(others, limits=limits)
@@ -299,7 +299,8 @@ def test_the_limits_of_the_options_reach_the_server(monkeypatch: pytest.MonkeyPa
     expected = transit_relay.Limits(handshake_seconds=5, keepalive_seconds=7)
     assert limits == expected._replace(max_connections=limits.max_connections)
     assert given["max_pipes"] == 7
-    assert limit - 1000 < limits.max_connections < limit
+    assert limits.max_connections == min(limit * 4 // 5, given["max_open"] * 9 // 10)
+    assert limit - 1000 < given["max_open"] < limit
 
 
 def test_no_pidfile_in_the_foreground_if_none_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import calendar
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -640,12 +640,24 @@ def test_each_field_is_carried_or_made_anew() -> None:
 NOVEMBER = "2026-11-28 10:00"
 
 
+_opened: list[UsageDatabase] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_databases() -> Iterator[None]:
+    """Close what `relay_of` opens, also for a relay that was killed."""
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def relay_of(
     path: Path, time: str = NOVEMBER, max_bytes: int = 10**6
 ) -> tuple[Quota, UsageDatabase]:
     """Start a relay's sink, as `open_relay` does."""
     quota = Quota(max_bytes, at(time))
     sink = UsageDatabase(str(path), quota)
+    _opened.append(sink)
     sink.prepare()
     return quota, sink
 

@@ -571,3 +571,18 @@ def test_a_client_that_is_over_is_not_counted_again(loop: Loop) -> None:
     assert refused.sock.recv(100) == b"bad handshake\n"
     arrive(loop)
     assert not refused.is_open() and reached(loop) == {}
+
+
+def test_reserved_descriptors_are_not_used_for_refusals(loop: Loop) -> None:
+    loop.restart(limits=Limits(max_connections=2), max_open=3)
+    pair(loop, "pair")
+    refused = arrive(loop)
+    refused.send(loop, b"x")  # it does not read its refusal, so it cannot make room
+    ours, its = socket.socketpair()
+    loop._clients.append(ours)
+    loop.server.admit(its)
+    assert ours.recv(100) == b"" and its.fileno() == -1
+    assert len(loop.server.connections) == 3
+    assert refused.read_all() == b"relay full\n"
+    arrive(loop)  # the refused one has everything now
+    assert not refused.is_open()
