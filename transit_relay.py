@@ -2921,14 +2921,14 @@ class Server:
         return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
 
     def _serve_bulk(self) -> list[Connection]:
-        """Serve connections of the bulk queue, and return them.
+        """Serve at most a quarter of the bulk queue, rounded up. Return the served connections.
 
-        A turn serves a quarter of the queue at most, rounded up. It stops after the step that
-        reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
+        Stop after the step that reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
         """
         served: list[Connection] = []
         moved = 0
-        deadline = self.clock() + TURN_BULK_SECONDS if self._bulk_queue else 0.0
+        clock = self.clock.monotonic
+        deadline = clock() + TURN_BULK_SECONDS if self._bulk_queue else 0.0
         for _ in range((len(self._bulk_queue) + 3) // 4):
             conn, ready = self._bulk_queue.popitem(last=False)
             served.append(conn)
@@ -2937,7 +2937,7 @@ class Server:
             except Exception:
                 conn.is_unpolled = False  # it is not in the queue any more
                 self.faults.contain(conn)
-            if moved >= TURN_BULK_BYTES or self.clock() >= deadline:
+            if moved >= TURN_BULK_BYTES or clock() >= deadline:
                 break
         return served
 
