@@ -60,8 +60,8 @@ a kernel pipe, if a pipe is free.
 The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
 pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end, or
 until LINGER_SECONDS after the peer's kernel has acknowledged everything. A Connection whose peer
-has ended already is closed after the flush. `Server._reap` closes sockets at the end of a turn,
-after all handlers have returned.
+has ended already is closed after the flush. `Server._reap` closes sockets at the end of a turn, or
+earlier if accept needs a descriptor.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
+FEW_BYTES = 64  # unacknowledged ones may be Pings, and do not make a pair busy
 MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
 KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
 KEEPALIVE_PROBES = 4  # without an answer, before the kernel ends the connection
@@ -599,7 +600,7 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 # that wait or have read, and no others.
 #
 # Small reads are not worth a system call. So a pair waits when its share has less left than it has
-# just read, and less than `_least`. After a read, the remainder is added to its next share. A share
+# just read, and less than `_least`. The remainder after a read is added to its next share. A share
 # is `_least` or more: if there is not enough for all pairs that wait, these take turns.
 
 REFILL_SECONDS = 0.05
@@ -867,8 +868,7 @@ class AwakeClock:
     """A monotonic clock that leaves out the time in which the process was seen to be suspended."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` returns monotonic seconds."""
-        self.monotonic = clock
+        self.monotonic = clock  # seconds
         self.suspended_seconds = 0.0
 
     def __call__(self) -> float:
@@ -911,7 +911,7 @@ class Timers:
     """The queues of the time limits, and the chores."""
 
     def __init__(self, limits: Limits) -> None:
-        # A connection stays in these two queues afterwards. LimitEnforcer.run checks its state.
+        # A connection stays in these two queues when it has gone on. LimitEnforcer.run checks that.
         self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
         self.waiting = TimeLimit(limits.wait_seconds)
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
@@ -1009,6 +1009,9 @@ class Addresses:
         self._allow = allow
         self._trusted = trusted
         self._key = key or os.urandom(16)
+        import hashlib  # here, before the change of the user: see switch_user
+
+        self._sha256 = hashlib.sha256
 
     def judge(self, address: object) -> Peer:
         """Judge a peer by the address from `socket.accept`: of IPv4, IPv6, or a unix socket."""
@@ -1040,9 +1043,7 @@ class Addresses:
         if not is_told and address.startswith(EXEMPT):
             is_ordinary = is_allowed and not is_trusted
             return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
-        import hashlib
-
-        digest = hashlib.sha256(self._key + address[:9]).digest()  # of IPv6 the /64
+        digest = self._sha256(self._key + address[:9]).digest()  # of IPv6 the /64
         return Peer(int.from_bytes(digest[:8], "big"), is_allowed, is_trusted)
 
 
@@ -2270,8 +2271,8 @@ class Connection:
 
 
 # Accepting -----------------------------------------------------------------------------------
-# The Acceptor accepts newcomers. It pauses when a resource is used up and no client can make room,
-# and after an error of accept or of the selector that may concern the next newcomer too.
+# The Acceptor accepts newcomers. It pauses when a resource is used up (descriptors: if no client
+# makes room), and after an error of accept or of the selector that may concern the next one too.
 # During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
 
 
@@ -2481,7 +2482,7 @@ class StopProgress:
                 yield leaver
 
     def leavers(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield, for each connection of a running pair, the one of the two that leaves first.
+        """Yield, for each of `connections` in a running pair, the client that is to leave first.
 
         A client without a backlog leaves first. The other one then flushes its backlog, and the
         record is written. A pair that the caller ends is not yielded again.
@@ -2690,8 +2691,8 @@ class LimitEnforcer:
     def _first_to_go(self) -> Connection | None:
         """Return the client that is evicted first, if there is one.
 
-        A client that has all its bytes goes first, then one without a handshake, then one that
-        waits, the older ones first. A pair does not go, nor a client that has bytes to get.
+        A client that has all its bytes goes first, then the oldest one without a handshake, then
+        one that waits. A pair does not go, nor a client that has bytes to get.
         """
         for conn in self._loop.timers.linger_polls.connections():
             if conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock):
@@ -2759,9 +2760,11 @@ class LimitEnforcer:
                 self._end(Limit.STALL, conn)
                 self._faults.guard(conn.doom, conn)  # nothing more can be sent
             elif pair is not None and limits.idle_seconds:
-                # A pair with a backlog or without an allowance is not read now, and is not idle.
-                has_backlog = any(one.transport.queued_bytes() for one in pair.sessions)
-                value = -1 if has_backlog or pair.allowance == 0 else pair.total_bytes
+                # A pair that has queued bytes, also in the kernel, or no allowance is not idle.
+                ends = filter(None, (conn, conn.partner))
+                queues = ((one.backlog, unacknowledged_bytes(one.sock) or 0) for one in ends)
+                is_held = any(backlog or size > FEW_BYTES for backlog, size in queues)
+                value = -1 if is_held or pair.allowance == 0 else pair.total_bytes
                 idle_seconds = self._sweep.unchanged_seconds(pair, value, now)
                 if idle_seconds >= limits.idle_seconds and value >= 0:
                     self._end(Limit.IDLE, conn)
@@ -2903,7 +2906,7 @@ class Server:
 
         If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
         goes on, and select can return an empty list although sockets are ready. Then ask again
-        before any timer runs, and let no time limit count these seconds.
+        before any timer runs, and let the time limits leave out the time beyond `timeout`.
         """
         assert self._selector is not None, "not started"
         before = self.clock()
@@ -4176,8 +4179,8 @@ def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
         with contextlib.suppress(OSError):
             return partial(os.write, os.open(f"/proc/self/fd/{fd}", flags))
-    # A file, a device, or a pipe that belongs to another user. Between the question and the
-    # write another process may fill that pipe: then the write blocks.
+    # A file, a device, or a pipe that belongs to another user. Between the poll in `takes_bytes`
+    # and the write, another process may fill that pipe: then the write blocks.
     return lambda text: takes_bytes(fd, 0) and os.write(fd, text)
 
 
@@ -4643,7 +4646,7 @@ HELP = {
     "stall-timeout": "end a connection whose client has acknowledged none of the bytes queued for"
     " it for this many seconds; 0 switches it off (default: %(default)g s)",
     "max-connections": "open at most this many connections; a newcomer then takes the place of a"
-    " client without a partner, or is refused; 0: no maximum (default: 80 %% of the file"
+    " client without a partner, or is refused; 0: no maximum (default: at most 80 %% of the file"
     " descriptors)",
     "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
     " network wait; 0: no maximum (default: %(default)s)",
@@ -4825,7 +4828,7 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 # Start and stop ------------------------------------------------------------------------------
 # The order matters. Steps that need root come first, then the switch of the user, then the files
 # that belong to that user. Threads start last: a fork would lose them. A start that fails removes
-# its pidfile and its unix sockets. The end of the process closes the rest.
+# its pidfile and its unix sockets, if it still may. The end of the process closes the rest.
 #
 # `serve` has the steps that belong to the process (background, pidfile, log file). `open_relay` has
 # the others (listeners, sinks, user): the planned reload will try these alone.
@@ -4893,8 +4896,7 @@ def open_relay(
 
 
 def announce(options: argparse.Namespace, relay: Relay) -> None:
-    """Log how the relay runs. A start that fails logs none of this."""
-    # The Twisted relay has these texts about blurring.
+    """Log how the relay runs. The texts about blurring are those of the Twisted relay."""
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:

@@ -233,9 +233,20 @@ def test_a_pair_whose_receiver_is_slow_is_not_idle(loop: Loop) -> None:
     assert loop.recorder.moods() == [] and other.conn is not None and other.conn.backlog
 
 
+def test_a_pair_with_bytes_in_the_kernel_is_not_idle(loop: Loop) -> None:
+    loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
+    one, other = loop.meet("unix", "unix")
+    one.send(b"unread")
+    for _ in range(200):
+        loop.advance(1)
+    assert loop.recorder.moods() == []
+    assert other.receive(6) == b"unread"
+    assert 79 <= seconds_until(loop, lambda: bool(loop.recorder.records), 100) <= 91
+
+
 def test_pings_do_not_keep_an_idle_pair(loop: Loop) -> None:
     loop.restart(limits=Limits(idle_seconds=80, stall_seconds=0))
-    one, other = loop.meet("ws-unix", "ws-unix")
+    one, other = loop.meet("ws", "ws")
     seconds = seconds_until(loop, lambda: bool(loop.recorder.records), 100)
     assert 79 <= seconds <= 91
     assert one.read_to_end() == other.read_to_end() == b""
