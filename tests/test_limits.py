@@ -253,7 +253,7 @@ def test_pings_do_not_keep_an_idle_pair(loop: Loop) -> None:
     assert one.close_code == other.close_code == 1000
 
 
-# TCP has timers of its own, which do not follow the test's clock: see tests/hostile/test_stalled.py.
+# The timers of TCP do not follow the test's clock: see tests/hostile/test_stalled.py.
 KINDS = pytest.mark.parametrize("kind", ["unix", "ws-unix"])
 
 
