@@ -658,6 +658,16 @@ def partner_of(session: Session) -> Session | None:
     return None if session.pair is None else session.pair.partner_of(session)
 
 
+@contextlib.contextmanager
+def stopped(relay: RelayProcess) -> Iterator[None]:
+    """Suspend the relay for the `with` block."""
+    os.kill(relay.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(relay.pid, signal.SIGCONT)
+
+
 class RelayProcess:
     """A real relay, as an operator starts it. The end of the `with` block kills it."""
 

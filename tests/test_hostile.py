@@ -7,9 +7,7 @@ undisturbed.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import socket
 import struct
 import threading
@@ -36,6 +34,7 @@ from helpers import (
     frame,
     handshake,
     parse_head,
+    stopped,
 )
 
 from transit_relay import READ_BYTES
@@ -302,16 +301,6 @@ def test_as_many_small_frames_behind_the_head_as_a_kernel_holds(
             if opcode == BINARY:
                 assert other.receive(10_000) == b"x" * 10_000
             neighbours.check()
-
-
-@contextlib.contextmanager
-def stopped(running: RelayProcess) -> Iterator[None]:
-    """Suspend the relay for the `with` block."""
-    os.kill(running.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(running.pid, signal.SIGCONT)
 
 
 def test_a_client_that_does_not_read_its_pongs(

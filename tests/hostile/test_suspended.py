@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from helpers import BINARY, PING, PONG, TIMEOUT, WebSocketClient, frame, handshake
+from helpers import BINARY, PING, PONG, TIMEOUT, WebSocketClient, frame, handshake, stopped
 from processes import patched
-from watched import Scene, shorter, stopped
+from watched import Scene, shorter
 
 SUSPENDED_SECONDS = shorter(120, 8)
 # In the short form the relay sends Pings sooner: it has to be suspended longer than it waits.

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import signal
 import socket
 import sqlite3
 import statistics
@@ -479,16 +478,6 @@ def stalling_listener() -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STALL_RECEIVE_BYTES)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         yield listener
-
-
-@contextmanager
-def stopped(relay: WatchedRelay) -> Iterator[None]:
-    """Suspend the relay for the `with` block."""
-    os.kill(relay.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(relay.pid, signal.SIGCONT)
 
 
 # ---------------------------------------------------------------------------------------------
