@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes fuzz interop hostile soak check-packaging bench bench-quick bench-against lint install uninstall \
+.PHONY: help pytest test test-in-process test-processes fuzz interop hostile rates soak check-packaging bench bench-quick bench-against lint install uninstall \
 	onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
@@ -75,6 +75,9 @@ hostile: pytest ## faults and floods around a relay, 5 minutes; RELAY_HOSTILE_SH
 	for run in $$runs; do wait $$run || status=1; done; \
 	cat $(patsubst %,build/hostile-%.log,$(hostile_runs)); \
 	$(hostile_pytest) $(hostile_alone) || status=1; exit $$status
+
+rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 75 seconds
+	@$(find_pytest); $(hostile_pytest) tests/hostile/test_real_rates.py
 
 MINUTES = 10
 
