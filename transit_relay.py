@@ -29,6 +29,7 @@ signal, a chore, and the start of service and of a stop.
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
+    Bulk                 large moves wait, so that small messages do not
     Limits               what ends or refuses clients, and how the relay makes room
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
@@ -182,6 +183,8 @@ PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pip
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
+PIPE_HOLD_SECONDS = 5  # a wanted pipe is emptied if its receiver takes nothing for so long
+LEAST_QUEUED_BYTES = 16 * 1024  # a read when --max-memory is used up
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
 FEW_BYTES = 64  # unacknowledged ones may be Pings, and do not make a pair busy
 MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
@@ -226,6 +229,7 @@ class Limits(NamedTuple):
     keepalive_seconds: float = 200  # of silence before a TCP keepalive probe; 0: as the system
     max_connections: int = 0
     max_waiting_per_source: int = 256
+    max_memory: int = 256_000_000  # bytes in all backlogs
     max_rate: int = 0  # bytes per second, of all pairs together
     max_pair_rate: int = 0  # bytes per second, of each pair
     quota_rate: int = 0  # bytes per second, of all pairs when the monthly quota is used up
@@ -468,12 +472,13 @@ splice: Callable[..., int] | None = getattr(os, "splice", None)
 class Pipe:
     """A kernel pipe, and the number of bytes in it."""
 
-    __slots__ = ("_filled", "_read_fd", "_write_fd", "is_large")
+    __slots__ = ("_filled", "_read_fd", "_write_fd", "is_large", "seen_bytes")
 
     def __init__(self) -> None:
         """Make a pipe. Raises OSError."""
         self._read_fd, self._write_fd = os.pipe()
         self._filled = 0
+        self.seen_bytes = 0  # how many were in it at the last check of a wanted pipe
         try:
             self.is_large = fcntl.fcntl(self._write_fd, F_SETPIPE_SZ, PIPE_BYTES) >= PIPE_BYTES
         except OSError:  # our user has too many pages in pipes
@@ -507,6 +512,12 @@ class Pipe:
         self._filled -= splice(self._read_fd, sock.fileno(), before, None, None, SPLICE_F_NONBLOCK)
         return before - self._filled
 
+    def empty(self) -> bytearray:
+        """Read all bytes out of the pipe and return them. Raises OSError."""
+        content = bytearray(self._filled)  # before the read: if there is no memory, nothing is lost
+        self._filled -= os.readv(self._read_fd, [content])
+        return content
+
     def close(self) -> None:
         """Close both ends and discard the bytes in it."""
         os.close(self._read_fd)
@@ -532,6 +543,8 @@ class PipePool:
         self._lent = 0
         self._idle: list[Pipe] = []
         self._pause_until = float("-inf")
+        self.scarce: Callable[[], None] = lambda: None  # called when all are lent and one is wanted
+        self._scarcities = Throttle(PIPE_HOLD_SECONDS)
 
     def lend(self) -> Pipe | None:
         """Return an empty pipe, or None if there is no idle one and none can be made."""
@@ -541,7 +554,12 @@ class PipePool:
 
     def _make(self) -> Pipe | None:
         """Make a large pipe. If the system refuses, return None, and do not try for a while."""
-        if self._lent >= self._max_pipes or self._clock() < self._pause_until:
+        now = self._clock()
+        if self._lent >= self._max_pipes:
+            if self._max_pipes and self._scarcities.take(now):
+                self.scarce()
+            return None
+        if now < self._pause_until:
             return None
         try:
             pipe = Pipe()
@@ -550,7 +568,7 @@ class PipePool:
             pipe.close()
         except OSError:  # no descriptors
             pass
-        self._pause_until = self._clock() + PIPES_PAUSE_SECONDS
+        self._pause_until = now + PIPES_PAUSE_SECONDS
         return None
 
     def give_back(self, pipe: Pipe) -> None:
@@ -606,6 +624,7 @@ def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
 REFILL_SECONDS = 0.05
 BUCKET_SECONDS = 0.25  # what a rate allows in this time is the most that is read at once
 RESERVE_SECONDS = 0.1  # the part of the bucket that is the reserve
+RELEASES_PER_TURN = 8  # pairs that go on in one turn of the loop, so that a turn stays short
 LEAST_READ_BYTES = 4 * 1024  # less with a small rate
 LEAST_RATE = 1_000  # bytes per second; a smaller value is probably a mistake in the unit
 NO_RATE = 1e12  # bytes per second: stands for no rate
@@ -654,6 +673,7 @@ class Rates:
         # In the order of their turns, with the remainders of their shares. `refill` moves a pair
         # that may go on to the end. It stays in this dict until the next refill.
         self._waiting: dict[Pair, int] = {}
+        self._releases: deque[tuple[Pair, int]] = deque()  # those that may go on, with allowances
         # Pairs that do not wait, with the bytes that they have read since the last refill.
         self._sharing: dict[Pair, int] = {}  # it gave them a share
         self._beginning: dict[Pair, int] = {}  # it did not
@@ -680,6 +700,8 @@ class Rates:
 
         If it is due, call it before the next read: so there is no burst after a suspension.
         """
+        if self._releases:
+            return self._refilled_at
         is_used = self._waiting or self._sharing or self._beginning
         return self._refilled_at + REFILL_SECONDS if is_used else float("inf")
 
@@ -721,7 +743,22 @@ class Rates:
         return min(self._level - pair.level_used, self._pair_rate * BUCKET_SECONDS)
 
     def refill(self, now: float) -> list[Pair]:
-        """Divide what the rates allow since the last refill. Return the pairs that may go on."""
+        """Return pairs that may go on, at most RELEASES_PER_TURN.
+
+        If none is left of the last refill, first divide what the rates allow since then.
+        """
+        if not self._releases:
+            self._divide(now)
+        going_on: list[Pair] = []
+        while self._releases and len(going_on) < RELEASES_PER_TURN:
+            pair, allowance = self._releases.popleft()
+            if pair in self._waiting:
+                pair.allowance = allowance
+                self._sharing[pair] = 0
+                going_on.append(pair)
+        return going_on
+
+    def _divide(self, now: float) -> None:
         elapsed = min(now - self._refilled_at, BUCKET_SECONDS)
         self._refilled_at = now
         self._level += self._pair_rate * elapsed
@@ -740,7 +777,7 @@ class Rates:
             sharers -= 1
         self._spare, self._sharers = left, sharers
         share = max(left / max(sharers, 1), least)
-        self._sharing, self._beginning, going_on = {}, {}, []
+        self._sharing, self._beginning = {}, {}
         for pair, size in readers.items():
             pair.allowance = max(int(min(share, self._credit(pair))), least) if size else least
             if size:  # else it is idle now
@@ -749,12 +786,9 @@ class Rates:
             allowance = int(min(share + rest, self._credit(pair)))
             if least <= min(left, allowance):
                 left -= share
-                pair.allowance = allowance
                 waiting[pair] = waiting.pop(pair)
-                self._sharing[pair] = 0
-                going_on.append(pair)
+                self._releases.append((pair, allowance))
         self._waiting = waiting
-        return going_on
 
 
 class Quota:
@@ -802,6 +836,24 @@ class Quota:
     def is_used_up(self) -> bool:
         """Return whether the bytes of the month have reached the quota."""
         return self.row()[1] >= self._max_bytes
+
+
+class MemoryBudget:
+    """Counts the bytes in all backlogs, pipes included, and bounds the reads of pairs."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes`: of all backlogs together; 0: no limit."""
+        self._max_bytes = max_bytes
+        self.queued_bytes = 0
+        self.read_bytes = PIPE_BYTES  # the largest read now; 0: the budget is used up
+
+    def change(self, size: int) -> None:
+        """Note that the backlogs grew by `size` bytes. Allow smaller reads as they grow."""
+        self.queued_bytes += size
+        if self._max_bytes:
+            free = self._max_bytes - self.queued_bytes
+            size = max(LEAST_QUEUED_BYTES, PIPE_BYTES * free // self._max_bytes)
+            self.read_bytes = min(size, free) if free >= LEAST_QUEUED_BYTES else 0
 
 
 # Timers --------------------------------------------------------------------------------------
@@ -1080,6 +1132,7 @@ class Limit(enum.Enum):
     SOURCE = "--max-waiting-per-source"
     ALLOW = "--allow"
     QUOTA = "--monthly-quota"
+    MEMORY = "--max-memory"  # slows clients, and ends none
 
 
 # What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
@@ -1117,6 +1170,7 @@ class Transport(Protocol):
     def send(self, data: Bytes) -> None: ...
     def write(self, data: Bytes, *more: Bytes) -> None: ...
     def queued_bytes(self) -> int: ...
+    def is_behind(self) -> bool: ...
     def session_changed(self) -> None: ...
     def note_activity(self) -> None: ...
     def finish(self, reason: Reason) -> None: ...
@@ -1126,8 +1180,10 @@ class EventLoop(Protocol):
     """What a Connection, Faults and the LimitEnforcer use of the Server, which has descriptions."""
 
     buffer: memoryview
+    bulk: BulkQueue
     pipes: PipePool
     rates: Rates
+    memory: MemoryBudget
     timers: Timers
     rendezvous: Rendezvous
     connections: set[Connection]
@@ -1137,7 +1193,6 @@ class EventLoop(Protocol):
     @property
     def clock(self) -> Callable[[], float]: ...  # monotonic seconds, without those of suspensions
     def update_interest(self, conn: Connection) -> None: ...
-    def queue_bulk(self, conn: Connection, ready: int) -> None: ...
     def doom(self, conn: Connection) -> None: ...
 
 
@@ -1267,19 +1322,21 @@ class Session:
             return
         limit = self.refused_by or self.rendezvous.refusal(self)
         if limit is not None:
-            self.rendezvous.limit_reached(limit)
-            self._end("lonely", REFUSALS[limit], Reason.REFUSED)
+            self._refuse(limit, "lonely")
             return
         self.state = State.WAIT_PARTNER
         self.rendezvous.join(self)
         if self.state is State.WAIT_PARTNER:
             self.transport.session_changed()
 
-    def refuse(self) -> None:
+    def relay_full(self) -> None:
         """Refuse a client before its handshake, because the relay is full."""
-        assert self.state is State.WAIT_HANDSHAKE and self.refused_by is not None, self
-        self.rendezvous.limit_reached(self.refused_by)
-        self._end("empty", REFUSALS[self.refused_by], Reason.REFUSED)
+        assert self.state is State.WAIT_HANDSHAKE, self
+        self._refuse(Limit.CONNECTIONS, "empty")
+
+    def _refuse(self, limit: Limit, mood: str) -> None:
+        self.rendezvous.limit_reached(limit)
+        self._end(mood, REFUSALS[limit], Reason.REFUSED)
 
     def bytes_received(self, data: Bytes) -> None:
         """Send bytes to the partner. A client without a partner is refused."""
@@ -1619,16 +1676,7 @@ class Framing:
         """Note that PING_SECONDS passed without traffic."""
 
 
-class Discard(Framing):
-    """The Framing of a client whose Session has ended. It needs no fields."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        pass
-
-
-DISCARD = Discard()
+DISCARD = Framing.__new__(Framing)  # of clients whose Session has ended; it uses no fields
 
 
 class RawFraming(Framing):
@@ -1738,7 +1786,7 @@ class DetectFraming(Framing):
         is_http = session.state is State.WAIT_UPGRADE
         transport.framing = (HttpFraming if is_http else RawFraming)(session, transport)
         if session.refused_by is Limit.CONNECTIONS and not is_http:
-            session.refuse()
+            session.relay_full()
         if self._start:
             transport.framing.receive(memoryview(self._start))
         transport.framing.receive(data)
@@ -1768,7 +1816,7 @@ class HttpFraming(Framing):
             request, rest = read
             self._learn_peer(request.fields.get("x-forwarded-for", ()))
             is_upgrade = request.wants_websocket
-            answer = request.accept() if is_upgrade else answer_plain_request(request)
+            answer = request.accept() if is_upgrade else request.answer(HTTP_TEXT)
             if is_upgrade and self._session.refused_by is Limit.CONNECTIONS:
                 is_upgrade, answer = False, self._answer_full()
         except ws_frames.UpgradeRejected as refusal:
@@ -1793,25 +1841,10 @@ class HttpFraming(Framing):
         return ws_frames.http_answer(503, REFUSALS[Limit.CONNECTIONS].decode())
 
 
-def answer_plain_request(request: ws_frames.Request) -> bytes:
-    """Return the answer to a request that asks for no upgrade. Raises UpgradeRejected."""
-    if request.method not in ws_frames.METHODS:
-        raise ws_frames.not_allowed(request.method)
-    return ws_frames.http_answer(200, HTTP_TEXT, method=request.method)
-
-
 class WebSocketFraming(Framing):
     """Carries the byte stream in binary messages, and answers control frames."""
 
-    __slots__ = (
-        "_close_frame",
-        "_parser",
-        "_pong",
-        "_stream",
-        "_unanswered_pings",
-        "is_costly",
-        "max_read_bytes",
-    )
+    __slots__ = ("_protocol", "_stream", "_unanswered_pings", "is_costly", "max_read_bytes")
     CARRIED = __slots__
 
     is_raw = False
@@ -1819,9 +1852,7 @@ class WebSocketFraming(Framing):
     def __init__(self, session: Session, transport: Transport) -> None:
         super().__init__(session, transport)
         self._stream = RawFraming(session, transport)  # the content of the messages
-        self._parser = ws_frames.FrameParser(must_be_masked=True)
-        self._pong = b""  # the newest Pong, to be sent when the backlog is empty
-        self._close_frame = b""  # the answer to the client's Close, or to its protocol error
+        self._protocol = ws_frames.ServerProtocol()
         self._unanswered_pings = 0  # since the last byte from the client
         self.max_read_bytes = FIRST_READ_BYTES
         self.is_costly = False
@@ -1829,74 +1860,55 @@ class WebSocketFraming(Framing):
     def receive(self, data: memoryview) -> None:
         """Pass on the payload of the frames in `data`, and answer control frames.
 
-        While relaying, all payload of one call is passed on in one piece, and its Pongs are sent
-        together. Earlier, payload is passed on piece by piece, because each piece can change the
-        state.
+        While relaying, all payload of one call is passed on in one piece. Earlier, payload is
+        passed on piece by piece, because each piece can change the state.
         """
         self._unanswered_pings = 0
         self._transport.note_activity()
         payload: list[Bytes] = []
-        pongs: list[bytes] = []
-        events = 1  # one more than there are, to avoid a division by zero
-        try:
-            for event in self._parser.receive(data):
-                events += 1
-                if event.opcode == ws_frames.BINARY:
-                    payload.append(event.payload)
-                    if self._session.pair is None:
-                        self._pass_on(payload, pongs)
-                        if event.is_last:
-                            self._stream.message_ended()
-                        if self._session.state is State.DONE:
-                            return
-                elif event.opcode == ws_frames.PING:
-                    pongs.append(ws_frames.build_frame(ws_frames.PONG, event.payload))
-                elif event.opcode == ws_frames.CLOSE:  # RFC 6455 5.5.1: echo its code
-                    self._close_frame = ws_frames.build_frame(ws_frames.CLOSE, event.payload[:2])
-                    break
-        except ws_frames.ProtocolError as error:
-            self._close_frame = ws_frames.build_close(error.code)
-        self._pass_on(payload, pongs)
+        for event in self._protocol.receive(data):
+            payload.append(event.payload)
+            if self._session.pair is None:
+                self._pass_on(payload)
+                if event.is_last:
+                    self._stream.message_ended()
+                if self._session.state is State.DONE:
+                    return
+        self._pass_on(payload)
         # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
         # one: up to four times its size, but FIRST_READ_BYTES at least.
+        events = self._protocol.events_read + 1  # to avoid a division by zero
         growth = min(4, FRAMES_PER_READ // events)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
         self.is_costly = events > COSTLY_FRAMES
-        if self._close_frame:
+        if self._protocol.close_frame:
             self._session.client_ended()
 
-    def _pass_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
-        """Send the Pongs, pass the payload to the Session, and empty both lists."""
-        if pongs and self._transport.queued_bytes() > PONG_BACKLOG_BYTES:
-            self._pong = pongs[-1]
-        elif pongs:
-            self._pong = b""
-            self._transport.write(b"".join(pongs))
+    def _pass_on(self, payload: list[Bytes]) -> None:
+        """Send the Pongs, pass the payload to the Session, and empty the list."""
+        pongs = self._protocol.new_pongs(self._transport.is_behind())
+        if pongs:
+            self._transport.write(pongs)
         data = payload[0] if len(payload) == 1 else b"".join(payload)
         if data:
             self._stream.receive(data)
         payload.clear()
-        pongs.clear()
 
     def encode(self, data: Bytes) -> Sequence[Bytes]:
         """Return binary messages of at most MAX_MESSAGE_BYTES: header, slice, header, slice."""
         self._transport.note_activity()
         if len(data) <= MAX_MESSAGE_BYTES:
             return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
-        parts: list[Bytes] = []
-        view = memoryview(data)
-        for start in range(0, len(data), MAX_MESSAGE_BYTES):
-            piece = view[start : start + MAX_MESSAGE_BYTES]
-            parts += (ws_frames.frame_header(ws_frames.BINARY, len(piece)), piece)
-        return parts
+        return ws_frames.split_message(data, MAX_MESSAGE_BYTES)
 
     def closing_bytes(self, reason: Reason) -> bytes:
         """Return the waiting Pong and a Close, which answers the client or tells the `reason`."""
-        return self._pong + (self._close_frame or ws_frames.build_close(CLOSE_CODES[reason]))
+        close = self._protocol.close_frame or ws_frames.build_close(CLOSE_CODES[reason])
+        return self._protocol.waiting_pong() + close
 
     def backlog_sent(self) -> None:
         """Send the waiting Pong."""
-        pong, self._pong = self._pong, b""
+        pong = self._protocol.waiting_pong()
         if pong:
             self._transport.write(pong)
         self._transport.note_activity()
@@ -1928,7 +1940,8 @@ CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013} 
 # of its partner whenever one of these fields changes.
 #
 # A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
-# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or one pipe (PIPE_BYTES).
+# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or one pipe (PIPE_BYTES). When all
+# backlogs together reach --max-memory, a pair is read only if the receiver's socket has room.
 #
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
@@ -1963,7 +1976,10 @@ class Connection:
         *("_is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
         *("backlog", "fd", "phase", "read_bytes", "sent_bytes"),
     )
-    __slots__ = (*CARRIED, "_server", "framing", "is_unpolled", "mask", "session", "sock")
+    __slots__ = (
+        *CARRIED,
+        *("counted_bytes", "_server", "framing", "is_unpolled", "mask", "session", "sock"),
+    )
 
     def __init__(
         self, sock: socket.socket, server: EventLoop, role: Role, peer: Peer, has_proxy_header: bool
@@ -1977,7 +1993,9 @@ class Connection:
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
-        self.backlog: bytearray | Pipe | None = None  # None: nothing is queued
+        # None: nothing is queued. Without bytes: the partner is read when the socket has room.
+        self.backlog: bytearray | Pipe | None = None
+        self.counted_bytes = 0  # of the backlog, in the server's MemoryBudget
         self.mask = 0  # the registered events; only Server.update_interest sets this
         self.is_unpolled = False  # in the bulk queue, and not in the selector
         self._is_bulk = False  # the last read was large or costly: the next one is queued
@@ -2028,32 +2046,14 @@ class Connection:
             if self.queued_bytes() >= BULK_BYTES:
                 bulk |= EVENT_WRITE
             else:
-                self._drain()
+                self.drain()
         if mask & self.mask & EVENT_READ:
             if self._is_bulk:
                 bulk |= EVENT_READ
             else:
-                self._receive()
+                self.receive()
         if bulk:
-            self._server.queue_bulk(self, bulk)
-
-    def on_bulk_turn(self, ready: int) -> int:
-        """Handle readiness that was queued. Return how many bytes moved."""
-        moved = 0
-        usable = ready & self.interest()
-        if usable & EVENT_WRITE:
-            moved += self._drain()
-            usable = ready & self.interest()
-        if usable & EVENT_READ:
-            moved += self._receive()
-        if self.is_unpolled:
-            # A connection that moves bulk stays in the queue and out of the selector.
-            if moved >= BULK_BYTES and self.interest():
-                self._server.queue_bulk(self, EVENT_READ | EVENT_WRITE)
-            else:
-                self.is_unpolled = False
-                self._server.update_interest(self)
-        return moved
+            self._server.bulk.add(self, bulk)
 
     # Orders of the Session and the Framing: see Transport.
 
@@ -2069,6 +2069,7 @@ class Connection:
             assert isinstance(self.backlog, bytearray), "the backlog is a pipe"
             for part in (data, *more):
                 self.backlog += part
+            self._count_backlog()
             return
         try:
             sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
@@ -2086,6 +2087,10 @@ class Connection:
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
         return len(self.backlog or ())
+
+    def is_behind(self) -> bool:
+        """Return whether so much is queued that only the newest Pong is kept."""
+        return self.queued_bytes() > min(PONG_BACKLOG_BYTES, self._server.memory.read_bytes)
 
     def session_changed(self) -> None:
         """Start the time limit of a client that waits, or compute the interest again."""
@@ -2111,13 +2116,20 @@ class Connection:
 
     # How bytes move.
 
-    def _receive(self) -> int:
+    def receive(self) -> int:
         """Read once: in a direct pair for the partner's socket. Return how many bytes came."""
-        pair, most = self.session.pair, PIPE_BYTES
+        pair, most = self.session.pair, self._server.memory.read_bytes
+        if not most:
+            partner = self.partner
+            if partner is not None and not takes_bytes(partner.fd, seconds=0):
+                self.session.rendezvous.limit_reached(Limit.MEMORY)
+                partner._set_backlog(bytearray())
+                return 0
+            most = LEAST_QUEUED_BYTES
         limited = pair if pair is not None and pair.allowance is not None else None
         if limited is not None:
             limited.sessions = limited.partner_of(self.session), self.session  # they take turns
-            if not (most := self._server.rates.limit(limited)):
+            if not (most := min(most, self._server.rates.limit(limited))):
                 return 0
         if pair is not None and not pair.is_direct:
             pair = None
@@ -2172,11 +2184,12 @@ class Connection:
             if partner.backlog is not pipe:
                 self._server.pipes.give_back(pipe)
 
-    def _drain(self) -> int:
+    def drain(self) -> int:
         """Send from the backlog. Return how many bytes were removed from it."""
         assert self.backlog is not None
         before = len(self.backlog)
         if not self._flush(self.backlog):
+            self._count_backlog()
             return before - len(self.backlog)
         self._set_backlog(None)
         self.framing.backlog_sent()
@@ -2216,10 +2229,20 @@ class Connection:
         old, self.backlog = self.backlog, backlog
         if isinstance(old, Pipe):
             self._server.pipes.give_back(old)
+        self._count_backlog()
         self._server.update_interest(self)
         partner = self.partner
         if partner is not None:
             self._server.update_interest(partner)
+
+    def _count_backlog(self) -> None:
+        size = self.queued_bytes()
+        self._server.memory.change(size - self.counted_bytes)
+        self.counted_bytes = size
+
+    def release_pipe(self, pipe: Pipe) -> None:
+        """Move the bytes of `pipe`, which is the backlog, into memory, and give it back."""
+        self._set_backlog(pipe.empty())
 
     # What closes this socket, and when: see the table in the docstring.
 
@@ -2575,6 +2598,10 @@ class Faults:
         """
         loop = self._loop
         self.need_repair = False
+        for conn in loop.connections:
+            conn.counted_bytes = conn.queued_bytes()
+        queued_bytes = sum(conn.counted_bytes for conn in loop.connections)
+        loop.memory.change(queued_bytes - loop.memory.queued_bytes)
         for conn in tuple(loop.connections):
             if conn.backlog is not None and not len(conn.backlog):
                 self.guard(partial(conn._set_backlog, None))
@@ -2643,6 +2670,79 @@ def is_consistent(conn: Connection) -> bool:
     return True
 
 
+# Bulk ----------------------------------------------------------------------------------------
+# Large or costly moves wait in a queue. A turn serves only so many of them that small messages do
+# not wait long.
+
+
+class BulkQueue:
+    """The connections whose next move is expected to be large or costly, with their readiness."""
+
+    def __init__(self, loop: EventLoop, faults: Faults) -> None:
+        self._loop = loop
+        self._faults = faults
+        self._ready: OrderedDict[Connection, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def __contains__(self, conn: Connection) -> bool:
+        return conn in self._ready
+
+    def add(self, conn: Connection, ready: int) -> None:
+        """Put `conn` at the end of the queue, if it is not in it.
+
+        In a long queue `conn` is not polled, because each select would report it until it is
+        served.
+        """
+        self._ready[conn] = self._ready.get(conn, 0) | ready
+        if len(self._ready) > MAX_POLLED_BULK and not conn.is_unpolled:
+            conn.is_unpolled = True
+            self._loop.update_interest(conn)
+
+    def discard(self, conn: Connection) -> None:
+        """Remove a closed connection, if it is in the queue."""
+        self._ready.pop(conn, None)
+
+    def serve(self) -> list[Connection]:
+        """Serve at most a quarter of the queue, rounded up. Return the served connections.
+
+        Stop after the step that reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
+        """
+        served: list[Connection] = []
+        moved = 0
+        deadline = self._loop.clock() + TURN_BULK_SECONDS if self._ready else 0.0
+        for _ in range((len(self._ready) + 3) // 4):
+            conn, ready = self._ready.popitem(last=False)
+            served.append(conn)
+            try:
+                moved += self.move(conn, ready)
+            except Exception:
+                conn.is_unpolled = False  # it is not in the queue any more
+                self._faults.contain(conn)
+            if moved >= TURN_BULK_BYTES or self._loop.clock() >= deadline:
+                break
+        return served
+
+    def move(self, conn: Connection, ready: int) -> int:
+        """Handle readiness that was queued. Return how many bytes moved."""
+        moved = 0
+        usable = ready & conn.interest()
+        if usable & EVENT_WRITE:
+            moved += conn.drain()
+            usable = ready & conn.interest()
+        if usable & EVENT_READ:
+            moved += conn.receive()
+        if conn.is_unpolled:
+            # A connection that moves bulk stays in the queue and out of the selector.
+            if moved >= BULK_BYTES and conn.interest():
+                self.add(conn, EVENT_READ | EVENT_WRITE)
+            else:
+                conn.is_unpolled = False
+                self._loop.update_interest(conn)
+        return moved
+
+
 # Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: that is counted and logged, and the client is ended.
 # Session and HttpFraming send the refusals, and report them to `LimitEnforcer.note`.
@@ -2658,6 +2758,7 @@ class LimitEnforcer:
         self.reached = Tally()  # by the option of the limit
         self._is_quota_used_up = False
         loop.rates.changed = self.allowance_changed
+        loop.pipes.scarce = self.release_pipes
         shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
         seconds = shortest / SWEEPS_PER_LIMIT
         shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
@@ -2665,8 +2766,9 @@ class LimitEnforcer:
         self._sweep = Sweep(loop.connections, shares)
 
     def note(self, limit: Limit) -> None:
-        """Count that a limit ended or refused a client. Log it, at most once a minute."""
-        message = f"{limit.value}: a client was disconnected"
+        """Count that a limit ended, refused or slowed a client. Log it, at most once a minute."""
+        what = "clients have to wait" if limit is Limit.MEMORY else "a client was disconnected"
+        message = f"{limit.value}: {what}"
         self.reached.note(limit.value, self._loop.clock(), logging.INFO, message)
 
     def has_room(self) -> bool:
@@ -2769,6 +2871,15 @@ class LimitEnforcer:
                 if idle_seconds >= limits.idle_seconds and value >= 0:
                     self._end(Limit.IDLE, conn)
 
+    def release_pipes(self) -> None:
+        """Release the pipes whose receivers took nothing since the last call."""
+        for conn in tuple(self._loop.connections):
+            pipe = conn.backlog
+            if isinstance(pipe, Pipe):
+                if pipe.seen_bytes == len(pipe):
+                    self._faults.guard(partial(conn.release_pipe, pipe), conn)
+                pipe.seen_bytes = len(pipe)
+
     def _stalled_seconds(self, conn: Connection, now: float) -> float:
         """Return for how long a peer has acknowledged none of the bytes queued for it (seconds).
 
@@ -2791,8 +2902,7 @@ def is_before_handshake(conn: Connection) -> bool:
 
 # Server --------------------------------------------------------------------------------------
 # Each turn waits for events with a select and calls the handlers of the ready sockets. Small
-# reads are handled at once. Bulk is queued, and a turn serves only so much of it that small
-# messages do not wait long.
+# reads are handled at once. Bulk is queued.
 #
 # Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, or
 # earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
@@ -2831,6 +2941,7 @@ class Server:
             recorder.record, clock, self.rates, limits.max_waiting_per_source, addresses
         )
         self.buffer = memoryview(bytearray(READ_BYTES))  # shared by all connections
+        self.memory = MemoryBudget(limits.max_memory)
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
         self.phase = ServerPhase.SERVING
@@ -2841,7 +2952,7 @@ class Server:
             listeners, self.admit, self._free_descriptor, addresses, limits, self.clock
         )
         self.doomed: OrderedDict[Connection, None] = OrderedDict()
-        self._bulk_queue: OrderedDict[Connection, int] = OrderedDict()  # with their readiness
+        self.bulk = BulkQueue(self, self.faults)
         self.timers = Timers(limits)
         self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
@@ -2878,15 +2989,15 @@ class Server:
 
     def run_once(self, timeout: float) -> None:
         """Run one turn: wait at most `timeout` seconds, then work."""
-        events = self._wait(0 if self._bulk_queue else timeout)
-        if self.rates.next_due() <= self.clock():  # before the reads: these spend allowances
-            self.faults.guard(partial(self.limits.refill_rates, self.clock()))
+        events = self._wait(0 if self.bulk else timeout)
+        if self.rates.next_due() <= (now := self.clock()):  # before reads, which spend allowances
+            self.faults.guard(partial(self.limits.refill_rates, now))
         for key, mask in events:
             try:
                 key.data.on_ready(mask)
             except Exception:
                 self.faults.contain(key.data)
-        served = self._serve_bulk()
+        served = self.bulk.serve()
         for action in self.signals.take_actions():
             self.faults.guard(action)
         if self._stop_progress is not None:
@@ -2922,27 +3033,6 @@ class Server:
         due = min(self.timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
         timeout = max(0.0, due - self.clock())
         return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
-
-    def _serve_bulk(self) -> list[Connection]:
-        """Serve at most a quarter of the bulk queue, rounded up. Return the served connections.
-
-        Stop after the step that reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
-        """
-        served: list[Connection] = []
-        moved = 0
-        clock = self.clock.monotonic
-        deadline = clock() + TURN_BULK_SECONDS if self._bulk_queue else 0.0
-        for _ in range((len(self._bulk_queue) + 3) // 4):
-            conn, ready = self._bulk_queue.popitem(last=False)
-            served.append(conn)
-            try:
-                moved += conn.on_bulk_turn(ready)
-            except Exception:
-                conn.is_unpolled = False  # it is not in the queue any more
-                self.faults.contain(conn)
-            if moved >= TURN_BULK_BYTES or clock() >= deadline:
-                break
-        return served
 
     def _run_timers(self, now: float) -> None:
         self.limits.run(now)
@@ -3009,17 +3099,6 @@ class Server:
             self.faults.note("the selector refused a connection", error)
             conn.doom()
 
-    def queue_bulk(self, conn: Connection, ready: int) -> None:
-        """Put `conn` at the end of the bulk queue, if it is not in it.
-
-        In a long queue `conn` is not polled, because each select would report it until it is
-        served.
-        """
-        self._bulk_queue[conn] = self._bulk_queue.get(conn, 0) | ready
-        if len(self._bulk_queue) > MAX_POLLED_BULK and not conn.is_unpolled:
-            conn.is_unpolled = True
-            self.update_interest(conn)
-
     def doom(self, conn: Connection) -> None:
         """Close `conn` at the end of this turn."""
         self.doomed[conn] = None
@@ -3030,7 +3109,7 @@ class Server:
             return
         while self.doomed:
             conn, _ = self.doomed.popitem(last=False)
-            self._bulk_queue.pop(conn, None)
+            self.bulk.discard(conn)
             try:
                 self._close(conn)
             except Exception:
@@ -4619,7 +4698,8 @@ def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]
 
 LIMIT_OPTIONS = (  # in the order of the fields of Limits
     *("handshake_timeout", "max_wait", "idle_timeout", "stall_timeout", "keepalive"),
-    *("max_connections", "max_waiting_per_source", "max_rate", "max_pair_rate", "quota_rate"),
+    *("max_connections", "max_waiting_per_source", "max_memory"),
+    *("max_rate", "max_pair_rate", "quota_rate"),
 )
 # The texts of --help, by the long name of the option. The man page has the same texts.
 HELP = {
@@ -4650,6 +4730,9 @@ HELP = {
     " descriptors)",
     "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
     " network wait; 0: no maximum (default: %(default)s)",
+    "max-memory": "let at most this many bytes wait in the relay for slow receivers, in all pairs"
+    " together; then read no faster than they take the bytes: 64MB, 1GiB; 0: no maximum (default:"
+    " 256 MB)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
     "max-rate": "relay at most this many bytes per second in all, divided evenly among the pairs"
@@ -4658,7 +4741,7 @@ HELP = {
     " together; 0 switches it off (default: none)",
     "monthly-quota": "refuse new pairs when this many bytes were relayed in a calendar month (UTC):"
     " 500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)",
-    "quota-rate": "when the monthly quota is used up, refuse nobody, but relay at most this many"
+    "quota-rate": "when the monthly quota is used up, refuse no client, but relay at most this many"
     " bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)",
     "allow": "accept clients from this network only: an IPv4 or IPv6 address, alone or with a"
     " prefix length, or `unix` for unix sockets; can be given several times (default: everywhere)",
@@ -4716,8 +4799,9 @@ def make_parser() -> Parser:
         add(f"--{name}", metavar="SECONDS", type=time_limit, help=HELP[name])
     for name in ("max-connections", "max-waiting-per-source"):
         add(f"--{name}", metavar="N", type=count, help=HELP[name])
-    add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
     rate, size = allow_empty(parse_rate), allow_empty(parse_size)
+    add("--max-memory", metavar="SIZE", type=size, help=HELP["max-memory"])
+    add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
     add("--max-rate", metavar="RATE", type=rate, help=HELP["max-rate"])
     add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])
     add("--monthly-quota", metavar="SIZE", type=size, help=HELP["monthly-quota"])

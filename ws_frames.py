@@ -10,6 +10,7 @@ The numbers at the checks are sections of RFC 6455, unless they name another RFC
                          upgrade_request, AnswerReader  client
     Received frames      FrameParser, Event             both; `must_be_masked` sets the role
     Frames to send       frame_header, build_frame      both; a client passes a masking key
+    An open WebSocket    ServerProtocol                 server: payload, and the answers to send
 
 The module supports no extension, no subprotocol and no text messages. FrameParser does not
 assemble messages: it returns payload in pieces, so its memory does not depend on the length of a
@@ -40,7 +41,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Union
 
 Bytes = Union[bytes, bytearray, memoryview]
-Place = Mapping[str, Union[bytes, int]]
+Place = Mapping[str, Union[bytes, int, "Place"]]
 
 # Opcodes: 5.2.
 CONTINUATION, TEXT, BINARY = 0x0, 0x1, 0x2
@@ -132,12 +133,14 @@ class Reader:
     CARRIED: tuple[str, ...] = ()
 
     def place(self) -> Place:
-        """Return the carried fields by name, as bytes and numbers."""
-        fields = {name: getattr(self, name) for name in self.CARRIED}
-        return {
-            name: bytes(value) if isinstance(value, bytearray) else value
-            for name, value in fields.items()
-        }
+        """Return the carried fields by name, as bytes and numbers, or as the place of a part."""
+        place = {name: getattr(self, name) for name in self.CARRIED}
+        for name, value in place.items():
+            if isinstance(value, Reader):
+                place[name] = value.place()
+            elif isinstance(value, bytearray):
+                place[name] = bytes(value)
+        return place
 
     def resume(self, place: Place) -> None:
         """Set the fields that `place` of a reader of the same class returned.
@@ -148,7 +151,11 @@ class Reader:
         if unknown:
             raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         for name, value in place.items():
-            setattr(self, name, type(getattr(self, name))(value))
+            field = getattr(self, name)
+            if isinstance(field, Reader) and isinstance(value, Mapping):
+                field.resume(value)
+            else:
+                setattr(self, name, type(field)(value))
 
 
 # PROXY headers, HAProxy's proxy-protocol.txt -------------------------------------------------
@@ -247,7 +254,7 @@ def told_address(header: bytes) -> str | None:
 
 # The opening handshake, section 4 ------------------------------------------------------------
 # Client and server each send one head of HTTP/1.1. A server reads a Request and checks whether
-# it `wants_websocket`. `accept` answers an upgrade, `http_answer` any other request.
+# it `wants_websocket`. `accept` answers an upgrade, `answer` any other request.
 
 
 class HeadReader(Reader):
@@ -376,6 +383,12 @@ class Request(NamedTuple):
             "Connection: Upgrade\r\n"
             f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n"
         ).encode("ascii")
+
+    def answer(self, text: str) -> bytes:
+        """Return the answer to a request without an upgrade. Raises UpgradeRejected."""
+        if self.method not in METHODS:
+            raise not_allowed(self.method)
+        return http_answer(200, text, method=self.method)
 
 
 def parse_request(head: bytes) -> Request:
@@ -696,3 +709,73 @@ def build_frame(
 def build_close(code: int, key: bytes = b"") -> bytes:
     """Return a Close frame with this code and no reason."""
     return build_frame(CLOSE, code.to_bytes(2, "big"), key=key)
+
+
+def split_message(data: Bytes, max_bytes: int) -> list[Bytes]:
+    """Return `data` as unmasked binary messages of at most `max_bytes`: header, slice, header, ...
+
+    The slices are views of `data`.
+    """
+    view = memoryview(data)
+    parts: list[Bytes] = []
+    for start in range(0, len(data), max_bytes):
+        piece = view[start : start + max_bytes]
+        parts += (frame_header(BINARY, len(piece)), piece)
+    return parts
+
+
+# An open WebSocket of a server ---------------------------------------------------------------
+# ServerProtocol reads the frames of a client and collects the Pongs and the Close that answer them.
+
+
+class ServerProtocol(Reader):
+    """The server's end of an open WebSocket."""
+
+    CARRIED = ("_parser", "_pong", "close_frame")
+    __slots__ = (*CARRIED, "_pongs", "events_read")
+
+    def __init__(self) -> None:
+        self._parser = FrameParser(must_be_masked=True)
+        self._pong = b""  # the newest Pong, while the client leaves much unread
+        self.close_frame = b""  # the answer to the client's Close, or to its error
+        self._pongs: list[bytes] = []  # to be taken; empty between two reads
+        self.events_read = 0  # in the last call of `receive` that was exhausted
+
+    def receive(self, data: memoryview) -> Iterator[Event]:
+        """Yield the pieces of binary messages in `data`, the next bytes of the stream.
+
+        Exhaust the iterator before `data` changes. If `close_frame` is set afterwards, the client
+        has sent a Close or broken a rule: do not call `receive` again.
+        """
+        events = 0
+        try:
+            for event in self._parser.receive(data):
+                events += 1
+                if event.opcode == BINARY:
+                    yield event
+                elif event.opcode == PING:
+                    self._pongs.append(build_frame(PONG, event.payload))
+                elif event.opcode == CLOSE:  # 5.5.1: echo its code
+                    self.close_frame = build_frame(CLOSE, event.payload[:2])
+                    break
+        except ProtocolError as error:
+            self.close_frame = build_close(error.code)
+        self.events_read = events
+
+    def new_pongs(self, is_behind: bool) -> bytes:
+        """Return the Pongs for the Pings that were received since the last call.
+
+        `is_behind`: the client leaves much unread. Then only the newest Pong is kept, for
+        `waiting_pong`, and nothing is returned: 5.5.3.
+        """
+        if not self._pongs:
+            return b""
+        self._pong = self._pongs[-1] if is_behind else b""
+        pongs = b"" if is_behind else b"".join(self._pongs)
+        self._pongs.clear()
+        return pongs
+
+    def waiting_pong(self) -> bytes:
+        """Return the Pong that was kept, if there is one, and forget it."""
+        pong, self._pong = self._pong, b""
+        return pong

@@ -10,6 +10,7 @@ from transit_relay import (
     MAX_BACKLOG_BYTES,
     MAX_IDLE_PIPES,
     PIPE_BYTES,
+    Limit,
     Phase,
     Pipe,
     PipePool,
@@ -64,14 +65,17 @@ def check_server(server: Server) -> None:
     registered = {fd: key.events for fd, key in entries if fd not in others}
     assert registered == {conn.fd: conn.mask for conn in server.connections if conn.mask}
     lingering = set(server.timers.linger_polls.connections())
+    has_waited = Limit.MEMORY.value in server.limits.reached.counts
+    queued_bytes = sum(conn.queued_bytes() for conn in server.connections)
+    assert server.memory.queued_bytes == queued_bytes
     for conn in server.connections:
         assert conn.mask == (0 if conn.is_unpolled else conn.interest()), conn
-        assert conn.backlog is None or len(conn.backlog) > 0, conn
-        assert isinstance(conn.backlog, Pipe) or conn.queued_bytes() <= MAX_BACKLOG_BYTES
+        assert conn.backlog is None or len(conn.backlog) or has_waited, conn
+        assert conn.queued_bytes() <= (PIPE_BYTES if conn.framing.is_raw else MAX_BACKLOG_BYTES)
         assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn
         pair = conn.session.pair
         assert pair is None or pair in server.rendezvous.pairs, conn
-        assert not conn.is_unpolled or conn in server._bulk_queue, conn
+        assert not conn.is_unpolled or conn in server.bulk, conn
         assert conn.phase is not Phase.CLOSED, conn
         assert (conn.phase is Phase.OPEN) == (conn.session.state is not State.DONE), conn
         assert conn.phase is not Phase.FLUSHING or conn.backlog is not None, conn

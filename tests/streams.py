@@ -8,6 +8,7 @@ from helpers import BINARY, CLOSE, FakeTransport, frame, handshake
 
 from transit_relay import (
     DISCARD,
+    PONG_BACKLOG_BYTES,
     Bytes,
     DetectFraming,
     Framing,
@@ -160,6 +161,9 @@ class FramedTransport(FakeTransport):
 
     def queued_bytes(self) -> int:
         return self.queued
+
+    def is_behind(self) -> bool:
+        return self.queued > PONG_BACKLOG_BYTES
 
     def note_activity(self) -> None:
         self.activities += 1

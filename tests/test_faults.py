@@ -45,7 +45,6 @@ from transit_relay import (
     COMPLAINT_SECONDS,
     Connection,
     DetectFraming,
-    Discard,
     Framing,
     HttpFraming,
     Limits,
@@ -76,7 +75,6 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
 CLASSES: list[type] = [
     Connection,
     Framing,
-    Discard,
     RawFraming,
     DetectFraming,
     HttpFraming,
@@ -86,20 +84,30 @@ CLASSES: list[type] = [
     Rendezvous,
     transit_relay.ListenerHandler,
     transit_relay.Acceptor,
+    transit_relay.BulkQueue,
+    transit_relay.MemoryBudget,
     TimeLimit,
     Timers,
 ]
 SERVER_METHODS = (
     # `admit` contains the faults of its own calls, all of which are in this list.
-    *("update_interest", "queue_bulk", "doom"),
+    *("update_interest", "doom"),
 )
 # The loop itself, and what is called without a connection. A fault there may end the process.
 NOT_A_HANDLER = {
-    *("Connection.__repr__", "Session.__repr__", "Discard.__init__"),
+    *("Connection.__repr__", "Session.__repr__"),
     *("TimeLimit.__init__", "TimeLimit.next_due", "TimeLimit.take_expired"),
     *("TimeLimit.connections", "Timers.__init__", "Timers.next_due"),
     *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
     *("Acceptor.__init__", "Acceptor.close"),
+    *(
+        "BulkQueue.__init__",
+        "BulkQueue.__len__",
+        "BulkQueue.__contains__",
+        "BulkQueue.serve",
+        "BulkQueue.discard",
+    ),
+    *("MemoryBudget.__init__", "Connection.release_pipe"),  # see test_memory.py
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
     # After a fault only: a second fault there is tested apart.
     *("Session.abandon", "Rendezvous.expel"),
@@ -146,7 +154,7 @@ def containing_frame(
             name in ("guard", "contain")
             or name == "admit"
             or (name == "run_once" and callee == "on_ready")
-            or (name == "_serve_bulk" and callee == "on_bulk_turn")
+            or (name == "serve" and callee == "move")
             or (name == "_reap" and callee == "_close")
         ):
             return frame, callee
@@ -168,7 +176,7 @@ def served_connection(frame: types.FrameType | None, callee: str) -> object:
         return local["conn"] or "newcomer"  # also while `admit` contains a fault
     if name == "run_once":
         return local["key"].data
-    if name in ("_serve_bulk", "_reap"):
+    if name in ("serve", "_reap"):
         return local["conn"]
     served = local["served"]
     return served if name == "contain" or isinstance(served, Connection) else "acceptor"
@@ -256,7 +264,7 @@ class ListeningLoop(Loop):
         """Run turns until nothing is ready or on its way, and one for the timers."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
-        while self.server._bulk_queue or self.server._selector.select(0):
+        while self.server.bulk or self.server._selector.select(0):
             self._run_turn()
             self.wait_for_arrivals()
             assert time.monotonic() < deadline, "the loop does not come to rest"
@@ -891,7 +899,7 @@ def test_a_fault_of_bulk_that_is_not_polled(loop: Loop, monkeypatch: pytest.Monk
     monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
     one, other = loop.meet("unix", "unix")
     work = FaultyWork(MemoryError, 1)
-    fail_once(monkeypatch, Handler(Connection, "on_bulk_turn"), work)
+    fail_once(monkeypatch, Handler(transit_relay.BulkQueue, "move"), work)
     one.send(b"data")
     loop.pump()
     assert work.calls >= 1 and loop.server.faults.count == 1

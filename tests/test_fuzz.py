@@ -43,6 +43,7 @@ from streams import (
 
 from transit_relay import (
     ENDPOINT_FIELDS,
+    HTTP_TEXT,
     Endpoint,
     Handshake,
     RawFraming,
@@ -52,7 +53,6 @@ from transit_relay import (
     State,
     UsageError,
     UsageRecord,
-    answer_plain_request,
     parse_endpoint,
     parse_handshake,
 )
@@ -367,7 +367,7 @@ def read_behind(
             if isinstance(got, tuple):
                 request, got = got
                 if not request.wants_websocket:
-                    return 200, answer_plain_request(request)
+                    return 200, request.answer(HTTP_TEXT)
                 result = 101, request.accept()
             elif got is not None:
                 result = (101,)

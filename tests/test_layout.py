@@ -284,7 +284,7 @@ def test_what_sessions_and_framings_use_of_a_connection_is_the_transport_protoco
 HANDED_UP = {
     "Rates": {"Pair"},
     "Timers": {"Connection"},
-    "Interfaces": {"Framing", "Connection", "Rendezvous"},
+    "Interfaces": {"Framing", "Connection", "Rendezvous", "BulkQueue"},
     "Session": {"Pair", "Rendezvous"},
     "Accepting": {"Listener"},
     "Server": {"Listener", "Recorder"},

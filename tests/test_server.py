@@ -468,7 +468,7 @@ def raise_once(
     return calls
 
 
-@pytest.mark.parametrize("method", ["_drain", "_receive"])
+@pytest.mark.parametrize("method", ["drain", "receive"])
 def test_a_fault_in_a_bulk_turn_leaves_the_backlog_to_its_client(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -483,7 +483,7 @@ def test_a_fault_in_a_bulk_turn_leaves_the_backlog_to_its_client(
     with monkeypatch.context() as patch:
         patch.setattr(transit_relay, "MAX_POLLED_BULK", 0)
         calls = raise_once(patch, Connection, method, AssertionError("injected"))
-        loop.server.queue_bulk(conn, EVENT_READ | EVENT_WRITE)
+        loop.server.bulk.add(conn, EVENT_READ | EVENT_WRITE)
         assert conn.is_unpolled
         loop.server.run_once(0)
         assert calls and loop.server.faults.count == 1
@@ -639,7 +639,7 @@ def test_a_reused_descriptor_gets_no_event_of_a_closed_connection(loop: Loop) ->
         assert new.fd == old.fd
         client.sendall(handshake())
         old.on_ready(EVENT_READ | EVENT_WRITE)
-        old.on_bulk_turn(EVENT_READ | EVENT_WRITE)
+        loop.server.bulk.move(old, EVENT_READ | EVENT_WRITE)
         assert new.session.state is State.WAIT_HANDSHAKE
         loop.pump()
         assert loop.server.snapshot().current().waiting_tokens == 1

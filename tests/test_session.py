@@ -96,7 +96,7 @@ INPUTS: dict[str, Callable[[Setup, Session], object]] = {
     "handshake": lambda setup, session: session.line_received(LINE),
     "junk": lambda setup, session: session.line_received(b"GET / HTTP/1.1\r"),
     "limited": lambda setup, session: limited(session, Limit.SOURCE).line_received(LINE),
-    "full": lambda setup, session: limited(session, Limit.CONNECTIONS).refuse(),
+    "full": lambda setup, session: session.relay_full(),
     "bytes": lambda setup, session: session.bytes_received(b"some bytes"),
     "matched": lambda setup, session: match(session, setup.sessions[0]),
     "displaced": lambda setup, session: session.displaced(),

@@ -41,6 +41,7 @@ from transit_relay import (
     PIPE_BYTES,
     PIPES_PAUSE_SECONDS,
     TURN_BULK_SECONDS,
+    BulkQueue,
     Connection,
     Pipe,
     PipePool,
@@ -400,8 +401,8 @@ def test_bulk_moves_in_the_order_of_the_queue(loop: Loop) -> None:
     senders = Senders(loop, 8)
     queue = senders.conns[::-1]
     for conn in queue:
-        loop.server.queue_bulk(conn, EVENT_READ)
-        loop.server.queue_bulk(conn, EVENT_READ)  # twice makes no difference
+        loop.server.bulk.add(conn, EVENT_READ)
+        loop.server.bulk.add(conn, EVENT_READ)  # twice makes no difference
     moved: list[Connection] = []
     while len(moved) < 8:
         loop.server.run_once(0)
@@ -424,13 +425,13 @@ def test_a_turn_of_bulk_is_bounded_by_bytes(
 
 def test_a_turn_of_bulk_is_bounded_by_time(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     senders = Senders(loop, 40)
-    real = Connection.on_bulk_turn
+    real = BulkQueue.move
 
-    def on_bulk_turn(self: Connection, ready: int) -> int:
+    def move(self: BulkQueue, conn: Connection, ready: int) -> int:
         loop.clock.advance(TURN_BULK_SECONDS / 3)
-        return real(self, ready)
+        return real(self, conn, ready)
 
-    monkeypatch.setattr(Connection, "on_bulk_turn", on_bulk_turn)
+    monkeypatch.setattr(BulkQueue, "move", move)
     for turn in range(1, 5):
         loop.server.run_once(0)
         # Rounding may make it one more.
@@ -449,7 +450,7 @@ def test_a_long_bulk_queue_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyP
     for conn in senders.conns:
         is_polled = conn not in unpolled
         assert (conn.fd in registered) == is_polled == (conn.mask == EVENT_READ)
-        assert conn in loop.server._bulk_queue or conn in senders.moved()
+        assert conn in loop.server.bulk or conn in senders.moved()
     events = {key.fd for key, _ in loop.server._selector.select(0)}
     assert not events & {conn.fd for conn in unpolled}
     for _ in range(len(senders.conns)):
@@ -480,7 +481,7 @@ def test_as_long_as_reads_are_large_a_connection_stays_unpolled(
         loop.server.run_once(0)
         check_server(loop.server)
     assert not any(conn.is_unpolled for conn in senders.conns)
-    assert not loop.server._bulk_queue
+    assert not loop.server.bulk
 
 
 def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
@@ -518,11 +519,11 @@ def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
 def test_a_queued_connection_that_is_closed_leaves_the_queue(loop: Loop) -> None:
     senders = Senders(loop, 8)
     loop.server.run_once(0)
-    assert len(loop.server._bulk_queue) == 6
+    assert len(loop.server.bulk) == 6
     for conn in senders.conns:
         conn.doom()
     loop.server._reap()
-    assert not set(senders.conns) & {*loop.server.connections, *loop.server._bulk_queue}
+    assert not set(senders.conns) & {*loop.server.connections, *loop.server.bulk._ready}
     loop.pump()
     assert len(senders.moved()) == 2
 
@@ -530,17 +531,17 @@ def test_a_queued_connection_that_is_closed_leaves_the_queue(loop: Loop) -> None
 def test_a_connection_is_queued_once_for_both_events(loop: Loop) -> None:
     (conn,) = Senders(loop, 1).conns
     for ready in (EVENT_READ, EVENT_WRITE, EVENT_READ):
-        loop.server.queue_bulk(conn, ready)
-    assert loop.server._bulk_queue == {conn: EVENT_READ | EVENT_WRITE}
+        loop.server.bulk.add(conn, ready)
+    assert loop.server.bulk._ready == {conn: EVENT_READ | EVENT_WRITE}
 
 
 def test_a_queued_connection_is_not_read_while_its_partner_has_a_backlog(loop: Loop) -> None:
     senders = Senders(loop, 1)
     (conn,) = senders.conns
-    loop.server.queue_bulk(conn, EVENT_READ)
+    loop.server.bulk.add(conn, EVENT_READ)
     assert conn.partner is not None
     conn.partner._set_backlog(bytearray(b"x"))
-    conn.on_bulk_turn(EVENT_READ)
+    loop.server.bulk.move(conn, EVENT_READ)
     assert not senders.moved()
 
 
@@ -552,7 +553,7 @@ def test_the_loop_does_not_wait_while_bulk_is_queued(
     monkeypatch.setattr(
         loop.server._selector, "select", lambda timeout: waited.append(timeout) or []
     )
-    loop.server.queue_bulk(conn, EVENT_READ)
+    loop.server.bulk.add(conn, EVENT_READ)
     for _ in range(2):
         loop.server.run_once(60)
     assert waited == [0, 60]

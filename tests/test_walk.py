@@ -46,7 +46,7 @@ LIMITS = Limits(
 )
 # Methods in which a fault is injected now and then.
 FAULTY: list[tuple[type, str]] = [
-    *((Connection, name) for name in ("_receive", "_drain", "write", "finish", "advance")),
+    *((Connection, name) for name in ("receive", "drain", "write", "finish", "advance")),
     *((Session, name) for name in ("line_received", "bytes_received", "client_ended", "end_sent")),
     *((Rendezvous, name) for name in ("join", "forget", "pair_ended", "record_single")),
     *((Pair, name) for name in ("count", "partner_of", "remove")),

@@ -1,0 +1,382 @@
+"""--max-memory bounds the bytes in all backlogs. Stalled receivers do not keep the pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+import socket
+from collections.abc import Iterator
+from selectors import EVENT_READ, EVENT_WRITE
+
+import pytest
+from helpers import TIMEOUT, Loop, handshake
+
+import transit_relay
+from transit_relay import (
+    LEAST_QUEUED_BYTES,
+    PIPE_BYTES,
+    PIPE_HOLD_SECONDS,
+    PONG_BACKLOG_BYTES,
+    READ_BYTES,
+    Connection,
+    Limit,
+    Limits,
+    MemoryBudget,
+    Pipe,
+)
+
+BOTH_WAYS = True  # copied and spliced, see conftest.py
+CHUNK = random.Random(1).randbytes(1 << 16)
+MAX_BYTES = 2 * 1024 * 1024
+
+needs_splice = pytest.mark.skipif(
+    transit_relay.splice is None, reason="Python has os.splice from 3.10 on"
+)
+
+
+# The budget.
+
+
+def test_without_a_limit_reads_are_as_large_as_ever() -> None:
+    memory = MemoryBudget(0)
+    memory.change(10**12)
+    assert (memory.queued_bytes, memory.read_bytes) == (10**12, PIPE_BYTES)
+
+
+def test_as_the_backlogs_grow_the_reads_shrink() -> None:
+    """From a whole pipe to LEAST_QUEUED_BYTES. No read is larger than what is left."""
+    memory = MemoryBudget(MAX_BYTES)
+    sizes = [memory.read_bytes]
+    while memory.read_bytes:
+        memory.change(memory.read_bytes)
+        assert memory.queued_bytes <= MAX_BYTES
+        sizes.append(memory.read_bytes)
+    assert sizes[0] == PIPE_BYTES and sizes == sorted(sizes, reverse=True)
+    assert sizes[-2] == LEAST_QUEUED_BYTES and len(sizes) == 9
+    assert MAX_BYTES - memory.queued_bytes < LEAST_QUEUED_BYTES
+
+
+def test_until_three_quarters_are_used_a_copied_read_has_its_full_size() -> None:
+    memory = MemoryBudget(MAX_BYTES)
+    memory.change(MAX_BYTES * 3 // 4)
+    assert memory.read_bytes == READ_BYTES
+
+
+def test_as_the_backlogs_shrink_the_reads_grow_again() -> None:
+    memory = MemoryBudget(MAX_BYTES)
+    memory.change(MAX_BYTES)
+    assert memory.read_bytes == 0
+    memory.change(-MAX_BYTES)
+    assert (memory.queued_bytes, memory.read_bytes) == (0, PIPE_BYTES)
+
+
+# Pairs.
+
+
+class Stalled:
+    """A pair whose sender sends what the relay takes, and whose receiver does not read."""
+
+    def __init__(self, loop: Loop, token: str, tcp: bool = False) -> None:
+        self._loop = loop
+        (self.sender, self.sending), (self.receiver, self.conn) = (
+            loop.connect_both(tcp) for _ in range(2)
+        )
+        for sock, side in ((self.sender, "one"), (self.receiver, "other")):
+            sock.sendall(handshake(token, side))
+            loop.pump()
+        assert self.sender.recv(100) == self.receiver.recv(100) == b"ok\n"
+        self.sender.setblocking(False)
+        self.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        self.sent_bytes = 0
+        self._sent = hashlib.sha256()
+        self._got = hashlib.sha256()
+        self._got_bytes = 0
+
+    def fill(self) -> None:
+        """Send until nothing more is taken."""
+        before = -1
+        while before < self.sent_bytes:
+            before = self.sent_bytes
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    size = self.sender.send(CHUNK)
+                    self._sent.update(CHUNK[:size])
+                    self.sent_bytes += size
+            self._loop.pump()
+
+    def read_bytes(self, most: int) -> None:
+        """Let the receiver read at most this many bytes. Run no turn of the relay."""
+        data = self.receiver.recv(most)
+        self._got.update(data)
+        self._got_bytes += len(data)
+
+    def read(self, most: int) -> None:
+        """Let the receiver read at most this many bytes, then let the relay work."""
+        self.read_bytes(most)
+        self._loop.pump()
+
+    def read_all(self) -> None:
+        """Let the receiver read all that was sent, and compare it."""
+        self.receiver.settimeout(TIMEOUT)
+        while self._got_bytes < self.sent_bytes:
+            self.read(1 << 16)
+        assert self._got.digest() == self._sent.digest()
+
+
+def limited(loop: Loop, max_bytes: int = MAX_BYTES) -> Loop:
+    """Restart the relay with a limit."""
+    loop.restart(limits=Limits(max_memory=max_bytes, stall_seconds=0))
+    return loop
+
+
+def stall(loop: Loop, count: int, name: str = "stalled") -> list[Stalled]:
+    """Return stalled pairs."""
+    pairs = [Stalled(loop, f"{name}{n}") for n in range(count)]
+    for pair in pairs:
+        pair.fill()
+    return pairs
+
+
+def fill_memory(loop: Loop) -> list[Stalled]:
+    """Return stalled pairs, and make what they have queued the limit."""
+    pairs = stall(loop, 3)
+    memory = loop.server.memory
+    memory._max_bytes = memory.queued_bytes
+    memory.change(0)
+    assert memory.read_bytes == 0 < memory.queued_bytes
+    return pairs
+
+
+def test_all_backlogs_together_are_bounded(loop: Loop) -> None:
+    """However many receivers stall. All of them get everything when they read again."""
+    pairs = stall(limited(loop), 24)
+    assert MAX_BYTES * 3 // 4 < loop.server.memory.queued_bytes <= MAX_BYTES
+    for pair in pairs:
+        pair.read_all()
+    assert loop.server.memory.queued_bytes == 0
+    assert loop.server.memory.read_bytes == PIPE_BYTES
+
+
+def test_healthy_pairs_go_on_beside_the_stalled_ones(loop: Loop) -> None:
+    """In pieces of LEAST_QUEUED_BYTES, none of which becomes a backlog."""
+    fill_memory(loop)
+    one, other = loop.meet("unix", "unix")
+    for _ in range(8):
+        one.send(CHUNK)
+        assert other.receive(len(CHUNK)) == CHUNK
+    assert loop.server.memory.read_bytes == 0
+
+
+@pytest.mark.parametrize("kinds", [("ws-unix", "unix"), ("unix", "ws-unix")])
+def test_websocket_pairs_go_on_too(loop: Loop, kinds: tuple[str, str]) -> None:
+    fill_memory(loop)
+    one, other = loop.meet(*kinds)
+    for client, partner in ((one, other), (other, one)):
+        client.send(CHUNK)
+        assert partner.receive(len(CHUNK)) == CHUNK
+
+
+def test_past_the_limit_a_pair_is_read_when_its_receiver_has_room(loop: Loop) -> None:
+    fill_memory(loop)
+    late = Stalled(loop, "late")
+    late.fill()
+    assert late.conn.backlog == b"" and late.conn.mask == EVENT_READ | EVENT_WRITE
+    assert late.sending.mask == 0, "it is polled while nothing can be done for it"
+    sizes = []
+    while not any(sizes):
+        late.read_bytes(1 << 16)
+        for _ in range(3):
+            before = late.sending.read_bytes
+            loop.server.run_once(0)
+            sizes.append(late.sending.read_bytes - before)
+    assert max(sizes) <= LEAST_QUEUED_BYTES
+    late.read_all()
+    assert late.conn.backlog is None and late.sending.mask == EVENT_READ
+
+
+def test_a_pair_that_waits_for_room_can_end(loop: Loop) -> None:
+    """What the relay has not read yet is delivered when there is room."""
+    fill_memory(loop)
+    late = Stalled(loop, "late")
+    late.fill()
+    late.sender.close()
+    loop.pump()
+    assert late.conn.session.pair is not None
+    late.read_all()
+    assert late.receiver.recv(1) == b""
+    late.receiver.close()
+    loop.pump()
+    assert loop.recorder.moods() == ["happy"]
+    assert loop.recorder.records[0].total_bytes == late.sent_bytes
+
+
+def test_a_waiting_end_of_room_can_be_closed(loop: Loop) -> None:
+    fill_memory(loop)
+    late = Stalled(loop, "late")
+    late.fill()
+    late.receiver.close()
+    loop.pump()
+    late.sender.close()
+    loop.pump()
+    assert loop.recorder.moods() == ["happy"]
+
+
+def test_the_end_of_a_stalled_pair_frees_its_memory(loop: Loop) -> None:
+    pairs = fill_memory(loop)
+    for pair in pairs:
+        pair.receiver.close()
+        loop.pump()
+        pair.sender.close()
+        loop.pump()
+    assert not loop.server.connections
+    assert loop.server.memory.queued_bytes == 0
+
+
+def test_handshakes_are_read_past_the_limit(loop: Loop) -> None:
+    fill_memory(loop)
+    client, conn = loop.connect_both()
+    client.sendall(handshake("new", "one"))
+    loop.pump()
+    assert conn.session.handshake is not None
+    client.sendall(b"x")
+    loop.pump()
+    assert client.recv(100) == b"impatient\n"
+    client.close()
+    loop.pump()
+
+
+def test_past_the_limit_only_the_newest_pong_is_kept(loop: Loop) -> None:
+    """For a WebSocket with a backlog, however short."""
+    limited(loop)
+    one, other = loop.meet("unix", "ws-unix")
+    conn = other.conn
+    while conn.backlog is None:
+        one.send(CHUNK)
+        loop.pump()
+    assert conn.queued_bytes() <= PONG_BACKLOG_BYTES and not conn.is_behind()
+    loop.server.memory.change(MAX_BYTES)
+    assert conn.is_behind()
+    loop.server.memory.change(-MAX_BYTES)
+
+
+def test_the_limit_is_counted_and_logged_once_a_minute(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, transit_relay.PROGRAM)
+    fill_memory(loop)
+    stall(loop, 3, "late")
+    assert loop.server.limits.reached.counts[Limit.MEMORY.value] >= 3
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts == ["--max-memory: clients have to wait"]
+
+
+def test_without_the_limit_more_is_queued(loop: Loop) -> None:
+    """The bound above is due to the limit."""
+    stall(limited(loop, 0), 24)
+    assert loop.server.memory.queued_bytes > MAX_BYTES
+    assert Limit.MEMORY.value not in loop.server.limits.reached.counts
+
+
+# Pipes.
+
+
+@pytest.fixture
+def few_pipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    """Return a relay with two pipes. It splices each read of a pair."""
+    monkeypatch.setattr(transit_relay, "BULK_BYTES", 1)
+    loop = Loop(max_pipes=2)
+    yield loop
+    loop.close()
+
+
+def holders(loop: Loop) -> list[Connection]:
+    """Return the connections that have a pipe."""
+    return [conn for conn in loop.server.connections if isinstance(conn.backlog, Pipe)]
+
+
+@needs_splice
+def test_a_pipe_whose_receiver_takes_nothing_is_released(few_pipes: Loop) -> None:
+    """After PIPE_HOLD_SECONDS, when another pair wants one. Nothing is lost."""
+    loop = few_pipes
+    stalled = [Stalled(loop, f"stalled{n}") for n in range(2)]
+    for pair in stalled:
+        pair.fill()
+    queued = {pair.conn: pair.conn.queued_bytes() for pair in stalled}
+    assert {*holders(loop)} == {*queued} and loop.server.pipes._lent == 2
+    other = Stalled(loop, "other")
+    other.fill()  # it wants a pipe, and copies
+    assert {*holders(loop)} == {*queued}
+    loop.advance(PIPE_HOLD_SECONDS)
+    other.read(1 << 16)
+    other.read_all()
+    other.fill()
+    assert not {*holders(loop)} & {*queued}
+    assert {pair.conn: pair.conn.queued_bytes() for pair in stalled} == queued
+    for pair in (*stalled, other):
+        pair.read_all()
+    assert loop.server.pipes._lent == 0
+
+
+@needs_splice
+def test_a_pipe_whose_receiver_takes_something_is_kept(few_pipes: Loop) -> None:
+    loop = few_pipes
+    stalled = [Stalled(loop, f"stalled{n}") for n in range(2)]
+    for pair in stalled:
+        pair.fill()
+    other = Stalled(loop, "other")
+    other.fill()
+    for _ in range(3):
+        loop.advance(PIPE_HOLD_SECONDS)
+        for pair in stalled:
+            before = pair.conn.queued_bytes()
+            while pair.conn.queued_bytes() == before:
+                pair.read(4096)
+        other.read_all()
+        other.fill()
+        assert {pair.conn for pair in stalled} <= {*holders(loop)}
+        if min(pair.conn.queued_bytes() for pair in stalled) < PIPE_BYTES // 2:
+            break
+    for pair in (*stalled, other):
+        pair.read_all()
+
+
+@needs_splice
+def test_without_another_pair_that_wants_one_a_pipe_is_kept(few_pipes: Loop) -> None:
+    loop = few_pipes
+    stalled = Stalled(loop, "stalled")
+    stalled.fill()
+    for _ in range(3):
+        loop.advance(PIPE_HOLD_SECONDS)
+    assert holders(loop) == [stalled.conn]
+    stalled.read_all()
+
+
+@needs_splice
+def test_a_fault_of_a_release_ends_that_pair_alone(
+    few_pipes: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no memory for the bytes in a pipe."""
+    loop = few_pipes
+    stalled = [Stalled(loop, f"stalled{n}") for n in range(2)]
+    for pair in stalled:
+        pair.fill()
+    other = Stalled(loop, "other")
+    other.fill()
+    loop.advance(PIPE_HOLD_SECONDS)
+
+    def empty(self: Pipe) -> bytearray:
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(Pipe, "empty", empty)
+    other.read_all()
+    other.fill()
+    assert loop.server.faults.count == 1
+    ended = [pair for pair in stalled if pair.conn.session.pair is None]
+    assert len(ended) == 1
+    for pair in {*stalled, other}.difference(ended):
+        pair.read_all()
+    while ended[0].receiver.recv(1 << 20):  # what the relay had read
+        loop.pump()
