@@ -93,7 +93,7 @@ bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help l
 bench-quick: ## the same in a minute, judged less strictly
 	@'$(PYTHON)' tests/bench --quick $(BENCH)
 
-bench-against: ## compare with another commit, 20 minutes: DIR=CHECKOUT make bench-against; BENCH=--quick: 5 minutes
+bench-against: ## compare with another commit, 30 minutes: DIR=CHECKOUT make bench-against; BENCH=--quick: 8 minutes
 	@'$(PYTHON)' tests/bench --against '$(or $(DIR),$(error DIR is not set: the checkout to compare with))' $(BENCH)
 
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python

@@ -1,8 +1,10 @@
-"""The arithmetic and the order of tests/bench. Nothing is measured here."""
+"""The arithmetic, the order and the options of tests/bench. Nothing is measured here."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import itertools
 import random
 import subprocess
 import sys
@@ -10,22 +12,26 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import RelayProcess
+
+from transit_relay import LIMIT_OPTIONS, UsageError, make_parser, parse_arguments
 
 BENCH = Path(__file__).parent / "bench"
 
 
-def load_table() -> ModuleType:
-    """Return the module tests/bench/table.py. The folder is a program, not a package."""
-    path = BENCH / "table.py"
-    spec = importlib.util.spec_from_file_location("bench_table", path)
+def load(name: str) -> ModuleType:
+    """Return a module of tests/bench. The folder is a program, not a package."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-table = load_table()
+table = load("table")
+limits = load("limits")
 OURS = table.Quantity("bulk-1", "ours", table.BULK)
+NO_LIMITS = table.Quantity("bulk-1", "ours-no-limits", table.BULK)
 TWISTED = table.Quantity("bulk-1", "twisted", table.BULK)
 BEFORE = table.Quantity("bulk-1", "before", table.BULK)
 MEMORY = table.Quantity("memory", "ours", "start_bytes")
@@ -125,8 +131,61 @@ def test_a_comparison_with_another_checkout(ratios: list[float], answer: str, co
 
 def compared(comparisons: list[object]) -> list[str]:
     """Return the last column of the table of comparisons."""
-    _, _, *rows = table.comparisons_table(comparisons).splitlines()
-    return [row.split("|")[-2].strip() for row in rows]
+    return [row[-1] for row in cells(table.comparisons_table(comparisons))]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the cells of a table, without its head."""
+    _, _, *rows = text.splitlines()
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quick", "answers"),
+    [
+        (0.97, False, ["yes", "yes"]),
+        (0.969, False, ["yes", "no: fails"]),
+        (0.95, False, ["yes", "no: fails"]),
+        (0.949, False, ["no: fails", "no: fails"]),
+        (0.94, True, ["yes", "yes"]),
+        (0.9, True, ["yes", "no: fails"]),
+        (0.899, True, ["no: fails", "no: fails"]),
+    ],
+)
+def test_each_comparator_has_a_bar_of_its_own(
+    ratio: float, quick: bool, answers: list[str]
+) -> None:
+    rounds = {OURS: [ratio] * 10, NO_LIMITS: [ratio] * 10, BEFORE: [1.0] * 10}
+    comparisons = table.compare(rounds, quick)
+    assert compared(comparisons) == answers
+    assert table.exit_code([], comparisons) == int("no: fails" in answers)
+
+
+def test_a_spread_is_compared_with_the_bar_of_the_comparator() -> None:
+    rounds = [0.93, 1.01] * 5  # +-4 %
+    comparisons = table.compare({OURS: rounds, NO_LIMITS: rounds, BEFORE: [1.0] * 10})
+    assert compared(comparisons) == ["yes", "inconclusive"]
+
+
+def test_the_report_names_both_bars_and_both_verdicts() -> None:
+    better = OURS._replace(workload="bulk-8")
+    rounds = {
+        OURS: [1.0] * 10,
+        NO_LIMITS: [0.8, 1.1] * 5,
+        BEFORE: [1.0] * 10,
+        better: [1.2] * 10,
+        better._replace(comparator="ours-no-limits"): [1.2] * 10,
+        better._replace(comparator="before"): [1.0] * 10,
+    }
+    comparisons = table.compare(rounds)
+    assert cells(table.overall_table(comparisons)) == [
+        ["ours", "at most 5 %", "2", "0", "0", "yes"],
+        ["ours, limits off", "at most 3 %", "1", "0", "1", "inconclusive"],
+    ]
+    assert table.overall_table(comparisons) in table.report({}, [], [], comparisons)
+    comparisons = table.compare({**rounds, NO_LIMITS._replace(workload="bulk-8"): [0.5] * 10})
+    assert cells(table.overall_table(comparisons))[1][-1] == "no: fails"
+    assert table.overall_table([]) == ""
 
 
 def test_a_comparison_uses_the_ratios_of_the_rounds() -> None:
@@ -159,17 +218,77 @@ def test_metrics_without_a_direction_are_not_compared() -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the benchmark needs Python 3.11")
-def test_each_round_has_both_checkouts_and_their_order_alternates() -> None:
-    options = ["--against", str(BENCH), "--rounds", "3", "--only", "start-up", "--list"]
+def test_a_comparison_has_three_relays_and_their_order_rotates() -> None:
+    options = ["--against", str(BENCH), "--rounds", "6", "--only", "start-up", "--list"]
     done = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        "start-up 1/3 ours",
-        "start-up 1/3 before",
-        "start-up 2/3 before",
-        "start-up 2/3 ours",
-        "start-up 3/3 ours",
-        "start-up 3/3 before",
-    ], done.stderr
+    steps = [line.split() for line in done.stdout.splitlines()]
+    assert [number for _, number, _ in steps[::3]] == [f"{n}/6" for n in range(1, 7)], done.stderr
+    rounds = [tuple(name for _, _, name in steps[start : start + 3]) for start in range(0, 18, 3)]
+    assert rounds[:3] == [
+        ("ours", "ours-no-limits", "before"),
+        ("ours-no-limits", "ours", "before"),
+        ("before", "ours", "ours-no-limits"),
+    ]
+    assert set(rounds) == set(itertools.permutations(rounds[0]))
+
+
+# The options that switch the limits off.
+
+
+def limits_of_parser() -> list[str]:
+    """Return the options of the group "what it limits" whose value may be 0."""
+    [group] = [one for one in make_parser()._action_groups if one.title == limits.GROUP]
+    return [one.option_strings[-1] for one in group._group_actions if accepts_zero(one)]
+
+
+def accepts_zero(option: argparse.Action) -> bool:
+    """Return whether 0 is a value of the option, and a false one."""
+    assert callable(option.type)
+    try:
+        return not option.type("0")
+    except UsageError:
+        return False
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_limits_in_the_help_are_those_of_the_relay(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = limits.find_limits(make_parser().format_help())
+    assert found == limits_of_parser()
+    assert {f"--{name.replace('_', '-')}" for name in LIMIT_OPTIONS} <= set(found)
+
+
+def test_a_limit_is_found_by_its_help() -> None:
+    text = """\
+what it records:
+  --blur N     round; 0 switches it off
+
+what it limits:
+  -a N, --all N
+               at most so many; 0 switches it
+               off (default: 0 s)
+  -n, --new SIZE
+               at most so much (0: no maximum)
+  --old N      at most so many; 0 leaves it
+               to the system
+  --allow NETWORK
+               from here only; see --all (default: 0)
+
+about:
+  --last       ends; 0 switches it off
+"""
+    assert limits.find_limits(text) == ["--all", "--new", "--old"]
+    assert limits.find_limits("nothing") == []
+
+
+def test_a_relay_starts_with_all_limits_off() -> None:
+    switched_off = [f"{name}=0" for name in limits.find_limits(make_parser().format_help())]
+    options = vars(parse_arguments(switched_off))
+    assert not any(options[name] for name in (*LIMIT_OPTIONS, "monthly_quota"))
+    with RelayProcess("--port=tcp:0:interface=127.0.0.1", *switched_off) as relay:
+        relay.wait_for("Transit starting on")
 
 
 @pytest.mark.parametrize("rounds", [3, 6, 10, 20])

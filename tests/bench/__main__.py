@@ -5,10 +5,12 @@ of the machine's speed affects all comparators. The tables show the median of th
 has one core for itself; the load generator (load.py) uses another. The report (table.py) is written
 to stdout, progress to stderr.
 
-With --against DIR only our relay and the relay in DIR ("before") run, for more rounds. Each round
-yields a ratio ours / before for each metric; the order of the two alternates. A metric must not be
-worse by more than 5 %. Where the ratios differ too much to decide that, the workload is repeated
-once, and is then reported as inconclusive.
+With --against DIR only these run, for more rounds: our relay with its default limits, our relay
+with all limits off, and the relay in DIR ("before"), which gets no options of limits. Each round
+yields a ratio ours / before for each metric; the order rotates. No metric must be worse by more
+than 5 % with the default limits, or by more than 3 % without limits. Where the ratios differ too
+much to decide that, the workload is repeated once, and is then reported as inconclusive. With
+--quick both bars are twice as wide, and nothing is repeated.
 
 The exit code is 1 if our relay misses a bar, or after an error. An unavailable comparator is
 reported; with RELAY_BENCH_REQUIRED=1 it is an error too.
@@ -115,7 +117,8 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="compare only with the relay in DIR (transit_relay.py and ws_frames.py of another"
-        " commit): about 20 minutes, at most 40 with repeated rows; with --quick about 5 minutes",
+        " commit), with the default limits and with all limits off: about 30 minutes, at most 60"
+        " with repeated rows; with --quick about 8 minutes",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few and short rounds, judged less strictly"
@@ -161,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.against:
         options.against = options.against.resolve()
-        options.comparators = options.comparators or ["ours", "before"]
+        options.comparators = options.comparators or [*table.TOLERANCES, "before"]
     elif "before" in (options.comparators or []):
         parser.error("the comparator before needs --against DIR")
     least_rounds = COMPARISON_QUICK_ROUNDS if options.against else 1  # fewer have no spread
@@ -186,19 +189,32 @@ def choose_scale(options: argparse.Namespace) -> tuple[Scale, int]:
     return scale, options.rounds or rounds
 
 
+def order(names: Sequence[str], number: int) -> list[str]:
+    """Return the comparators in their order in a round. The rounds count from 1.
+
+    An earlier place may be an advantage, and so may a certain predecessor. So the first place
+    rotates, and every other round reverses the rest: three comparators get all six orders.
+    """
+    if not names:
+        return []
+    start = (number - 1) % len(names)
+    first, *rest = [*names[start:], *names[:start]]
+    return [first, *(rest if number % 2 else reversed(rest))]
+
+
 def plan(
     workloads: Sequence[Workload], comparators: Sequence[str] | None, rounds: int
 ) -> Iterator[Step]:
-    """Yield all steps in their order. `comparators`: only these; None: all but "before"."""
+    """Yield all steps in their order. `comparators`: only these; None: those of each workload."""
     is_comparison = "before" in (comparators or [])
     for workload in workloads:
         count = rounds if is_comparison and workload.is_compared else workload.rounds(rounds)
         ours, *others = workload.comparators
         wanted = comparators or workload.comparators
-        names = [name for name in (ours, "before", *others) if name in wanted]
+        known = (ours, "ours-no-limits", "before", *others)
+        names = [name for name in known if name in wanted]
         for number in range(1, count + 1):
-            # The order alternates: the first one of a round may have an advantage.
-            for name in names if number % 2 else reversed(names):
+            for name in order(names, number):
                 yield Step(workload, name, number, count)
 
 
@@ -256,7 +272,7 @@ class Run:
             signal.alarm(0)
 
     def inconclusive(self) -> list[str]:
-        """Return the names of the workloads with an inconclusive comparison."""
+        """Return the workloads with an inconclusive comparison, by the bars of a full run."""
         comparisons = table.compare(self.samples)
         found = [one for one in comparisons if one.answer is table.Answer.INCONCLUSIVE]
         return list(dict.fromkeys(one.workload for one in found))
@@ -294,11 +310,18 @@ def make_notes(
             f" {table.QUICK_SLACK}; bars on memory have no such slack."
         )
     if options.against:
+        bars = ", ".join(
+            f"{table.TITLES[name]}: {tolerance * 100:g} %"
+            for name, tolerance in table.tolerances(options.quick).items()
+            if name in options.comparators
+        )
         notes.append(
             "Ours / before is the median of the ratios of the rounds. The range contains the true"
-            f" median with {table.CONFIDENCE * 100:.0f} % confidence. Inconclusive: the range is"
-            f" wider than ±{table.TOLERANCE * 100:.0f} % and contains the bar."
+            f" median with {table.CONFIDENCE * 100:.0f} % confidence. A metric may be worse by so"
+            f" much: {bars}. Inconclusive: the range is wider than ± so much and contains the bar."
         )
+    if "ours-no-limits" in (options.comparators or []) and "ours-no-limits" not in missing:
+        notes.append(f"Limits off: {' '.join(relays.options_without_limits())}.")
     if relays.RELAY_CORE == relays.LOAD_CORE:
         notes.append("There is only one core; the relay shares it with the load generator.")
     notes += [f"{name} is not available: {reason}." for name, reason in missing.items()]
@@ -334,7 +357,7 @@ def run(options: argparse.Namespace) -> int:
     missing = find_missing(steps, makers)
     for name, reason in missing.items():
         report_progress(f"{name} is not available: {reason}")
-    if missing.keys() & {"ours", "before"} or (missing and REQUIRED):
+    if missing.keys() & {"ours", "ours-no-limits", "before"} or (missing and REQUIRED):
         raise BenchError("a part that the run needs is not available")
     steps = [one for one in steps if not {one.workload.name, one.comparator} & missing.keys()]
     network_text = enter_network(options.as_it_is)
@@ -346,7 +369,7 @@ def run(options: argparse.Namespace) -> int:
         done.measure_all([step for step in steps if step.workload.name in names])
     values = table.medians(done.samples)
     verdicts = table.judge(bars, values, options.quick)
-    comparisons = table.compare(done.samples)
+    comparisons = table.compare(done.samples, options.quick)
     notes = make_notes(options, missing, network_text, done)
     print(table.report(values, verdicts, notes, comparisons), end="")
     if options.readme:

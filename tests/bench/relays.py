@@ -25,6 +25,7 @@ from typing import Self
 
 import clients
 from clients import HOST, LIMIT_SECONDS, Pair
+from limits import find_limits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "bench"
@@ -447,6 +448,20 @@ def ours_without_splicing(folder: Path, database: Path | None) -> Intermediary:
     return TransitRelay(install(ROOT), database, option)
 
 
+@functools.cache
+def options_without_limits() -> tuple[str, ...]:
+    """Return the options that switch all limits of our relay off."""
+    names = find_limits(run(install(ROOT), "--help"))
+    if not names:
+        raise Unavailable("the --help of this transit-relay lists no limits")
+    return tuple(f"{name}=0" for name in names)
+
+
+def ours_without_limits(folder: Path, database: Path | None) -> Intermediary:
+    """Return our relay with all limits switched off."""
+    return TransitRelay(install(ROOT), database, *options_without_limits())
+
+
 def haproxy(more_global: str = "", more_defaults: str = "") -> Maker:
     """Return a maker of HAProxy with these lines in its configuration."""
     return lambda folder, database: Forwarder(folder, more_global, more_defaults)
@@ -457,6 +472,7 @@ def haproxy(more_global: str = "", more_defaults: str = "") -> Maker:
 Maker = Callable[[Path, "Path | None"], Intermediary]
 MAKERS: dict[str, Maker] = {
     "ours": lambda folder, database: TransitRelay(install(ROOT), database),
+    "ours-no-limits": ours_without_limits,
     "ours-no-splice": ours_without_splicing,
     "twisted": lambda folder, database: Twisted(database),
     "twisted-db": lambda folder, database: Twisted(folder / "usage.sqlite"),
@@ -469,7 +485,10 @@ MAKERS: dict[str, Maker] = {
 
 
 def makers(against: Path | None) -> dict[str, Maker]:
-    """Return all makers by name. "before" is the relay of the checkout `against`, if given."""
+    """Return all makers by name. "before" is the relay of the checkout `against`, if given.
+
+    "before" gets no option of a limit, because it may not know it.
+    """
     if against is None:
         return MAKERS
     return {**MAKERS, "before": lambda folder, database: TransitRelay(install(against), database)}

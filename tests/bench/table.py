@@ -2,8 +2,9 @@
 
 A Quantity is one metric of one comparator at one workload. It is measured once in each round; the
 tables show the median of the rounds. A Bar is a requirement on our relay: one of its quantities, or
-the ratio of two quantities, must stay on one side of a number. A Comparison puts our relay beside
-the relay of another checkout ("before"), measured in the same rounds.
+the ratio of two quantities, must stay on one side of a number. A Comparison puts our relay, with
+its default limits or with all limits off, beside the relay of another checkout ("before"), measured
+in the same rounds.
 
 MB are 10^6 bytes, GB are 10^9 bytes, KB are 1,024 bytes.
 """
@@ -98,6 +99,7 @@ def judge(bars: Sequence[Bar], values: Values, quick: bool) -> list[Verdict]:
 
 TITLES = {  # of the comparators, in the order of the columns
     "ours": "ours",
+    "ours-no-limits": "ours, limits off",
     "before": "before",
     "ours-no-splice": "ours, copying",
     "twisted": "Twisted",
@@ -200,13 +202,16 @@ BARS = [
 # Comparison with the relay of another checkout
 # ---------------------------------------------------------------------------------------------
 
-TOLERANCE = 0.05  # a metric may become worse by so much; a larger spread decides nothing by itself
+# A metric of these comparators may be worse than that of "before" by so much. A larger spread
+# decides nothing by itself.
+TOLERANCES = {"ours": 0.05, "ours-no-limits": 0.03}
+QUICK_FACTOR = 2  # the tolerances are multiplied by it if the rounds are few and short
 NEEDED_SPEEDUPS: dict[str, float] = {}  # required, by workload, instead of no slowdown
 CONFIDENCE = 0.95  # that the range of a comparison contains the true median
 
 
 class Answer(enum.Enum):
-    """The result of a comparison."""
+    """The result of a comparison, or of all comparisons of one comparator."""
 
     MET = "yes"
     MISSED = "no: fails"
@@ -218,6 +223,8 @@ class Comparison(NamedTuple):
 
     workload: str
     metric: str
+    comparator: str  # ours, or ours without limits
+    tolerance: float
     before: float  # the median of the rounds
     ours: float  # the same
     ratio: float  # the median of the ratios of the rounds
@@ -238,7 +245,7 @@ class Comparison(NamedTuple):
         The ratio alone decides only if the spread is not larger than the tolerance.
         """
         sides = [(value >= self.needed) == self.is_minimum for value in (self.low, self.high)]
-        if self.spread > TOLERANCE and sides[0] != sides[1]:
+        if self.spread > self.tolerance and sides[0] != sides[1]:
             return Answer.INCONCLUSIVE
         is_met = self.ratio >= self.needed if self.is_minimum else self.ratio <= self.needed
         return Answer.MET if is_met else Answer.MISSED
@@ -276,29 +283,49 @@ def median_range(ratios: Sequence[float]) -> tuple[float, float]:
     return ordered[k - 1], ordered[-k]
 
 
-def compare(samples: Samples) -> list[Comparison]:
-    """Compare each metric that was measured of "ours" and of "before"."""
+def tolerances(quick: bool = False) -> dict[str, float]:
+    """Return the tolerance of each comparator. `quick`: the rounds are few and short."""
+    factor = QUICK_FACTOR if quick else 1
+    return {name: tolerance * factor for name, tolerance in TOLERANCES.items()}
+
+
+def compare(samples: Samples, quick: bool = False) -> list[Comparison]:
+    """Compare each metric of "before" with that of ours, with and without limits."""
     comparisons = []
     for quantity, before in samples.items():
-        ours = samples.get(quantity._replace(comparator="ours"))
         is_minimum = more_is_better(quantity.metric)
-        if quantity.comparator != "before" or ours is None or is_minimum is None:
+        if quantity.comparator != "before" or is_minimum is None:
             continue
-        ratios = [one / other for one, other in zip(ours, before)]
-        allowed = 1 - TOLERANCE if is_minimum else 1 + TOLERANCE
-        comparisons.append(
-            Comparison(
-                quantity.workload,
-                quantity.metric,
-                statistics.median(before),
-                statistics.median(ours),
-                statistics.median(ratios),
-                *median_range(ratios),
-                NEEDED_SPEEDUPS.get(quantity.workload, allowed),
-                is_minimum,
+        for name, tolerance in tolerances(quick).items():
+            ours = samples.get(quantity._replace(comparator=name))
+            if ours is None:
+                continue
+            ratios = [one / other for one, other in zip(ours, before)]
+            allowed = 1 - tolerance if is_minimum else 1 + tolerance
+            comparisons.append(
+                Comparison(
+                    quantity.workload,
+                    quantity.metric,
+                    name,
+                    tolerance,
+                    statistics.median(before),
+                    statistics.median(ours),
+                    statistics.median(ratios),
+                    *median_range(ratios),
+                    NEEDED_SPEEDUPS.get(quantity.workload, allowed),
+                    is_minimum,
+                )
             )
-        )
     return comparisons
+
+
+def overall(comparisons: Sequence[Comparison]) -> Answer:
+    """Return the worst answer. A missed bar is worse than an inconclusive comparison."""
+    answers = {one.answer for one in comparisons}
+    for answer in (Answer.MISSED, Answer.INCONCLUSIVE):
+        if answer in answers:
+            return answer
+    return Answer.MET
 
 
 def exit_code(verdicts: Sequence[Verdict], comparisons: Sequence[Comparison] = ()) -> int:
@@ -464,6 +491,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> str:
     rows = [
         [
             f"{one.workload}: {one.metric}",
+            TITLES[one.comparator],
             number(one.before),
             number(one.ours),
             f"{one.ratio:.3f}",
@@ -473,7 +501,27 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> str:
         ]
         for one in comparisons
     ]
-    head = ["row", "before", "ours", "ours / before", "range", "needed", "met"]
+    head = ["row", "relay", "before", "ours", "ours / before", "range", "needed", "met"]
+    return markdown(head, rows) if rows else ""
+
+
+def overall_table(comparisons: Sequence[Comparison]) -> str:
+    """Return the table of the tolerances, with the verdict on each."""
+    rows = []
+    for name in TOLERANCES:
+        found = [one for one in comparisons if one.comparator == name]
+        if not found:
+            continue
+        answers = [one.answer for one in found]
+        rows.append(
+            [
+                TITLES[name],
+                f"at most {found[0].tolerance * 100:g} %",
+                *(str(answers.count(answer)) for answer in Answer),
+                overall(found).value,
+            ]
+        )
+    head = ["relay", "worse than before by", "met", "missed", "inconclusive", "all met"]
     return markdown(head, rows) if rows else ""
 
 
@@ -491,5 +539,5 @@ def report(
     """Return the whole report: the tables, and the notes below them."""
     tables = [table(values) for table in (bulk_table, many_table, small_table, growth_table)]
     listed = "\n".join(f"* {note}" for note in notes)
-    judged = (comparisons_table(comparisons), bars_table(verdicts))
+    judged = (comparisons_table(comparisons), overall_table(comparisons), bars_table(verdicts))
     return "\n\n".join(part for part in (*tables, *judged, listed) if part) + "\n"
