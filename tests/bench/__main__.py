@@ -33,6 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+import clients
 import network
 import relays
 import table
@@ -58,6 +59,7 @@ COMPARISON_ROUNDS = 10
 COMPARISON_QUICK_ROUNDS = 3
 STEP_SECONDS = 300  # the time limit of one step; the longest needs a third
 DISTURBED_PERCENT = 20  # of the machine, used by other processes; ksoftirqd alone may use 15
+LOOPBACK, COUNTED = "loopback", "counted"  # values of --sources
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 MARKS = ("<!-- bench -->", "<!-- end of bench -->")  # lines in the file of --readme
 REQUIRED = os.environ.get("RELAY_BENCH_REQUIRED") == "1"
@@ -153,6 +155,13 @@ def parse_arguments() -> argparse.Namespace:
         f" own, with {network.CONGESTION_CONTROL}, where that is permitted)",
     )
     parser.add_argument(
+        "--sources",
+        choices=[LOOPBACK, COUNTED],
+        help="the addresses of the clients: of the loopback, which our relay exempts from limits"
+        f" for each source, or of {network.COUNTED_SOURCES}, which it counts (default: {COUNTED}"
+        f" with --against, else {LOOPBACK}; always {LOOPBACK} in the machine's network)",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="list the measurements in their order, and exit"
     )
     parser.add_argument(
@@ -162,6 +171,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"write the tables to FILE too, between the lines {MARKS[0]} and {MARKS[1]}",
     )
     options = parser.parse_args()
+    options.sources = options.sources or (COUNTED if options.against else LOOPBACK)
     if options.against:
         options.against = options.against.resolve()
         options.comparators = options.comparators or [*table.TOLERANCES, "before"]
@@ -286,14 +296,20 @@ def hardware() -> str:
     return f"{model}, {os.cpu_count()} cores, Linux {platform.release()}"
 
 
-def enter_network(as_it_is: bool) -> str:
-    """Enter the network of the run, and return a description of it."""
+def enter_network(as_it_is: bool, sources: str) -> str:
+    """Enter the network of the run, and return a description of it.
+
+    `sources`: see --sources; the machine's network has the addresses of the loopback alone.
+    """
     of_machine = network.congestion_control()
     which = "in the machine's network"
     if not as_it_is:
         try:
             network.enter_our_own()
             which = f"in a separate network namespace (the host uses {of_machine})"
+            if sources == COUNTED:
+                clients.use_counted_sources()
+                which += f"; clients in {network.COUNTED_SOURCES}"
         except network.NotPermitted as error:
             which = f"in the machine's network ({error})"
     return f"TCP with {network.congestion_control()}, {which}"
@@ -360,7 +376,7 @@ def run(options: argparse.Namespace) -> int:
     if missing.keys() & {"ours", "ours-no-limits", "before"} or (missing and REQUIRED):
         raise BenchError("a part that the run needs is not available")
     steps = [one for one in steps if not {one.workload.name, one.comparator} & missing.keys()]
-    network_text = enter_network(options.as_it_is)
+    network_text = enter_network(options.as_it_is, options.sources)
     report_progress(network_text)
     done = Run(makers, scale)
     done.measure_all(steps)

@@ -21,7 +21,8 @@ CONGESTION_CONTROL = "cubic"
 CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.unshare from 3.12 on
 NAME_BYTES = 16  # TCP_CA_NAME_MAX, linux/tcp.h
 BUFFERS = {"tcp_rmem": "4096 131072 6291456", "tcp_wmem": "4096 16384 4194304"}  # tcp(7)
-LOOPBACK = ("127.0.0.0/8", "127.0.0.1")  # the routes that the kernel adds for `lo`
+COUNTED_SOURCES = "198.18.0.0/16"  # of clients.use_counted_sources
+ROUTES = ("127.0.0.0/8", "127.0.0.1", COUNTED_SOURCES)  # the first two: as the kernel for `lo`
 
 
 class NotPermitted(Exception):
@@ -42,7 +43,7 @@ def enter_our_own() -> None:
     except OSError as error:
         raise NotPermitted(f"{name}: {error.strerror}") from None
     _ip("link", "set", "lo", "up")
-    for route in LOOPBACK:
+    for route in ROUTES:
         _ip(
             *("route", "replace", "local", route, "dev", "lo", "table", "local"),
             *("proto", "kernel", "scope", "host", "src", HOST, "congctl", CONGESTION_CONTROL),
