@@ -29,7 +29,7 @@ STEP_SECONDS = 0.01  # real time: the pace of a slow flood
 
 
 def wait_for_end() -> None:
-    """Say that the flood is at its peak, and wait for SIGTERM."""
+    """Print that the flood is at its peak, and wait for SIGTERM."""
     print("peak", flush=True)
     signal.sigwait({signal.SIGTERM})
 
@@ -175,6 +175,11 @@ def upload(senders: Sequence[socket.socket]) -> list[int]:
                 except ConnectionError:  # the relay has ended it
                     epoll.unregister(fd)
     return list(sent.values())
+
+
+def proxy_header(source: str) -> bytes:
+    """Return a PROXY header, version 1, that tells an IPv4 address."""
+    return f"PROXY TCP4 {source} 127.0.0.1 1 1\r\n".encode()
 
 
 def make_pair(port: int, buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:

@@ -27,7 +27,7 @@ from watched import (
     stalling_listener,
 )
 
-CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or says nothing
+CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or sends nothing
 LEAK_BYTES = MEBIBYTE
 
 
@@ -92,7 +92,7 @@ HELD = {
 
 @pytest.mark.parametrize("name", HELD)
 def test_connections_that_are_held(name: str) -> None:
-    """They say nothing, or not enough, or wait. Each has a bounded share of the memory."""
+    """They send nothing, or not enough, or wait. Each has a bounded share of the memory."""
     with Scene() as scene:
         with flooding(scene, name, HELD[name]):
             pass
