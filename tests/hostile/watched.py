@@ -61,6 +61,7 @@ MEBIBYTE = 1 << 20
 STALL_RECEIVE_BYTES = 64 * 1024  # of the kernel, which doubles it: the relay reads so much at once
 
 PROGRAM = patched(STATUS_SECONDS=STATUS_SECONDS)  # the relay
+HAPROXY = ("--port", "haproxy:tcp:0:interface=127.0.0.1")  # for clients that a PROXY header tells
 
 
 def shorter(whole: int, short: int) -> int:
@@ -290,7 +291,7 @@ class WatchedRelay(RelayProcess):
 
     @property
     def haproxy_port(self) -> int:
-        """Return the port of the endpoint HAPROXY, which one of the options must have."""
+        """Return the port of a relay with the options HAPROXY, for connections with a header."""
         match = re.search(rb"haproxy:tcp:(\d+)", self.stderr)
         assert match, self.stderr
         return int(match[1])
@@ -437,15 +438,29 @@ class Served(NamedTuple):
     connect_seconds: float  # of that: until both were connected, which the kernel alone does
 
 
-def honest_pair(relay: WatchedRelay, books: Books, source: str | None = None) -> Served:
-    """Make a pair, pass bytes both ways, end it in order. Return how long it waited."""
+def honest_pair(
+    relay: WatchedRelay,
+    books: Books,
+    source: str | None = None,
+    settle: Callable[[], None] | None = None,
+) -> Served:
+    """Make a pair, pass bytes both ways, end it in order. Return how long it waited.
+
+    `settle`: called when the first client has sent its handshake. The second one connects later.
+    """
     there, back = _chance.randbytes(1_000), _chance.randbytes(1_000)
     began = time.monotonic() - delayed_seconds(relay.pid)
-    kinds = next(_kinds)
+    kinds, token = next(_kinds), relay.new_token()
     with relay.client(kinds[0], source=source) as one:
+        if settle is not None:
+            one.send(handshake(token, "one"))
+            settle()
         with relay.client(kinds[1], source=source) as other:
             connected = time.monotonic() - delayed_seconds(relay.pid) - began
-            relay.couple(one, other)
+            if settle is None:
+                one.send(handshake(token, "one"))
+            other.send(handshake(token, "other"))
+            assert one.receive(3) == other.receive(3) == b"ok\n"
             one.send(there)
             assert other.receive(len(there)) == there
             other.send(back)
