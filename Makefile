@@ -78,7 +78,7 @@ hostile: pytest ## faults and floods around a relay, 5 minutes; RELAY_HOSTILE_SH
 
 MINUTES = 10
 
-soak: ## random clients, every byte and record checked: make soak MINUTES=10
+soak: ## random clients, every byte, record and counter checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian

@@ -1,4 +1,4 @@
-"""A soak: random clients of one relay for minutes, with every byte and every record checked.
+"""A soak: random clients of one relay for minutes, with every byte, record and counter checked.
 
     PYTHONPATH=.:tests python3 tests/hostile/soak.py [MINUTES] [--seed N] [--threads N]
 

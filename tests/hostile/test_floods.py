@@ -96,6 +96,13 @@ def flooding(
     relay.check_idle(share)
 
 
+def disconnected(scene: Scene, limit: str) -> int:
+    """Return how many clients the messages of a limit count, when the relay has stopped."""
+    message = rf"{limit}: a client was disconnected(?: \((\d+) more since the last message\))?$"
+    found = re.findall(message, scene.relay.stderr.decode(), re.MULTILINE)
+    return sum(1 + int(more or 0) for more in found)
+
+
 HELD = {
     "silent": shorter(15_000, 1_500),
     "slow": shorter(5_000, 500),
@@ -143,13 +150,6 @@ def test_silent_connections_behind_a_proxy() -> None:
         with flooding(scene, "silent_told", count, scene.relay.haproxy_port, HONEST):
             pass
         assert scene.grown_bytes < BOUND_BYTES + count * CONNECTION_BYTES
-
-
-def disconnected(scene: Scene, limit: str) -> int:
-    """Return how many clients the messages of a limit count, when the relay has stopped."""
-    message = rf"{limit}: a client was disconnected(?: \((\d+) more since the last message\))?$"
-    found = re.findall(message, scene.relay.stderr.decode(), re.MULTILINE)
-    return sum(1 + int(more or 0) for more in found)
 
 
 @pytest.mark.needs("--max-waiting-per-source")
@@ -204,8 +204,9 @@ def test_many_sources_that_wait_in_a_full_relay() -> None:
                 for pair in (*held, marker):
                     pair.close()
         books.add("happy", marker.passed_bytes)
-        print(f"{ended} of {count} ended; the longest of 10 honest pairs took {max(served)}")
-        assert max(served).seconds < SERVED_SECONDS
+        worst = max(served)
+        print(f"{ended} ended; {len(served)} honest pairs, longest {1000 * worst.seconds:.1f} ms")
+        assert worst.seconds < SERVED_SECONDS, f"an honest pair was served too late: {worst}"
     assert disconnected(scene, "--max-connections") == ended
 
 
