@@ -236,7 +236,8 @@ def idle_status(pairs_ended: int, relayed_bytes: int) -> str:
 def check_status(status: str, records: Sequence[Outcome]) -> None:
     """Raise AssertionError unless the counters in an idle status are those of all records."""
     sizes = [size for mood, size in records if mood == "happy"]
-    assert status == idle_status(len(sizes), sum(sizes))
+    counted = idle_status(len(sizes), sum(sizes))
+    assert status == counted, f"{status!r}, but the records have {counted!r}"
     print(status)
 
 
