@@ -66,7 +66,7 @@ hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
 hostile_runs = suspended stalled+vanished resets+resources
 hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 
-hostile: pytest ## faults and floods around a relay, 5 minutes; RELAY_HOSTILE_SHORT=1: 2; needs root
+hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SHORT=1: 3; needs root
 	@mkdir -p build; $(find_pytest); status=0; runs=; \
 	for run in $(hostile_runs); do \
 		$(hostile_pytest) $$(echo "+$$run" | sed 's,+\([a-z]*\), tests/hostile/test_\1.py,g') \
@@ -81,7 +81,7 @@ rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 75 se
 
 MINUTES = 10
 
-soak: ## random clients, every byte and record checked: make soak MINUTES=10
+soak: ## random clients, every byte, record and counter checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import resource
 import select
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from bench import clients
@@ -22,6 +24,9 @@ from helpers import handshake
 Found = list[tuple[str, int, int, int]]
 
 AT_ONCE = 50  # short connections at a time
+MAX_WAITING = 256  # the default of --max-waiting-per-source
+SOURCE = "198.51.100.1"  # told in PROXY headers
+SOURCE_CLIENTS = 15  # of each source, if there are many sources
 SEGMENT_PAIRS = 10
 STALL_BYTES = 4096  # of kernel buffers, or the kernel holds gigabytes
 LIMIT_SECONDS = 300  # of one wait
@@ -29,7 +34,7 @@ STEP_SECONDS = 0.01  # real time: the pace of a slow flood
 
 
 def wait_for_end() -> None:
-    """Say that the flood is at its peak, and wait for SIGTERM."""
+    """Print that the flood is at its peak, and wait for SIGTERM."""
     print("peak", flush=True)
     signal.sigwait({signal.SIGTERM})
 
@@ -42,6 +47,14 @@ def is_ended(seconds: float) -> bool:
 def silent(port: int, count: int) -> Found:
     """Connections that send nothing."""
     flood = [clients.connect(port) for _ in range(count)]
+    wait_for_end()
+    close_newest_first(flood)
+    return [("empty", 0, 0, count)]
+
+
+def silent_told(port: int, count: int) -> Found:
+    """Connections that send a PROXY header, then nothing."""
+    flood = [connect(port, source=SOURCE) for _ in range(count)]
     wait_for_end()
     close_newest_first(flood)
     return [("empty", 0, 0, count)]
@@ -100,6 +113,143 @@ def same_token(port: int, count: int) -> Found:
 def random_tokens(port: int, count: int) -> Found:
     """Each waits under a token of its own."""
     return waiting(port, (handshake(clients.new_token(), "side") for _ in range(count)), count)
+
+
+class Crowd:
+    """Clients of sources that PROXY headers tell. Each waits under a token of its own."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._by_fd: dict[int, tuple[str, socket.socket]] = {}
+        self._epoll = select.epoll()
+
+    def __len__(self) -> int:
+        return len(self._by_fd)
+
+    def join(self, source: str) -> socket.socket:
+        """Let a newcomer send its header and its handshake, and return it."""
+        sock = clients.connect(self._port)
+        sock.send(proxy_header(source) + handshake(clients.new_token(), "side"))
+        self._by_fd[sock.fileno()] = source, sock
+        self._epoll.register(sock, select.EPOLLIN)
+        return sock
+
+    def take_ended(self, seconds: float = 0) -> list[tuple[str, socket.socket]]:
+        """Remove and return those that the relay has ended, in that order, with their sources.
+
+        `seconds`: how long to wait for one.
+        """
+        ended = [self._by_fd.pop(fd) for fd, _ in self._epoll.poll(seconds)]
+        for _, sock in ended:
+            self._epoll.unregister(sock)
+        return ended
+
+    def read_refusals(self, left: int) -> None:
+        """Read the refusals until so many clients are left."""
+        while len(self) > left:
+            ended = self.take_ended(LIMIT_SECONDS)
+            assert ended, f"{len(self)} clients wait, not {left}"
+            for _, sock in ended:
+                assert clients.receive_exactly(sock, 17) == b"too many waiting\n"
+                assert sock.recv(1) == b""
+                sock.close()
+        assert len(self) == left, f"{len(self)} clients wait, not {left}"
+
+    def close(self) -> None:
+        """Close all."""
+        self._epoll.close()
+        close_newest_first([sock for _, sock in self._by_fd.values()])
+
+
+def one_source(port: int, count: int) -> Found:
+    """Clients of one source. MAX_WAITING of them wait, and the others are refused."""
+    crowd = Crowd(port)
+    for number in range(count):
+        crowd.join(SOURCE)
+        if number > MAX_WAITING and number % AT_ONCE == 0:
+            crowd.read_refusals(MAX_WAITING)
+    crowd.read_refusals(MAX_WAITING)
+    wait_for_end()
+    crowd.join(SOURCE)  # the log line of its refusal has the number of those before it
+    crowd.read_refusals(MAX_WAITING)
+    assert not crowd.take_ended()
+    crowd.close()
+    return [("lonely", 0, 0, count + 1)]
+
+
+class Marker:
+    """A pair. A byte that passes through it shows how far the relay is."""
+
+    def __init__(self, port: int, source: str | None = None) -> None:
+        self._one, self._other = make_pair(port, source=source)
+        self.passed_bytes = 0
+
+    def settle(self) -> None:
+        """Return when the relay has accepted all newcomers, and has read what they have sent.
+
+        When the first byte has passed, they are accepted. With the second byte, or before it, what
+        they sent is read.
+        """
+        for _ in range(2):
+            self._one.send(b"x")
+            assert clients.receive_exactly(self._other, 1) == b"x"
+            self.passed_bytes += 1
+
+    def close(self) -> None:
+        """Close both clients."""
+        self._one.close()
+        self._other.close()
+
+
+class FullRelay:
+    """A relay without room, whose clients wait, as this flood knows them."""
+
+    def __init__(self, port: int, sources: Sequence[str]) -> None:
+        self.crowd = Crowd(port)
+        self.ended = 0
+        self._waiting: dict[str, deque[socket.socket]] = {source: deque() for source in sources}
+
+    def check_ended(self) -> None:
+        """Check that each client that was ended was the oldest one of a source with the most."""
+        for source, sock in self.crowd.take_ended():
+            assert sock.recv(1) == b""
+            most = max(map(len, self._waiting.values()))
+            assert len(self._waiting[source]) == most, f"{source} has fewer than {most} clients"
+            assert self._waiting[source].popleft() is sock, f"{source} has an older client"
+            sock.close()
+            self.ended += 1
+
+    def join(self, source: str, marker: Marker) -> None:
+        """Let a client join, and check who was ended for it."""
+        sock = self.crowd.join(source)
+        marker.settle()
+        self.check_ended()
+        self._waiting[source].append(sock)
+
+
+def many_sources(port: int, count: int) -> Found:
+    """Clients of many sources, one after the other. All of them wait, in a relay that is soon full.
+
+    For each newcomer the relay ends a client. The number of these is printed at the end.
+    """
+    sources = [f"10.{n >> 8}.{n & 255}.1" for n in range(count // SOURCE_CLIENTS)]
+    newcomers = [*sources * SOURCE_CLIENTS]
+    random.Random(1).shuffle(newcomers)
+    relay, marker = FullRelay(port, sources), Marker(port, SOURCE)
+    for source in newcomers:
+        relay.join(source, marker)
+    assert relay.ended, "the relay has room for all"
+    wait_for_end()
+    relay.check_ended()
+    ended, more = relay.ended, 0
+    while relay.ended == ended:  # the log line of this end has the number of those before it
+        relay.join(sources[0], marker)
+        more += 1
+    print(relay.ended, "ended", flush=True)
+    relay.crowd.close()
+    marker.close()
+    passed = marker.passed_bytes
+    return [("lonely", 0, 0, len(newcomers) + more), ("happy", passed, passed, 1)]
 
 
 def segments(port: int, count: int) -> Found:
@@ -177,10 +327,25 @@ def upload(senders: Sequence[socket.socket]) -> list[int]:
     return list(sent.values())
 
 
-def make_pair(port: int, buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:
+def proxy_header(source: str) -> bytes:
+    """Return a PROXY header, version 1, that tells an IPv4 address."""
+    return f"PROXY TCP4 {source} 127.0.0.1 1 1\r\n".encode()
+
+
+def connect(port: int, buffer_bytes: int | None = None, source: str | None = None) -> socket.socket:
+    """Return a connection. `source`: the address that its PROXY header tells."""
+    sock = clients.connect(port, buffer_bytes)
+    if source is not None:
+        sock.send(proxy_header(source))
+    return sock
+
+
+def make_pair(
+    port: int, buffer_bytes: int | None = None, source: str | None = None
+) -> tuple[socket.socket, socket.socket]:
     """Return two raw clients that have met."""
     token = clients.new_token()
-    one, other = (clients.connect(port, buffer_bytes) for _ in range(2))
+    one, other = (connect(port, buffer_bytes, source) for _ in range(2))
     clients.send_handshake(one, False, token, "one")
     clients.send_handshake(other, False, token, "other")
     clients.expect_ok(one, False)
@@ -221,7 +386,10 @@ def close_newest_first(flood: list[socket.socket]) -> None:
 
 FLOODS: dict[str, Callable[[int, int], Found]] = {
     flood.__name__: flood
-    for flood in (silent, slow, bad, same_token, random_tokens, segments, stalled, pairs)
+    for flood in (
+        *(silent, silent_told, slow, bad, same_token, random_tokens, one_source, many_sources),
+        *(segments, stalled, pairs),
+    )
 }
 
 

@@ -1,10 +1,11 @@
-"""A soak: random clients of one relay for minutes, with every byte and every record checked.
+"""A soak: random clients of one relay for minutes, with every byte, record and counter checked.
 
     PYTHONPATH=.:tests python3 tests/hostile/soak.py [MINUTES] [--seed N] [--threads N]
 
 Pairs over all four directions transfer, are cut, are reset, or end one direction; clients are
-refused, leave, or say nothing. At the end the relay's records are exactly what the clients counted,
-in the JSON lines and in the database, and its descriptors, its pipes and its memory are as before.
+refused, leave, or send nothing. At the end the relay's records are exactly what the clients
+counted, in the JSON lines and in the database, and so are the counters in its status. Its
+descriptors, its pipes and its memory are as before.
 Progress is printed every 10 s. The relay has those of LIMITS that it knows.
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers import DIRECTIONS, TEXT, Client, WebSocketClient, digest, frame, handshake, parse_head
-from watched import MEBIBYTE, Books, WatchedRelay, eventually, has_option, rows
+from watched import MEBIBYTE, Books, WatchedRelay, check_status, eventually, has_option, rows
 
 # No scenario lasts so long that one of these ends it, apart from the time for a handshake.
 LIMITS = {
@@ -221,7 +222,7 @@ class Actor:
         self.books.add("empty")
 
     def silent(self) -> None:
-        """A client that says nothing, until the time for its handshake is over."""
+        """A client that sends nothing, until the time for its handshake is over."""
         client = self.client("tcp")
         client.sock.settimeout(60)
         assert client.read_to_end() == b""
@@ -341,9 +342,11 @@ def main() -> None:
             eventually(lambda: relay.open_files() == files, "the descriptors of before")
             assert not any(relay.pool_bytes()), "bytes were left in a pipe"
             relay.check_idle()
+            status = relay.last_status(books.pairs() + soak.books.pairs())
             relay.stop_cleanly()
             records = relay.records()
             soak.books.check(records[1:])
+            check_status(status, records)
             found, lines = Counter(rows(database)), Counter(records)
             assert found == lines, "the database differs from the JSON lines"
     print(f"soak ok: {len(records):,} records, exact")

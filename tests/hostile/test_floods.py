@@ -1,34 +1,48 @@
 """Floods, bounded in count: honest clients are served, and nothing is lost or left behind.
 
-The attackers have other addresses than the honest clients (see Probes).
+The attackers have other addresses than the honest clients: see Probes, and HONEST for those that
+PROXY headers tell.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from helpers import BOUND_BYTES
+from flood import MAX_WAITING, Marker
+from helpers import BOUND_BYTES, handshake
 from interop.children import Child
+from processes import patched
 from watched import (
     ENVIRONMENT,
+    HAPROXY,
     HERE,
     MEBIBYTE,
+    SERVED_SECONDS,
     STALL_RECEIVE_BYTES,
+    STATUS_SECONDS,
     Books,
     Probes,
     Scene,
     eventually,
+    honest_pair,
     shorter,
     stalling_listener,
 )
 
-CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or says nothing
+CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or sends nothing
 LEAK_BYTES = MEBIBYTE
+HONEST = "192.0.2.1"  # no flood tells it
+OTHER_HONEST = "192.0.2.2"
+# A limit is logged more often than once a minute, so that a test can count all of its clients.
+OFTEN_LOGGED = patched(
+    **{"STATUS_SECONDS": STATUS_SECONDS, "Throttle.__init__.__defaults__": (0.3,)}
+)
 
 
 class Flood(Child):
@@ -60,12 +74,12 @@ class Flood(Child):
 
 @contextmanager
 def flooding(
-    scene: Scene, name: str, count: int, port: int | None = None
+    scene: Scene, name: str, count: int, port: int | None = None, source: str = Probes.SOURCE
 ) -> Iterator[tuple[Flood, Probes]]:
-    """Flood, with honest pairs during all of it. At the end the relay is as before."""
+    """Flood, with honest pairs of `source` during all of it. At the end the relay is as before."""
     relay = scene.relay
     share = relay.cpu_share()
-    with Probes(relay, scene.books) as probes:
+    with Probes(relay, scene.books, source) as probes:
         relay.forget_peak()
         before = relay.peak_bytes()
         with Flood(name, port or relay.port, count) as flood:
@@ -82,6 +96,13 @@ def flooding(
     relay.check_idle(share)
 
 
+def disconnected(scene: Scene, limit: str) -> int:
+    """Return how many clients the messages of a limit count, when the relay has stopped."""
+    message = rf"{limit}: a client was disconnected(?: \((\d+) more since the last message\))?$"
+    found = re.findall(message, scene.relay.stderr.decode(), re.MULTILINE)
+    return sum(1 + int(more or 0) for more in found)
+
+
 HELD = {
     "silent": shorter(15_000, 1_500),
     "slow": shorter(5_000, 500),
@@ -92,7 +113,7 @@ HELD = {
 
 @pytest.mark.parametrize("name", HELD)
 def test_connections_that_are_held(name: str) -> None:
-    """They say nothing, or not enough, or wait. Each has a bounded share of the memory."""
+    """They send nothing, or not enough, or wait. Each has a bounded share of the memory."""
     with Scene() as scene:
         with flooding(scene, name, HELD[name]):
             pass
@@ -120,6 +141,73 @@ def test_more_connections_than_the_limit(name: str) -> None:
             scene.books.add("happy", 0, 1)
             flood.finish(scene.books)
         assert relay.peak_bytes() - before < BOUND_BYTES + limit * CONNECTION_BYTES
+
+
+def test_silent_connections_behind_a_proxy() -> None:
+    """They send a PROXY header, then nothing."""
+    count = HELD["silent"]
+    with Scene(*HAPROXY) as scene:
+        with flooding(scene, "silent_told", count, scene.relay.haproxy_port, HONEST):
+            pass
+        assert scene.grown_bytes < BOUND_BYTES + count * CONNECTION_BYTES
+
+
+@pytest.mark.needs("--max-waiting-per-source")
+def test_one_source_that_waits() -> None:
+    """Most clients of a source behind a proxy are refused. Another source is served."""
+    count = HELD["random_tokens"]
+    with Scene(*HAPROXY, program=OFTEN_LOGGED) as scene:
+        with flooding(scene, "one_source", count, scene.relay.haproxy_port, HONEST):
+            pass
+        assert scene.grown_bytes < BOUND_BYTES + MAX_WAITING * CONNECTION_BYTES
+    assert disconnected(scene, "--max-waiting-per-source") == count + 1 - MAX_WAITING
+
+
+@pytest.mark.needs("--max-connections")
+def test_many_sources_that_wait_in_a_full_relay() -> None:
+    """Only clients of the busiest source are ended. An honest client waits, and pairs are served.
+
+    The flood checks each end. Newcomers come one after the other: one that has not sent its
+    handshake would be ended for the next one.
+    """
+    count = HELD["random_tokens"]
+    options = ["--max-connections", str(count // 3)]
+    with Scene(*HAPROXY, *options, program=OFTEN_LOGGED) as scene:
+        relay, books = scene.relay, scene.books
+        marker = Marker(relay.port)
+        share = relay.cpu_share()
+        token = relay.new_token()
+        with relay.client(source=HONEST) as one:
+            one.send(handshake(token, "one"))
+            marker.settle()
+            with Flood("many_sources", relay.haproxy_port, count) as flood:
+                flood.wait_for_peak()
+                served = []
+                held = []  # pairs, so that the relay is full again
+                for _ in range(10):
+                    served.append(honest_pair(relay, books, OTHER_HONEST, marker.settle))
+                    marker.settle()  # the two places are free
+                    held.append(Marker(relay.port))
+                    books.add("happy")
+                with relay.client(source=OTHER_HONEST) as other:
+                    other.send(handshake(token, "other"))
+                    assert one.receive(3) == other.receive(3) == b"ok\n"
+                    one.send(b"still there")
+                    assert other.receive(11) == b"still there"
+                    other.half_close()
+                    assert one.read_to_end() == other.read_to_end() == b""
+                books.add("happy", 11)
+                relay.check_idle(share)  # it takes longer than the pause between two messages
+                flood.release()
+                ended = int(flood.lines.until(r"^(\d+) ended$")[1])
+                flood.finish(books)
+                for pair in (*held, marker):
+                    pair.close()
+        books.add("happy", marker.passed_bytes)
+        worst = max(served)
+        print(f"{ended} ended; {len(served)} honest pairs, longest {1000 * worst.seconds:.1f} ms")
+        assert worst.seconds < SERVED_SECONDS, f"an honest pair was served too late: {worst}"
+    assert disconnected(scene, "--max-connections") == ended
 
 
 def test_bad_handshakes() -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from bench import clients
 from flood import make_pair, upload
-from helpers import ENTRY, TIMEOUT
+from helpers import TIMEOUT
 from interop.children import Record
 from processes import refused
 from test_resets import LEAST_BUFFER_BYTES
 from watched import (
     MEBIBYTE,
+    PROGRAM,
     Outcome,
     Probes,
     Scene,
@@ -34,7 +35,7 @@ from watched import (
 # Descriptors.
 
 DESCRIPTORS = 256
-LIMITED = ["sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh", sys.executable, str(ENTRY)]
+LIMITED = ["sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh", *PROGRAM]
 FLOOD = 1_000  # connections, more than the relay's descriptors, less than the kernel's queue
 NO_DESCRIPTORS = "newcomers|open files|descriptors|connections|room"  # what it may warn of
 
@@ -73,7 +74,7 @@ def test_descriptors_are_used_up_and_released(tmp_path: Path) -> None:
 
 @pytest.mark.needs("--max-connections")
 def test_honest_pairs_are_served_while_descriptors_are_used_up() -> None:
-    """Connections that say nothing make room."""
+    """Connections that send nothing make room."""
     with Scene(program=LIMITED, may_warn=[NO_DESCRIPTORS]) as scene:
         with Probes(scene.relay, scene.books) as probes:
             with silent_flood(scene):

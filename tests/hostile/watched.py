@@ -1,7 +1,7 @@
 """A relay that is watched from outside: its records, descriptors, memory and CPU time.
 
 A Scene is one relay, checked transfers beside it, and the Books: what the clients counted. Its end
-compares the relay's records with the Books, exactly.
+compares the relay's records and the counters in its status with the Books, exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -29,9 +30,9 @@ from typing import NamedTuple
 
 import bystanders
 from bystanders import delayed_seconds
+from flood import proxy_header
 from helpers import (
     DIRECTIONS,
-    ENTRY,
     RELAY,
     TIMEOUT,
     Client,
@@ -40,8 +41,9 @@ from helpers import (
     handshake,
 )
 from interop.children import Child, Lines, Record
+from processes import patched
 
-from transit_relay import query_descriptor
+from transit_relay import Snapshot, query_descriptor, status_line
 
 IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbers
 HERE = Path(__file__).parent
@@ -49,6 +51,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{RELAY.parent}"}
 CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.setns from 3.12 on
 POLL_SECONDS = 0.05  # how often a state of the relay is read that has no event
 SHARE_SECONDS = 1.0  # of real time, in which a share of the CPU is measured
+STATUS_SECONDS = 0.5  # how often these relays send their status: tests wait for it
 IDLE_SHARE = 0.02  # of a core, at most, without work
 IDLE_RATIO = 2  # with transfers: at most so many times the share before
 SERVED_SECONDS = 1.0  # the longest time until an honest pair is served
@@ -56,6 +59,9 @@ SERVED_RATIO = 100  # or so many times the median of a quiet run, if that is lon
 
 MEBIBYTE = 1 << 20
 STALL_RECEIVE_BYTES = 64 * 1024  # of the kernel, which doubles it: the relay reads so much at once
+
+PROGRAM = patched(STATUS_SECONDS=STATUS_SECONDS)  # the relay
+HAPROXY = ("--port", "haproxy:tcp:0:interface=127.0.0.1")  # for clients that a PROXY header tells
 
 
 def shorter(whole: int, short: int) -> int:
@@ -138,6 +144,12 @@ class Books:
         with self._lock:
             return sum(self._exact.values()) + len(self._ranges)
 
+    def pairs(self) -> int:
+        """Return how many of the records are those of pairs."""
+        with self._lock:
+            exact = sum(times for one, times in self._exact.items() if one.mood == "happy")
+            return exact + sum(one.mood == "happy" for one in self._ranges)
+
     def check(self, records: Sequence[Outcome]) -> None:
         """Raise AssertionError unless the records are exactly those of the books."""
         found = Counter(records)
@@ -157,7 +169,7 @@ class Books:
             for _, size in (record for record in records if record.mood == mood):
                 while ranges and ranges[0].low_bytes <= size:
                     heapq.heappush(begun, ranges.popleft().high_bytes)
-                assert begun, f"{mood}, {size} bytes: recorded, but nobody counted them"
+                assert begun, f"{mood}, {size} bytes: recorded, but not in the books"
                 high = heapq.heappop(begun)
                 assert size <= high, f"{mood}, {size} bytes: too many, the most is {high}"
 
@@ -173,13 +185,69 @@ def rows(database: Path) -> list[Outcome]:
 # ---------------------------------------------------------------------------------------------
 
 
+class StatusReader(threading.Thread):
+    """A socket for NOTIFY_SOCKET, of which the last message is kept.
+
+    A thread receives all the time. The kernel queues ten messages (max_dgram_qlen), and the relay
+    warns when the queue is full.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        # A path is the same in all network namespaces. An abstract address is not.
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = f"{self._folder.name}/notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._progress = threading.Condition()
+        self._last = ""
+        self.start()
+
+    def run(self) -> None:
+        while message := self._socket.recv(4096):
+            with self._progress:
+                self._last = message.decode()
+                self._progress.notify()
+
+    def wait_for(self, beginning: str) -> str:
+        """Return the last message, as soon as it has this beginning and is not empty."""
+        with self._progress:
+            has_come = self._progress.wait_for(
+                lambda: self._last and self._last.startswith(beginning), 4 * TIMEOUT
+            )
+            assert has_come, f"not {beginning!r}, but {self._last!r}"
+            return self._last
+
+    def close(self) -> None:
+        """End the thread, with an empty message."""
+        self._socket.sendto(b"", self.path)
+        self.join()
+        self._socket.close()
+        self._folder.cleanup()
+
+
+def idle_status(pairs_ended: int, relayed_bytes: int) -> str:
+    """Return the status of a relay without clients."""
+    nothing = Snapshot(**dict.fromkeys(Snapshot._fields, 0))
+    counted = nothing._replace(pairs_ended=pairs_ended, relayed_bytes=relayed_bytes)
+    return f"STATUS={status_line(counted)}"
+
+
+def check_status(status: str, records: Sequence[Outcome]) -> None:
+    """Raise AssertionError unless the counters in an idle status are those of all records."""
+    sizes = [size for mood, size in records if mood == "happy"]
+    counted = idle_status(len(sizes), sum(sizes))
+    assert status == counted, f"{status!r}, but the records have {counted!r}"
+    print(status)
+
+
 class WatchedRelay(RelayProcess):
-    """A relay with `--log-fd` and one endpoint, which takes both encodings."""
+    """A relay with `--log-fd`, NOTIFY_SOCKET, and an endpoint, which takes both encodings."""
 
     def __init__(
         self,
         *options: str,
-        program: Sequence[str] = (sys.executable, str(ENTRY)),
+        program: Sequence[str] = PROGRAM,
         host: str = "127.0.0.1",
         namespace: str | None = None,
         pass_fds: Sequence[int] = (),
@@ -188,10 +256,12 @@ class WatchedRelay(RelayProcess):
         """`host`: where clients connect, from `namespace`. `log_fd`: replaces our own reader."""
         read_end, write_end = os.pipe() if log_fd is None else (-1, log_fd)
         endpoint = "tcp:0" if namespace else f"tcp:0:interface={host}"
+        self._status = StatusReader()
         try:
             super().__init__(
                 *("--port", endpoint, "--log-fd", str(write_end), *options),
                 program=program,
+                env={**os.environ, "NOTIFY_SOCKET": self._status.path},
                 pass_fds=[write_end, *pass_fds],
             )
         finally:
@@ -203,11 +273,13 @@ class WatchedRelay(RelayProcess):
 
     def started(self) -> WatchedRelay:
         super().started()
+        self._status.wait_for("")  # the descriptor for it is open, and stays open
         self.address = (self.host, self.port)
         return self
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
+        self._status.close()
         if self._lines is not None:
             self._lines.close()
 
@@ -217,6 +289,17 @@ class WatchedRelay(RelayProcess):
         match = re.search(rb"Transit starting on .*?tcp:(\d+)", self.stderr)
         assert match, self.stderr
         return int(match[1])
+
+    @property
+    def haproxy_port(self) -> int:
+        """Return the port of a relay with the options HAPROXY, for connections with a header."""
+        match = re.search(rb"haproxy:tcp:(\d+)", self.stderr)
+        assert match, self.stderr
+        return int(match[1])
+
+    def last_status(self, pairs_ended: int) -> str:
+        """Wait for a status without clients and with so many pairs, and return it."""
+        return self._status.wait_for(idle_status(pairs_ended, 0).rpartition(", ")[0])
 
     def records(self, number: int | None = None) -> list[Outcome]:
         """Wait for the next `number` records; None: for all that are left when it has stopped."""
@@ -238,18 +321,22 @@ class WatchedRelay(RelayProcess):
     ) -> Client:
         """Return a new client of a kind, tcp or ws.
 
-        `source`: its address. `buffer_bytes`: the size of its kernel buffers.
+        `source`: its address; one outside 127.0.0.0/8 is told in a PROXY header. `buffer_bytes`:
+        the size of its kernel buffers.
         """
+        is_told = source is not None and not source.startswith("127.")
         with in_namespace(namespace or self.namespace):
             sock = socket.socket()
         sock.settimeout(TIMEOUT)
         if buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        if source is not None:
+        if source is not None and not is_told:
             sock.bind((source, 0))
-        sock.connect(self.address)
+        sock.connect((self.host, self.haproxy_port) if is_told else self.address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None and is_told:
+            sock.sendall(proxy_header(source))
         if kind == "tcp":
             return Client(sock)
         return WebSocketClient(sock, upgrade=upgrade, seed=next(self._seeds))
@@ -352,15 +439,29 @@ class Served(NamedTuple):
     connect_seconds: float  # of that: until both were connected, which the kernel alone does
 
 
-def honest_pair(relay: WatchedRelay, books: Books, source: str | None = None) -> Served:
-    """Make a pair, pass bytes both ways, end it in order. Return how long it waited."""
+def honest_pair(
+    relay: WatchedRelay,
+    books: Books,
+    source: str | None = None,
+    settle: Callable[[], None] | None = None,
+) -> Served:
+    """Make a pair, pass bytes both ways, end it in order. Return how long it waited.
+
+    `settle`: called when the first client has sent its handshake. The second one connects later.
+    """
     there, back = _chance.randbytes(1_000), _chance.randbytes(1_000)
     began = time.monotonic() - delayed_seconds(relay.pid)
-    kinds = next(_kinds)
+    kinds, token = next(_kinds), relay.new_token()
     with relay.client(kinds[0], source=source) as one:
+        if settle is not None:
+            one.send(handshake(token, "one"))
+            settle()
         with relay.client(kinds[1], source=source) as other:
             connected = time.monotonic() - delayed_seconds(relay.pid) - began
-            relay.couple(one, other)
+            if settle is None:
+                one.send(handshake(token, "one"))
+            other.send(handshake(token, "other"))
+            assert one.receive(3) == other.receive(3) == b"ok\n"
             one.send(there)
             assert other.receive(len(there)) == there
             other.send(back)
@@ -382,16 +483,16 @@ class Probes(threading.Thread):
     QUIET = 20  # the number of probes before the block
     SOURCE = "127.0.99.1"  # no attacker uses it
 
-    def __init__(self, relay: WatchedRelay, books: Books) -> None:
+    def __init__(self, relay: WatchedRelay, books: Books, source: str = SOURCE) -> None:
         super().__init__()
-        self._relay, self._books = relay, books
+        self._relay, self._books, self._source = relay, books, source
         self._stopping = threading.Event()
         self._progress = threading.Condition()
         self._error: BaseException | None = None
         self.served: list[Served] = []
 
     def __enter__(self) -> Probes:
-        quiet = [honest_pair(self._relay, self._books, self.SOURCE) for _ in range(self.QUIET)]
+        quiet = [honest_pair(self._relay, self._books, self._source) for _ in range(self.QUIET)]
         self.quiet_seconds = statistics.median(one.seconds for one in quiet)
         self.start()
         return self
@@ -405,7 +506,7 @@ class Probes(threading.Thread):
     def run(self) -> None:
         try:
             while not self._stopping.wait(self.PAUSE_SECONDS):
-                served = honest_pair(self._relay, self._books, self.SOURCE)
+                served = honest_pair(self._relay, self._books, self._source)
                 with self._progress:
                     self.served.append(served)
                     self._progress.notify()
@@ -502,6 +603,7 @@ class Scene:
         self._may_warn = may_warn
         self._resources = ExitStack()
         self.books = Books()
+        self._checked: list[Outcome] = []  # the records before the last checkpoint
         self.grown_bytes = 0  # how much the relay's memory grew in a flood
 
     def __enter__(self) -> Scene:
@@ -525,7 +627,9 @@ class Scene:
         relay = self.relay
         eventually(lambda: relay.open_files() == self.files_beside, "the descriptors of before")
         books, self.books = self.books, Books()
-        books.check(relay.records(len(books)))
+        records = relay.records(len(books))
+        books.check(records)
+        self._checked += records
 
     def _check(self) -> None:
         self.result = self.bystanders.finish(self.books)
@@ -533,12 +637,16 @@ class Scene:
         eventually(lambda: relay.open_files() == self._files, "the descriptors of before")
         assert not any(relay.pool_bytes()), "bytes were left in a pipe"
         relay.check_idle()
+        checked_pairs = sum(record.mood == "happy" for record in self._checked)
+        status = relay.last_status(checked_pairs + self.books.pairs())
         assert relay.stop() == 0, relay.stderr.decode()
         for line in relay.stderr.decode().splitlines():
             if re.search("warning:|error:|critical:", line):
                 assert any(re.search(one, line) for one in self._may_warn), line
         if relay._lines is not None:
-            self.books.check(relay.records())
+            records = relay.records()
+            self.books.check(records)
+            check_status(status, [*self._checked, *records])
         pairs = len(self.result.sent_bytes)
         print(
             f"{pairs} transfers beside it with {sum(self.result.received_bytes)} bytes, the longest"
