@@ -870,12 +870,14 @@ class TimeLimit:
         """`seconds`: the limit; 0 switches it off."""
         self._seconds = seconds
         self._since: OrderedDict[Connection, float] = OrderedDict()
+        self._earliest = float("inf")  # no entry expires before; some time ago it was exact
 
     def start(self, conn: Connection, now: float) -> None:
         """Start the limit for `conn` at `now`, or start it again."""
         if self._seconds:
             self._since[conn] = now
             self._since.move_to_end(conn)
+            self._earliest = min(self._earliest, now + self._seconds)
 
     def cancel(self, conn: Connection) -> None:
         """Remove `conn`, if it is in the queue."""
@@ -887,9 +889,12 @@ class TimeLimit:
 
     def take_expired(self, now: float) -> list[Connection]:
         """Remove and return the connections whose limit has expired."""
-        expired = []
-        while self.next_due() <= now:
+        expired: list[Connection] = []
+        if now < self._earliest:
+            return expired
+        while (due := self.next_due()) <= now:
             expired.append(self._since.popitem(last=False)[0])
+        self._earliest = due
         return expired
 
     def oldest(self, matters: Callable[[Connection], bool]) -> Connection | None:
@@ -969,12 +974,25 @@ class Timers:
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
         self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
-        self.chores: list[Chore] = []
+        self._chores: list[Chore] = []
+        self._chores_due = float("inf")
+
+    def every(self, seconds: float, work: Callable[[], None]) -> None:
+        """Add a chore: call `work`, which must not block, at once and then every `seconds`."""
+        self._chores.append(Chore(Throttle(seconds), work))
+        self._chores_due = float("-inf")
+
+    def due_chores(self, now: float) -> list[Callable[[], None]]:
+        """Return the work that is due, and begin its next period."""
+        if now < self._chores_due:
+            return []
+        due = [chore.work for chore in self._chores if chore.period.take(now)]
+        self._chores_due = min(chore.period.next_at for chore in self._chores)
+        return due
 
     def next_due(self) -> float:
         """Return when the first limit or chore is due; infinity if there is none."""
-        chores_due = min((chore.period.next_at for chore in self.chores), default=float("inf"))
-        return min(chores_due, *(queue.next_due() for queue in self._queues))
+        return min(self._chores_due, *(queue.next_due() for queue in self._queues))
 
     def forget(self, conn: Connection) -> None:
         """Remove a closed connection from all queues."""
@@ -1046,7 +1064,7 @@ def parse_network(text: str) -> Network:
 
 def is_in(networks: Sequence[Network], address: bytes) -> bool:
     """Return whether `address` is in one of `networks`."""
-    return bool(networks) and any(first <= address <= last for first, last in networks)
+    return any(first <= address <= last for first, last in networks)
 
 
 class Addresses:
@@ -1091,7 +1109,7 @@ class Addresses:
 
     def _judge(self, address: bytes, is_told: bool) -> Peer:
         is_allowed = not self._allow or is_in(self._allow, address)
-        is_trusted = is_in(self._trusted, address)
+        is_trusted = bool(self._trusted) and is_in(self._trusted, address)
         if not is_told and address.startswith(EXEMPT):
             is_ordinary = is_allowed and not is_trusted
             return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
@@ -1267,7 +1285,9 @@ class Session:
     """
 
     # The planned reload will carry these fields. The others are links to other objects.
-    CARRIED = ("accepted", "handshake", "peer", "refused_by", "started", "state")
+    CARRIED = (
+        *("accepted", "handshake", "is_trusted", "refused_by", "source", "started", "state"),
+    )
     __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
     def __init__(
@@ -1285,6 +1305,8 @@ class Session:
         self.accepted = rendezvous.clock()  # monotonic seconds
         self.started = started  # the same moment, seconds since the epoch
         self.refused_by: Limit | None = None  # set before the handshake
+        self.source: int | None  # see Peer
+        self.is_trusted: bool
         self.peer_known(peer)
         self.handshake: Handshake | None = None  # while the client waits for a partner
         self.pair: Pair | None = None  # while relaying
@@ -1297,7 +1319,7 @@ class Session:
 
     def peer_known(self, peer: Peer) -> None:
         """Note where the client comes from: at its accept, and when a proxy tells it."""
-        self.peer = peer
+        self.source, self.is_trusted = peer.source, peer.is_trusted
         if self.refused_by is not Limit.CONNECTIONS:
             self.refused_by = None if peer.is_allowed else Limit.ALLOW
 
@@ -1547,7 +1569,7 @@ class Rendezvous:
         """Return the limit because of which the newcomer can neither be matched nor wait."""
         if self.is_quota_used_up:
             return Limit.QUOTA
-        source, most = newcomer.peer.source, self._max_waiting_per_source
+        source, most = newcomer.source, self._max_waiting_per_source
         is_crowded = source is not None and 0 < most <= self.waiting_by_source.get(source, 0)
         return Limit.SOURCE if is_crowded and self._partner_for(newcomer) is None else None
 
@@ -1557,7 +1579,7 @@ class Rendezvous:
             return None
         busiest = max(self.waiting_by_source, key=self.waiting_by_source.__getitem__)
         sessions = (session for crowd in self.waiting.values() for session in crowd)
-        return next(session for session in sessions if session.peer.source == busiest)
+        return next(session for session in sessions if session.source == busiest)
 
     def forget(self, session: Session) -> None:
         """Remove a client that waits."""
@@ -1585,7 +1607,7 @@ class Rendezvous:
 
     def _count(self, session: Session, change: int) -> None:
         self.waiting_clients += change
-        source = session.peer.source
+        source = session.source
         self.waiting_by_source[source] = self.waiting_by_source.get(source, 0) + change
         if not self.waiting_by_source[source]:
             del self.waiting_by_source[source]
@@ -1831,7 +1853,7 @@ class HttpFraming(Framing):
 
     def _learn_peer(self, forwarded_for: Sequence[str]) -> None:
         """Learn from a trusted proxy where the client comes from."""
-        if self._session.peer.is_trusted:
+        if self._session.is_trusted:
             peer = self._session.rendezvous.addresses.judge_forwarded(forwarded_for)
             if peer is not None:
                 self._session.peer_known(peer)
@@ -2237,8 +2259,9 @@ class Connection:
 
     def _count_backlog(self) -> None:
         size = self.queued_bytes()
-        self._server.memory.change(size - self.counted_bytes)
-        self.counted_bytes = size
+        if size != self.counted_bytes:
+            self._server.memory.change(size - self.counted_bytes)
+            self.counted_bytes = size
 
     def release_pipe(self, pipe: Pipe) -> None:
         """Move the bytes of `pipe`, which is the backlog, into memory, and give it back."""
@@ -2681,13 +2704,7 @@ class BulkQueue:
     def __init__(self, loop: EventLoop, faults: Faults) -> None:
         self._loop = loop
         self._faults = faults
-        self._ready: OrderedDict[Connection, int] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._ready)
-
-    def __contains__(self, conn: Connection) -> bool:
-        return conn in self._ready
+        self.ready: OrderedDict[Connection, int] = OrderedDict()  # only this class changes it
 
     def add(self, conn: Connection, ready: int) -> None:
         """Put `conn` at the end of the queue, if it is not in it.
@@ -2695,14 +2712,14 @@ class BulkQueue:
         In a long queue `conn` is not polled, because each select would report it until it is
         served.
         """
-        self._ready[conn] = self._ready.get(conn, 0) | ready
-        if len(self._ready) > MAX_POLLED_BULK and not conn.is_unpolled:
+        self.ready[conn] = self.ready.get(conn, 0) | ready
+        if len(self.ready) > MAX_POLLED_BULK and not conn.is_unpolled:
             conn.is_unpolled = True
             self._loop.update_interest(conn)
 
     def discard(self, conn: Connection) -> None:
         """Remove a closed connection, if it is in the queue."""
-        self._ready.pop(conn, None)
+        self.ready.pop(conn, None)
 
     def serve(self) -> list[Connection]:
         """Serve at most a quarter of the queue, rounded up. Return the served connections.
@@ -2711,9 +2728,9 @@ class BulkQueue:
         """
         served: list[Connection] = []
         moved = 0
-        deadline = self._loop.clock() + TURN_BULK_SECONDS if self._ready else 0.0
-        for _ in range((len(self._ready) + 3) // 4):
-            conn, ready = self._ready.popitem(last=False)
+        deadline = self._loop.clock() + TURN_BULK_SECONDS
+        for _ in range((len(self.ready) + 3) // 4):
+            conn, ready = self.ready.popitem(last=False)
             served.append(conn)
             try:
                 moved += self.move(conn, ready)
@@ -2954,15 +2971,15 @@ class Server:
         self.doomed: OrderedDict[Connection, None] = OrderedDict()
         self.bulk = BulkQueue(self, self.faults)
         self.timers = Timers(limits)
-        self.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
-        self.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
+        self.timers.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
+        self.timers.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
         self.limits = LimitEnforcer(self, self.faults, limits)
         self.rendezvous.limit_reached = self.limits.note
         if self.limits.share_seconds:
-            self.every(self.limits.share_seconds, self.limits.check_progress)
+            self.timers.every(self.limits.share_seconds, self.limits.check_progress)
         self._check_quota = partial(self.limits.check_quota, quota)
         if quota is not None:
-            self.every(QUOTA_SECONDS, self._check_quota)
+            self.timers.every(QUOTA_SECONDS, self._check_quota)
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.handle(number, partial(self._stop_signalled, number))
@@ -2989,15 +3006,16 @@ class Server:
 
     def run_once(self, timeout: float) -> None:
         """Run one turn: wait at most `timeout` seconds, then work."""
-        events = self._wait(0 if self.bulk else timeout)
-        if self.rates.next_due() <= (now := self.clock()):  # before reads, which spend allowances
+        events = self._wait(0 if self.bulk.ready else timeout)
+        now = self.clock()
+        if self.rates.next_due() <= now:  # before the reads: these spend allowances
             self.faults.guard(partial(self.limits.refill_rates, now))
         for key, mask in events:
             try:
                 key.data.on_ready(mask)
             except Exception:
                 self.faults.contain(key.data)
-        served = self.bulk.serve()
+        served = self.bulk.serve() if self.bulk.ready else []
         for action in self.signals.take_actions():
             self.faults.guard(action)
         if self._stop_progress is not None:
@@ -3020,9 +3038,10 @@ class Server:
         before any timer runs, and let the time limits leave out the time beyond `timeout`.
         """
         assert self._selector is not None, "not started"
-        before = self.clock()
+        monotonic = self.clock.monotonic
+        before = monotonic()
         events = self._selector.select(timeout)
-        suspended_seconds = self.clock() - before - timeout
+        suspended_seconds = monotonic() - before - timeout
         if suspended_seconds > SUSPENDED_SECONDS:
             self.clock.suspended_seconds += suspended_seconds
             events = events or self._selector.select(0)
@@ -3042,9 +3061,8 @@ class Server:
             self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
             self.faults.guard(partial(self._acceptor.resume, now), self._acceptor)
-        for chore in self.timers.chores:
-            if chore.period.take(now):
-                self.faults.guard(chore.work)
+        for work in self.timers.due_chores(now):
+            self.faults.guard(work)
         if self.phase is not ServerPhase.SERVING:
             self.faults.guard(partial(self._continue_stop, now))
 
@@ -3056,10 +3074,6 @@ class Server:
         self.signals.close()
         if self._selector is not None:
             self._selector.close()
-
-    def every(self, seconds: float, work: Callable[[], None]) -> None:
-        """Call `work`, which must not block, in the next turn and then every `seconds`."""
-        self.timers.chores.append(Chore(Throttle(seconds), work))
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
@@ -4431,10 +4445,10 @@ class ServiceManager:
             self.notify(f"STATUS={self._status_prefix}{status_line(server.snapshot())}")
 
         if self._address:
-            server.every(STATUS_SECONDS, send_status)
+            server.timers.every(STATUS_SECONDS, send_status)
         if self._address and self._watchdog_seconds:
             pause = max(self._watchdog_seconds / 2, MIN_WATCHDOG_SECONDS)
-            server.every(pause, lambda: self.notify("WATCHDOG=1"))
+            server.timers.every(pause, lambda: self.notify("WATCHDOG=1"))
 
     def ready(self) -> None:
         """Report that clients are served."""
@@ -4730,9 +4744,9 @@ HELP = {
     " descriptors)",
     "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
     " network wait; 0: no maximum (default: %(default)s)",
-    "max-memory": "let at most this many bytes wait in the relay for slow receivers, in all pairs"
-    " together; then read no faster than they take the bytes: 64MB, 1GiB; 0: no maximum (default:"
-    " 256 MB)",
+    "max-memory": "queue at most this many bytes for slow receivers, those of all pairs together;"
+    " then read a client only when its partner can take the bytes: 64MB, 1GiB; 0: no maximum"
+    " (default: 256 MB)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
     "max-rate": "relay at most this many bytes per second in all, divided evenly among the pairs"

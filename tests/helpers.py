@@ -528,7 +528,7 @@ class Loop:
         """Run turns until nothing is ready or on its way. Check the server after each."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
-        while self.server.bulk or self.server._selector.select(0):
+        while self.server.bulk.ready or self.server._selector.select(0):
             self.server.run_once(0)
             check_server(self.server)
             self.wait_for_arrivals()

@@ -46,7 +46,7 @@ def check_rendezvous(rendezvous: Rendezvous) -> None:
         assert len(sides) == 1 and (None not in sides or len(crowd) == 1), "unmatched"
     assert rendezvous.waiting_clients == sum(map(len, rendezvous.waiting.values()))
     waiting = [session for crowd in rendezvous.waiting.values() for session in crowd]
-    assert rendezvous.waiting_by_source == Counter(session.peer.source for session in waiting)
+    assert rendezvous.waiting_by_source == Counter(session.source for session in waiting)
     for pair in rendezvous.pairs:
         if len(pair.sessions) > 1:
             assert all(session.pair is pair for session in pair.sessions), pair
@@ -75,7 +75,7 @@ def check_server(server: Server) -> None:
         assert (conn.session.pair is not None) == (conn.session.state is State.RELAYING), conn
         pair = conn.session.pair
         assert pair is None or pair in server.rendezvous.pairs, conn
-        assert not conn.is_unpolled or conn in server.bulk, conn
+        assert not conn.is_unpolled or conn in server.bulk.ready, conn
         assert conn.phase is not Phase.CLOSED, conn
         assert (conn.phase is Phase.OPEN) == (conn.session.state is not State.DONE), conn
         assert conn.phase is not Phase.FLUSHING or conn.backlog is not None, conn

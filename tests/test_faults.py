@@ -100,13 +100,8 @@ NOT_A_HANDLER = {
     *("TimeLimit.connections", "Timers.__init__", "Timers.next_due"),
     *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
     *("Acceptor.__init__", "Acceptor.close"),
-    *(
-        "BulkQueue.__init__",
-        "BulkQueue.__len__",
-        "BulkQueue.__contains__",
-        "BulkQueue.serve",
-        "BulkQueue.discard",
-    ),
+    *("BulkQueue.__init__", "BulkQueue.serve", "BulkQueue.discard"),
+    *("Timers.every", "Timers.due_chores"),
     *("MemoryBudget.__init__", "Connection.release_pipe"),  # see test_memory.py
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
     # After a fault only: a second fault there is tested apart.
@@ -264,7 +259,7 @@ class ListeningLoop(Loop):
         """Run turns until nothing is ready or on its way, and one for the timers."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
-        while self.server.bulk or self.server._selector.select(0):
+        while self.server.bulk.ready or self.server._selector.select(0):
             self._run_turn()
             self.wait_for_arrivals()
             assert time.monotonic() < deadline, "the loop does not come to rest"
@@ -839,8 +834,8 @@ def test_a_fault_of_a_chore_costs_that_run(
     loop: Loop, exception: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     work, later_work = FaultyWork(EXCEPTIONS[exception], 3), FaultyWork(MemoryError, 0)
-    loop.server.every(10, work)
-    loop.server.every(10, later_work)
+    loop.server.timers.every(10, work)
+    loop.server.timers.every(10, later_work)
     one, other = loop.meet()
     for run in range(1, 6):
         assert work.calls == later_work.calls == run
@@ -1022,7 +1017,7 @@ def test_a_connection_that_the_selector_refuses_has_its_record_beside_a_fault(
         patch.setattr(loop.server._selector, "modify", refuse)
         faulty.sock.send(b"junk\n")
         conn.mask |= selectors.EVENT_WRITE  # so that it is registered anew
-        loop.server.every(1e6, partial(loop.server.update_interest, conn))
+        loop.server.timers.every(1e6, partial(loop.server.update_interest, conn))
         loop.server.run_once(0)
     assert loop.server.faults.count == 2
     assert loop.recorder.moods() == ["empty", "lonely"]

@@ -593,7 +593,7 @@ def test_a_fault_of_one_place_is_logged_once_a_minute(
     def fault() -> None:
         raise AssertionError("injected")
 
-    loop.server.every(1, fault)
+    loop.server.timers.every(1, fault)
     for _ in range(61):
         loop.advance(1)
     first, second = warnings(caplog)

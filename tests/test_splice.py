@@ -450,7 +450,7 @@ def test_a_long_bulk_queue_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyP
     for conn in senders.conns:
         is_polled = conn not in unpolled
         assert (conn.fd in registered) == is_polled == (conn.mask == EVENT_READ)
-        assert conn in loop.server.bulk or conn in senders.moved()
+        assert conn in loop.server.bulk.ready or conn in senders.moved()
     events = {key.fd for key, _ in loop.server._selector.select(0)}
     assert not events & {conn.fd for conn in unpolled}
     for _ in range(len(senders.conns)):
@@ -481,7 +481,7 @@ def test_as_long_as_reads_are_large_a_connection_stays_unpolled(
         loop.server.run_once(0)
         check_server(loop.server)
     assert not any(conn.is_unpolled for conn in senders.conns)
-    assert not loop.server.bulk
+    assert not loop.server.bulk.ready
 
 
 def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
@@ -519,11 +519,11 @@ def test_a_backlog_is_flushed_while_its_connection_is_not_polled(
 def test_a_queued_connection_that_is_closed_leaves_the_queue(loop: Loop) -> None:
     senders = Senders(loop, 8)
     loop.server.run_once(0)
-    assert len(loop.server.bulk) == 6
+    assert len(loop.server.bulk.ready) == 6
     for conn in senders.conns:
         conn.doom()
     loop.server._reap()
-    assert not set(senders.conns) & {*loop.server.connections, *loop.server.bulk._ready}
+    assert not set(senders.conns) & {*loop.server.connections, *loop.server.bulk.ready}
     loop.pump()
     assert len(senders.moved()) == 2
 
@@ -532,7 +532,7 @@ def test_a_connection_is_queued_once_for_both_events(loop: Loop) -> None:
     (conn,) = Senders(loop, 1).conns
     for ready in (EVENT_READ, EVENT_WRITE, EVENT_READ):
         loop.server.bulk.add(conn, ready)
-    assert loop.server.bulk._ready == {conn: EVENT_READ | EVENT_WRITE}
+    assert loop.server.bulk.ready == {conn: EVENT_READ | EVENT_WRITE}
 
 
 def test_a_queued_connection_is_not_read_while_its_partner_has_a_backlog(loop: Loop) -> None:
