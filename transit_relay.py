@@ -503,10 +503,7 @@ class Pipe:
         return self._filled
 
     def pour(self, sock: socket.socket) -> int:
-        """Move bytes from the pipe to `sock`, as many as it accepts. Return how many.
-
-        Raises OSError.
-        """
+        """Move bytes to `sock`, as many as it accepts. Return how many. Raises OSError."""
         assert splice is not None
         before = self._filled
         self._filled -= splice(self._read_fd, sock.fileno(), before, None, None, SPLICE_F_NONBLOCK)
@@ -898,10 +895,7 @@ class TimeLimit:
         return expired
 
     def oldest(self, matters: Callable[[Connection], bool]) -> Connection | None:
-        """Return the earliest connection for which the limit still matters.
-
-        Remove the earlier ones, for which it does not.
-        """
+        """Return the earliest connection for which the limit matters. Remove those before it."""
         while self._since:
             conn = next(iter(self._since))
             if matters(conn):
@@ -1433,10 +1427,7 @@ class Session:
         self.end_sent()
 
     def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
-        """Leave the Rendezvous or the pair. Record a client without a partner, reply, and finish.
-
-        `mood`: None if there is no record of this client alone.
-        """
+        """Leave the Rendezvous or the pair, record a client with a `mood`, reply, and finish."""
         pair, self.pair = self.pair, None
         if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
@@ -1513,11 +1504,8 @@ class Rendezvous:
         max_waiting_per_source: int = 0,
         addresses: Addresses | None = None,
     ) -> None:
-        """`record` is called with each record. `clock` returns monotonic seconds.
-
-        `max_waiting_per_source`: 0: no maximum.
-        """
-        self.record = record
+        """`clock` returns monotonic seconds. `max_waiting_per_source`: 0: no maximum."""
+        self.record = record  # called with each record
         self.clock = clock
         self.addresses = addresses or Addresses()
         self.is_quota_used_up = False  # newcomers are refused
@@ -1827,10 +1815,7 @@ class HttpFraming(Framing):
         self._reader = ws_frames.RequestReader()
 
     def receive(self, data: memoryview) -> None:
-        """Answer the request when its head is complete, or cannot become valid.
-
-        After an upgrade, frames follow.
-        """
+        """Answer the request when its head is complete, or cannot become valid."""
         try:
             read = self._reader.receive(data)
             if read is None:
@@ -2182,10 +2167,7 @@ class Connection:
         return count
 
     def _splice(self, pair: Pair, most: int) -> int:
-        """Fill one pipe and pour it to the partner. Return how many bytes were read.
-
-        If there were none, the caller must use recv: see `Pipe.fill`.
-        """
+        """Fill a pipe and pour it to the partner. Return the bytes read; 0: see `Pipe.fill`."""
         partner = self.partner
         assert partner is not None
         pipe = self._server.pipes.lend()
@@ -2671,10 +2653,7 @@ class Faults:
 
 
 def is_consistent(conn: Connection) -> bool:
-    """Return whether the phase and the state of a connection agree with the Rendezvous.
-
-    They agree at the end of a turn without a fault.
-    """
+    """Return whether phase, state and Rendezvous agree, as after a turn without a fault."""
     session = conn.session
     rendezvous, pair = session.rendezvous, session.pair
     if (session.state is State.DONE) != (conn.phase is not Phase.OPEN):
@@ -2707,12 +2686,9 @@ class BulkQueue:
         self.ready: OrderedDict[Connection, int] = OrderedDict()  # only this class changes it
 
     def add(self, conn: Connection, ready: int) -> None:
-        """Put `conn` at the end of the queue, if it is not in it.
-
-        In a long queue `conn` is not polled, because each select would report it until it is
-        served.
-        """
+        """Put `conn` at the end of the queue, if it is not in it."""
         self.ready[conn] = self.ready.get(conn, 0) | ready
+        # In a long queue each select would report `conn` until it is served. So it is not polled.
         if len(self.ready) > MAX_POLLED_BULK and not conn.is_unpolled:
             conn.is_unpolled = True
             self._loop.update_interest(conn)
@@ -3188,10 +3164,7 @@ class Server:
     # The end.
 
     def stop(self) -> None:
-        """Begin to stop: close the listeners, and end the clients that have no partner.
-
-        Pairs of which all arrived bytes are read end too.
-        """
+        """Close the listeners. End clients without a partner, and pairs of which all is read."""
         self._acceptor.close()
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
@@ -3275,10 +3248,7 @@ class Sink(threading.Thread):
     # Called by the loop.
 
     def put(self, record: UsageRecord) -> None:
-        """Queue a record, or count it as dropped. Does not wait for a write.
-
-        After SinkGone the record is dropped without being counted.
-        """
+        """Queue a record, without waiting, or count it as dropped (not after SinkGone)."""
         with self._changed:
             if self._gone:
                 return
@@ -3590,11 +3560,8 @@ def open_usage_database(path: str) -> sqlite3.Connection:
 
 
 def _create_schema(db: sqlite3.Connection) -> None:
-    """Create all tables in one transaction, unless another relay has just done so.
-
-    `executescript` will not do: it commits before it begins.
-    """
-    db.execute("BEGIN IMMEDIATE")
+    """Create all tables in one transaction, unless another relay has just done so."""
+    db.execute("BEGIN IMMEDIATE")  # `executescript` will not do: it commits before it begins
     if not db.execute("SELECT * FROM sqlite_master").fetchone():
         for statement in USAGE_SCHEMA.split(";"):  # its comments contain no semicolon
             db.execute(statement)
@@ -3641,12 +3608,9 @@ class UsageDatabase(Sink):
     gather_seconds = GATHER_SECONDS
 
     def __init__(self, path: str, quota: Quota | None = None) -> None:
-        """Import sqlite3, but touch no file. Raises StartupError.
-
-        `quota` is loaded from the table `quota` and written to it, with each write of `current`.
-        """
+        """Import sqlite3, but touch no file. Raises StartupError."""
         super().__init__("--usage-db")
-        self._quota = quota
+        self._quota = quota  # loaded from its table and written to it, with each `current`
         try:
             import sqlite3
         except ImportError:
@@ -3659,10 +3623,7 @@ class UsageDatabase(Sink):
         self._latest = self._current = Current(now, now, 0, 0, 0)
 
     def prepare(self) -> None:
-        """Open or create the database, and try a write that is rolled back.
-
-        Raises StartupError. A transient error is logged instead: records wait.
-        """
+        """Try a write that is rolled back. Raises StartupError, but logs a transient error."""
         try:
             self._transact((), "ROLLBACK")
         except UnusableDatabase as error:
@@ -3708,10 +3669,8 @@ class UsageDatabase(Sink):
             db.execute("PRAGMA wal_checkpoint")
 
     def _open(self) -> sqlite3.Connection:
-        """Return the database. Open it again if another file, or none, is at its path.
-
-        SQLite may not notice that a file was moved or removed.
-        """
+        """Return the database. Open it again if another file, or none, is at its path."""
+        # SQLite may not notice that a file was moved or removed.
         if self._file is not None and not is_same_file(self._path, self._file):
             self.close()
         if self._db is None:
@@ -3739,10 +3698,7 @@ def count_text(count: int, noun: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """Return a number of bytes in a decimal unit (1 kB = 1000 bytes).
-
-    The number has at most three significant digits, except for TB.
-    """
+    """Return a number of bytes in a decimal unit, with three digits at most, except for TB."""
     if size < 1000:
         return count_text(size, "byte")
     value = float(size)
@@ -4191,10 +4147,7 @@ def _lock_folder(folder: str) -> int | None:
 
 
 def _remove_stale_socket(endpoint: Endpoint) -> None:
-    """Remove the socket of a relay that died.
-
-    Raises OSError if a program listens on it, StartupError if the file is not a socket.
-    """
+    """Remove the socket of a dead relay. Raises OSError (in use) and StartupError (no socket)."""
     if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
         raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -4248,12 +4201,10 @@ class MessageHandler(logging.Handler):
 
 
 def limit_message(text: bytes) -> bytes:
-    """Return `text`, without its middle if a pipe would not take it as one piece.
-
-    The end stays, because the last line of a traceback is the exception.
-    """
+    """Return `text`, without its middle if a pipe would not take it as one piece."""
     if len(text) < select.PIPE_BUF:
         return text
+    # The end stays, because the last line of a traceback is the exception.
     half = (select.PIPE_BUF - len(OMISSION) - 1) // 2
     return (text[:half] + OMISSION + text[-half:]).decode("utf-8", "ignore").encode()
 
@@ -4460,10 +4411,7 @@ class ServiceManager:
         self.notify("STOPPING=1\nSTATUS=stopping", must_arrive=True)
 
     def notify(self, message: str, must_arrive: bool = False) -> None:
-        """Send variables, one a line, unless the socket's queue is full.
-
-        `must_arrive`: if the queue is full, send them again with the next message.
-        """
+        """Send variables, one a line. If the queue is full, repeat those that `must_arrive`."""
         if not self._address:
             return
         message = self._unsent + message
@@ -4880,10 +4828,7 @@ COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
 def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> None:
-    """Put the options of a file, and nothing else, into `configured`. Exits if it is wrong.
-
-    Each line is parsed as if it stood alone on the command line.
-    """
+    """Put the options of a file, and nothing else, into `configured`. Exits if it is wrong."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             text = file.read(MAX_CONFIG_CHARACTERS)
@@ -4901,7 +4846,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         match = CONFIG_LINE.fullmatch(line)
         if not match:
             parser.error(f"{line!r} is not of the form `option value`")
-        option, value = match.groups()
+        option, value = match.groups()  # parsed as if it stood alone on the command line
         if option in ("config", "help", "version"):
             parser.error(f"{option} is for the command line only")
         parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
@@ -5057,10 +5002,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None]) -> int:
-    """Serve until the end of a stop. Return the exit code.
-
-    After a fault of the loop, the records that exist are written all the same.
-    """
+    """Serve until the end of a stop. Return the exit code."""
     failed = False
     for step in (partial(server.run, ready, stopping), server.close):
         try:
@@ -5068,7 +5010,7 @@ def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None])
         except Exception:
             log.exception("unexpected fault; please report it")
             failed = True
-    if failed:
+    if failed:  # write the records that exist all the same
         server.recorder.stop()
         server.recorder.join(STOP_RECORD_SECONDS)
     lost = server.recorder.lost()
