@@ -3222,7 +3222,7 @@ class Sink(threading.Thread):
     """A destination for records, with its queue and the thread that writes."""
 
     # Unwritten data, and what is counted since the start.
-    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "_dropped")
+    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "dropped")
     gather_seconds = 0.0  # how long to collect more records before a write
 
     def __init__(self, label: str, records_limit: int = QUEUED_RECORDS) -> None:
@@ -3233,9 +3233,9 @@ class Sink(threading.Thread):
         self._queue: deque[UsageRecord] = deque()
         self._batch: list[UsageRecord] = []  # taken from the queue, not yet written
         self._current: Current | None = None  # to be written with the next batch
-        self._dropped = 0
+        self.dropped = 0  # records, counted since the start
         self._stopping = False
-        self._finished = False
+        self.finished = False  # the thread has ended its work
         self._gone = False  # SinkGone was raised
         # Used by the thread only, once it runs.
         self._failing = False  # the last write failed
@@ -3252,8 +3252,8 @@ class Sink(threading.Thread):
         with self._changed:
             if self._gone:
                 return
-            if self._finished or len(self._queue) + len(self._batch) >= self._records_limit:
-                self._dropped += 1
+            if self.finished or len(self._queue) + len(self._batch) >= self._records_limit:
+                self.dropped += 1
                 return
             self._queue.append(record)
             if len(self._queue) == 1:  # the first one wakes the thread
@@ -3272,22 +3272,10 @@ class Sink(threading.Thread):
             self._changed.notify()
 
     @property
-    def finished(self) -> bool:
-        """Return whether the thread has ended its work."""
-        with self._changed:
-            return self._finished
-
-    @property
     def unwritten(self) -> int:
         """Return how many records wait."""
         with self._changed:
             return len(self._queue) + len(self._batch)
-
-    @property
-    def dropped(self) -> int:
-        """Return how many records were dropped and counted since the start."""
-        with self._changed:
-            return self._dropped
 
     # Called by the thread.
 
@@ -3317,7 +3305,7 @@ class Sink(threading.Thread):
         except Exception:
             log.exception("%s: unexpected error; no more records go there", self.name)
         with self._changed:
-            self._finished = True
+            self.finished = True
 
     def _gather(self) -> bool:
         """Wait for something to write and fill the batch. Return False at the end of a stop."""

@@ -396,7 +396,7 @@ def test_records_wait_while_memory_is_short(
 
 # The fields of each class that a reload does not carry over: the new program makes them anew.
 NOT_CARRIED = {
-    *("_records_limit", "_changed", "_stopping", "_finished", "_gone"),
+    *("_records_limit", "_changed", "_stopping", "finished", "_gone"),
     *("_failing", "_complained", "_complaints"),
     *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota"),
     *("_sinks", "_blur_seconds"),
