@@ -1228,6 +1228,8 @@ class State(enum.Enum):
 
 
 BEFORE_HANDSHAKE = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
+# The mood of a client that ends in one of these states. In the others it has no record of its own.
+MOODS_OF_ENDED = {State.WAIT_HANDSHAKE: "empty", State.WAIT_PARTNER: "lonely"}
 
 
 class Handshake(NamedTuple):
@@ -1390,14 +1392,8 @@ class Session:
         Half-close is not supported, as in the reference relay: the end of one direction is the
         end of the client.
         """
-        if self.state is State.WAIT_UPGRADE:
-            self._end(None, reason=reason)
-        elif self.state is State.WAIT_HANDSHAKE:
-            self._end("empty", reason=reason)
-        elif self.state is State.WAIT_PARTNER:
-            self._end("lonely", reason=reason)
-        elif self.state is State.RELAYING:
-            self._end(None, reason=reason)
+        if self.state is not State.DONE:
+            self._end(MOODS_OF_ENDED.get(self.state), reason=reason)
 
     def abandon(self) -> None:
         """End after a fault, without the ordinary steps. `Faults.repair` ends the partner."""
