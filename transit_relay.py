@@ -2444,12 +2444,9 @@ class Signals:
 
     def __init__(self) -> None:
         self._noted: deque[int] = deque()
-        self._actions: dict[int, Callable[[], None]] = {}
+        # What the loop calls after each signal. Complete before `install`.
+        self.actions: dict[int, Callable[[], None]] = {}
         self._sockets: tuple[socket.socket, ...] = ()
-
-    def handle(self, number: int, action: Callable[[], None]) -> None:
-        """Have the loop call `action` after signal `number`. To be called before `install`."""
-        self._actions[number] = action
 
     def open(self) -> int:
         """Make the sockets. Return the descriptor to wait for. Raises OSError."""
@@ -2461,12 +2458,12 @@ class Signals:
     def install(self) -> None:
         """Install the handlers. Ignore those of IGNORED_SIGNALS that have no action."""
         signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
-        for number in IGNORED_SIGNALS - set(self._actions):
+        for number in IGNORED_SIGNALS - set(self.actions):
             signal.signal(number, signal.SIG_IGN)
-        for number in self._actions:
+        for number in self.actions:
             signal.signal(number, lambda number, _: self._noted.append(number))
         # The parent process may have blocked them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._actions)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.actions)
 
     def on_ready(self, _mask: int) -> None:
         """Read the bytes that woke the loop."""
@@ -2476,7 +2473,7 @@ class Signals:
     def take_actions(self) -> Iterator[Callable[[], None]]:
         """Yield the action of each noted signal."""
         while self._noted:
-            yield self._actions[self._noted.popleft()]
+            yield self.actions[self._noted.popleft()]
 
     def close(self) -> None:
         """Close the sockets. Signals do not wake the loop any more."""
@@ -2954,7 +2951,7 @@ class Server:
             self.timers.every(QUOTA_SECONDS, self._check_quota)
         self.signals = Signals()
         for number in STOP_SIGNALS:
-            self.signals.handle(number, partial(self._stop_signalled, number))
+            self.signals.actions[number] = partial(self._stop_signalled, number)
         self._deadline = float("inf")  # of the current stop phase
         self._stop_progress: StopProgress | None = None  # set when a stop begins
 
@@ -4966,7 +4963,7 @@ def serve(options: argparse.Namespace) -> int:
         relay = open_relay(options, endpoints, passed, log_file, log_fd, undo)
         manager.add_chores(relay.server)
         if log_file is not None:
-            relay.server.signals.handle(signal.SIGUSR1, log_file.reopen)
+            relay.server.signals.actions[signal.SIGUSR1] = log_file.reopen
 
         def ready() -> None:
             if unused:

@@ -1150,8 +1150,8 @@ def test_an_action_of_a_signal_runs_in_the_loop_and_its_faults_are_contained(
         raise AssertionError("injected")
 
     loop.server._wait = wait  # type: ignore[method-assign]
-    loop.server.signals.handle(signal.SIGUSR1, lambda: story.append("acts"))
-    loop.server.signals.handle(signal.SIGUSR2, fail)
+    loop.server.signals.actions[signal.SIGUSR1] = lambda: story.append("acts")
+    loop.server.signals.actions[signal.SIGUSR2] = fail
     run(signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
     assert story[:3] == ["wait", "fails", "acts"]
     assert [message.splitlines()[-1] for message in warnings(caplog)] == [
