@@ -1113,8 +1113,8 @@ class Addresses:
 
 # Interfaces ----------------------------------------------------------------------------------
 # Names that several sections use, and the methods that earlier sections call on later ones: those
-# of a Connection that a Session, a Pair and a Framing use, and those of the Server that a
-# Connection and Faults use. Each of the two Protocols has one implementation in the relay.
+# of a Connection that a Session, a Pair and a Framing use, and those of the Server that its own
+# objects use. Each of the two Protocols has one implementation in the relay.
 
 
 class Role(enum.Enum):
@@ -1189,7 +1189,7 @@ class Transport(Protocol):
 
 
 class EventLoop(Protocol):
-    """What a Connection, Faults and the LimitEnforcer use of the Server, which has descriptions."""
+    """What the objects that the Server owns use of it. The Server has the descriptions."""
 
     buffer: memoryview
     bulk: BulkQueue
@@ -1206,6 +1206,10 @@ class EventLoop(Protocol):
     def clock(self) -> Callable[[], float]: ...  # monotonic seconds, without those of suspensions
     def update_interest(self, conn: Connection) -> None: ...
     def doom(self, conn: Connection) -> None: ...
+    def admit(
+        self, sock: socket.socket, role: Role, peer: Peer, has_proxy_header: bool
+    ) -> None: ...
+    def free_descriptor(self) -> bool: ...
 
 
 # Session -------------------------------------------------------------------------------------
@@ -2312,36 +2316,20 @@ class ListenerHandler(NamedTuple):
 
 
 class Acceptor:
-    """Accepts the newcomers of all listeners, or pauses.
-
-    A pause ends at `retry_at`, or earlier when a connection closes, if `may_end_early` is true. It
-    is false after an error that could repeat at once.
-    """
+    """Accepts the newcomers of all listeners, or pauses."""
 
     def __init__(
-        self,
-        listeners: Sequence[Listener],
-        admit: Callable[[socket.socket, Role, Peer, bool], None],
-        make_room: Callable[[], bool],
-        addresses: Addresses,
-        limits: Limits,
-        clock: Callable[[], float],
+        self, loop: EventLoop, listeners: Sequence[Listener], keepalive_seconds: float
     ) -> None:
-        """`admit` is called with each newcomer's socket, and owns it unless it raises.
-
-        `make_room` closes a connection, and returns whether there was one to close.
-        """
+        self._loop = loop
         self._listeners = list(listeners)
-        self._admit = admit
-        self._make_room = make_room
-        self._addresses = addresses
-        self._options = socket_options(limits.keepalive_seconds)
+        self._options = socket_options(keepalive_seconds)
         self._optioned: set[Listener] = set()  # their newcomers inherit the socket options
-        self._clock = clock
         self._selector: selectors.BaseSelector | None = None
         self.is_accepting = False
-        self._may_end_early = False  # a closed connection ends the pause
-        self.retry_at = float("inf")  # monotonic seconds; infinity: no pause
+        self.retry_at = float("inf")  # the end of the pause, monotonic seconds; infinity: no pause
+        # A closed connection ends the pause. Not after an error that could repeat at once.
+        self._may_end_early = False
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
@@ -2374,7 +2362,7 @@ class Acceptor:
             except OSError as error:
                 if error.errno == errno.EMFILE and count:
                     return
-                if error.errno == errno.EMFILE and self._make_room():
+                if error.errno == errno.EMFILE and self._loop.free_descriptor():
                     has_made_room = True
                 elif error.errno in OUT_OF_RESOURCES:
                     self.pause(error_text(error))
@@ -2385,8 +2373,8 @@ class Acceptor:
                 try:
                     if listener not in self._optioned:
                         set_options(sock, self._options)
-                    peer = self._addresses.judge(address)
-                    self._admit(sock, listener.role, peer, listener.has_proxy_header)
+                    peer = self._loop.rendezvous.addresses.judge(address)
+                    self._loop.admit(sock, listener.role, peer, listener.has_proxy_header)
                 except Exception:
                     sock.close()
                     raise
@@ -2395,7 +2383,7 @@ class Acceptor:
         """Stop accepting for ACCEPT_RETRY_SECONDS. Log the reason, at most once a minute."""
         if not self.is_accepting:
             return
-        now = self._clock()
+        now = self._loop.clock()
         self._may_end_early = may_end_early
         self.retry_at = now + ACCEPT_RETRY_SECONDS
         self._unregister()
@@ -2918,7 +2906,6 @@ class Server:
         is copied. `max_open`: connections that have descriptors, refused ones included.
         """
         self._max_open = max_open
-        addresses = addresses or Addresses()
         self.clock = AwakeClock(clock)
         self.wallclock = wallclock
         self.recorder = recorder
@@ -2934,9 +2921,7 @@ class Server:
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        self._acceptor = Acceptor(
-            listeners, self.admit, self._free_descriptor, addresses, limits, self.clock
-        )
+        self._acceptor = Acceptor(self, listeners, limits.keepalive_seconds)
         self.doomed: OrderedDict[Connection, None] = OrderedDict()
         self.bulk = BulkQueue(self, self.faults)
         self.timers = Timers(limits)
@@ -3126,11 +3111,11 @@ class Server:
         peer: Peer = LOCAL_PEER,
         has_proxy_header: bool = False,
     ) -> None:
-        """Add a newcomer. `role` and `has_proxy_header`: of the listener that accepted it."""
+        """Add the newcomer of `sock`. `role` and `has_proxy_header`: those of its listener."""
         conn = None
         try:
             sock.setblocking(False)
-            if len(self.connections) >= self._max_open and not self._free_descriptor():
+            if len(self.connections) >= self._max_open and not self.free_descriptor():
                 sock.close()  # without an answer: the rest is reserved for records
                 self._acceptor.pause("no file descriptor is left for newcomers")
                 return
@@ -3148,7 +3133,7 @@ class Server:
                 sock.close()
             self.faults.contain(conn)
 
-    def _free_descriptor(self) -> bool:
+    def free_descriptor(self) -> bool:
         """Evict a client, if there is one to evict. Close its socket in the middle of the turn."""
         is_evicted = self.limits.make_room(Limit.DESCRIPTORS)
         self._reap()

@@ -436,7 +436,6 @@ class Stage:
         descriptors = open_descriptors()
         self.injection = injection
         self.peers = {}
-        server._acceptor._admit = lambda *newcomer: server.admit(*newcomer)  # as patched
         clients = len(self.loop._clients)
         self.talk()
         scenario(self)
@@ -1023,7 +1022,9 @@ def test_a_connection_that_the_selector_refuses_has_its_record_beside_a_fault(
     assert loop.recorder.moods() == ["empty", "lonely"]
 
 
-def test_accept_closes_a_newcomer_that_is_not_admitted(caplog: pytest.LogCaptureFixture) -> None:
+def test_accept_closes_a_newcomer_that_is_not_admitted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The relay does not accept at once again, but after a while."""
     loop = ListeningLoop()
     sockets: list[socket.socket] = []
@@ -1032,14 +1033,14 @@ def test_accept_closes_a_newcomer_that_is_not_admitted(caplog: pytest.LogCapture
         sockets.append(sock)
         raise AssertionError("injected")
 
-    loop.server._acceptor._admit = fail
+    monkeypatch.setattr(loop.server, "admit", fail)
     with socket.create_connection(loop.listener.sock.getsockname(), TIMEOUT) as client:
         assert select.select([loop.listener.sock], [], [], TIMEOUT)[0]
         loop.pump()
         assert [sock.fileno() for sock in sockets] == [-1]
         assert client.recv(100) == b""
     assert len(errors(caplog)) == 1 and loop.server.faults.count == 1
-    loop.server._acceptor._admit = loop.server.admit
+    monkeypatch.undo()
     with socket.create_connection(loop.listener.sock.getsockname(), TIMEOUT):
         assert select.select([loop.listener.sock], [], [], TIMEOUT)[0]
         loop.pump()

@@ -244,11 +244,11 @@ def section(name: str) -> Section:
     return SECTIONS[NAMES.index(name)]
 
 
-def test_what_connection_and_faults_use_of_the_server_is_the_event_loop_protocol() -> None:
+def test_what_others_use_of_the_server_is_the_event_loop_protocol() -> None:
     """Every member is used, none is missing, and the Server has all of them."""
     used = attributes_of({"_server"}, [class_node("Connection")])
     in_constructor = attributes_of({"server"}, [class_node("Connection")])
-    holders = [class_node("Faults"), class_node("LimitEnforcer")]
+    holders = [class_node(name) for name in ("Acceptor", "Faults", "BulkQueue", "LimitEnforcer")]
     of_others = attributes_of({"loop", "_loop"}, holders)
     assert used | in_constructor | of_others == members("EventLoop")
     assert members("EventLoop") <= members("Server")
