@@ -908,13 +908,6 @@ class TimeLimit:
         return iter(self._since)
 
 
-class Chore(NamedTuple):
-    """A periodic task. It is due at once for the first time."""
-
-    period: Throttle
-    work: Callable[[], None]
-
-
 class AwakeClock:
     """A monotonic clock that leaves out the time in which the process was seen to be suspended."""
 
@@ -968,20 +961,20 @@ class Timers:
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
         self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
-        self._chores: list[Chore] = []
+        self._chores: list[tuple[Throttle, Callable[[], None]]] = []
         self._chores_due = float("inf")
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
         """Add a chore: call `work`, which must not block, at once and then every `seconds`."""
-        self._chores.append(Chore(Throttle(seconds), work))
+        self._chores.append((Throttle(seconds), work))
         self._chores_due = float("-inf")
 
     def due_chores(self, now: float) -> list[Callable[[], None]]:
         """Return the work that is due, and begin its next period."""
         if now < self._chores_due:
             return []
-        due = [chore.work for chore in self._chores if chore.period.take(now)]
-        self._chores_due = min(chore.period.next_at for chore in self._chores)
+        due = [work for period, work in self._chores if period.take(now)]
+        self._chores_due = min(period.next_at for period, _ in self._chores)
         return due
 
     def next_due(self) -> float:
