@@ -1966,8 +1966,7 @@ class Connection:
     any        doom                       closed     the backlog is discarded
 
     flushed: the backlog is empty, or a write failed and it was discarded.
-    doom: a stall, an eviction, the end of a stop, a fault, or a selector that refuses the
-    registration.
+    doom: a stall, an eviction, the end of a stop, a fault, or a refusal of the selector.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
@@ -2001,7 +2000,7 @@ class Connection:
         self._is_bulk = False  # the last read was large or costly: the next one is queued
         self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
-        # Set when all is acknowledged, or at once if the system does not report that.
+        # Set when all is seen to be acknowledged, or at once if the system does not report that.
         self._linger_deadline: float | None = None
 
     def __repr__(self) -> str:
@@ -2037,11 +2036,9 @@ class Connection:
         return mask | EVENT_READ if has_room and has_allowance and not self._peer_ended else mask
 
     def on_ready(self, mask: int) -> None:
-        """Do a small write now, and a read if the last one was cheap. Queue the others as bulk.
-
-        `mask` may be out of date, because an earlier event of the turn can change the interest.
-        """
+        """Do a small write now, and a read if the last one was cheap. Queue the others as bulk."""
         bulk = 0
+        # An earlier event of the turn, or this write, can have changed the interest `self.mask`.
         if mask & self.mask & EVENT_WRITE:
             if self.queued_bytes() >= BULK_BYTES:
                 bulk |= EVENT_WRITE
@@ -2206,20 +2203,16 @@ class Connection:
         return self._write_failed or not len(backlog)
 
     def _stop_writing(self) -> None:
-        """Note a failed write: this client is gone, but what has arrived from it is delivered.
-
-        The partner is no longer read, because its bytes would be lost. On Linux, reads after
-        SHUT_RD return the received bytes and then the end, which ends the pair.
-        """
+        """Note a failed write. The partner is no longer read: its bytes would be lost."""
         self._write_failed = True
+        # On Linux, later reads return the received bytes, and then the end, which ends the pair.
         with contextlib.suppress(OSError):  # after a reset, a read returns the error
             self.sock.shutdown(socket.SHUT_RD)
         partner = self.partner
-        if partner is not None:
-            if partner._write_failed:  # nothing can be sent in either direction
-                self.session.client_ended()
-            else:
-                self._server.update_interest(partner)
+        if partner is not None and partner._write_failed:  # nothing can be sent either way
+            self.session.client_ended()
+        elif partner is not None:
+            self._server.update_interest(partner)
 
     def _set_backlog(self, backlog: bytearray | Pipe | None) -> None:
         """Set or clear the backlog. The interest of both connections depends on it."""
@@ -2246,31 +2239,24 @@ class Connection:
 
     def advance(self) -> None:
         """Enter the next phase, if its condition holds."""
-        if self.phase is Phase.FLUSHING and self.backlog is None:
-            if self._peer_ended:
-                self.doom()
-                return
+        is_flushed = self.phase is Phase.FLUSHING and self.backlog is None
+        if self._peer_ended and (is_flushed or self.phase is Phase.LINGERING):
+            self.doom()
+        elif is_flushed:
             self.phase = Phase.LINGERING
             with contextlib.suppress(OSError):  # after a reset, the next read returns the error
                 self.sock.shutdown(socket.SHUT_WR)
             self.session.end_sent()
             self.check_linger(self._server.clock())
-        elif self.phase is Phase.LINGERING and self._peer_ended:
-            self.doom()
 
     def check_linger(self, now: float) -> None:
-        """Close a lingering connection after its time. Otherwise check again later.
-
-        The time begins when the peer's kernel is first seen to have acknowledged everything.
-        """
+        """Close a lingering connection after its time. Otherwise check again later."""
         if self.phase is not Phase.LINGERING:
             return
         if self._linger_deadline is None:
             pending = unacknowledged_bytes(self.sock)
-            if pending is None:
-                self._linger_deadline = now + LINGER_BLIND_SECONDS
-            elif pending == 0:
-                self._linger_deadline = now + LINGER_SECONDS
+            seconds = LINGER_BLIND_SECONDS if pending is None else LINGER_SECONDS
+            self._linger_deadline = None if pending else now + seconds
         if self._linger_deadline is not None and now >= self._linger_deadline:
             self.doom()
         else:
@@ -2285,10 +2271,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket and discard the backlog. Only the Server calls this."""
-        try:
+        with self.sock:  # closes it, after a fault too
             self._set_backlog(None)
-        finally:
-            self.sock.close()
 
 
 # Accepting -----------------------------------------------------------------------------------
