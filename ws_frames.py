@@ -43,6 +43,11 @@ from typing import NamedTuple, Union
 Bytes = Union[bytes, bytearray, memoryview]
 Place = Mapping[str, Union[bytes, int, "Place"]]
 
+# The address of a WebSocket: 3. Without a user and without a fragment.
+URL = re.compile(
+    r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
+)
+
 # Opcodes: 5.2.
 CONTINUATION, TEXT, BINARY = 0x0, 0x1, 0x2
 CLOSE, PING, PONG = 0x8, 0x9, 0xA
