@@ -393,16 +393,13 @@ def blur_size(size: int) -> int:
 
 
 def socket_options(keepalive_seconds: float) -> list[tuple[int, int, int]]:
-    """Return the options of a client's TCP socket: level, option, value.
-
-    `keepalive_seconds`: silence before the first keepalive probe; 0: the system's default.
-    """
+    """Return the options of a client's TCP socket: level, option, value."""
     options = [
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # the reference relay sets this too
         (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # urgent bytes stay in the stream
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # small messages are sent at once
     ]
-    if keepalive_seconds:
+    if keepalive_seconds:  # silence before the first probe; 0: the system's default
         values = {
             "TCP_KEEPIDLE": min(max(1, round(keepalive_seconds)), 32767),  # tcp(7): its range
             "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_SECONDS,
@@ -1406,12 +1403,9 @@ class Session:
         self.transport.finish(reason)
 
     def end_sent(self) -> None:
-        """Note that all bytes and the FIN were handed to the kernel, or that the client is gone.
-
-        If this client stayed, its pair is over, and the record of the pair is written.
-        """
+        """Note that all bytes and the FIN were handed to the kernel, or that the client is gone."""
         pair, self.ended_pair = self.ended_pair, None
-        if pair is not None:
+        if pair is not None:  # this client stayed: its pair is over
             self.rendezvous.pair_ended(pair)
 
     def connection_lost(self) -> None:
@@ -1858,23 +1852,19 @@ class WebSocketFraming(Framing):
         self.is_costly = False
 
     def receive(self, data: memoryview) -> None:
-        """Pass on the payload of the frames in `data`, and answer control frames.
-
-        While relaying, all payload of one call is passed on in one piece. Earlier, payload is
-        passed on piece by piece, because each piece can change the state.
-        """
+        """Pass on the payload of the frames in `data`, and answer control frames."""
         self._unanswered_pings = 0
         self._transport.note_activity()
         payload: list[Bytes] = []
         for event in self._protocol.receive(data):
             payload.append(event.payload)
-            if self._session.pair is None:
+            if self._session.pair is None:  # each piece can change the state
                 self._pass_on(payload)
                 if event.is_last:
                     self._stream.message_ended()
                 if self._session.state is State.DONE:
                     return
-        self._pass_on(payload)
+        self._pass_on(payload)  # while relaying, all of the read in one piece
         # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
         # one: up to four times its size, but FIRST_READ_BYTES at least.
         events = self._protocol.events_read + 1  # to avoid a division by zero
@@ -2532,12 +2522,9 @@ class Faults:
             served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
 
     def _end(self, conn: Connection) -> None:
-        """End a connection in the ordinary way if it is open and consistent. Else close it.
-
-        The ordinary end of an inconsistent connection would be a second fault.
-        """
+        """End a connection in the ordinary way if it is open and consistent. Else close it."""
         try:
-            if conn.phase is Phase.OPEN and is_consistent(conn):
+            if conn.phase is Phase.OPEN and is_consistent(conn):  # else it would be a second fault
                 conn.session.client_ended()
                 return
         except Exception:
@@ -2656,10 +2643,7 @@ class BulkQueue:
         self.ready.pop(conn, None)
 
     def serve(self) -> list[Connection]:
-        """Serve at most a quarter of the queue, rounded up. Return the served connections.
-
-        Stop after the step that reaches TURN_BULK_BYTES or TURN_BULK_SECONDS.
-        """
+        """Serve a quarter of the queue, up to a TURN_BULK limit. Return the served connections."""
         served: list[Connection] = []
         moved = 0
         deadline = self._loop.clock() + TURN_BULK_SECONDS
@@ -2832,11 +2816,8 @@ class LimitEnforcer:
                 pipe.seen_bytes = len(pipe)
 
     def _stalled_seconds(self, conn: Connection, now: float) -> float:
-        """Return for how long a peer has acknowledged none of the bytes queued for it (seconds).
-
-        Our end counts as a byte. Without queued bytes there is no stall.
-        """
-        unacknowledged = unacknowledged_bytes(conn.sock) or 0
+        """Return for how long a peer has acknowledged none of the bytes queued for it (seconds)."""
+        unacknowledged = unacknowledged_bytes(conn.sock) or 0  # our end counts as a byte
         if not unacknowledged and conn.backlog is None:
             return 0
         return self._sweep.unchanged_seconds(conn, conn.sent_bytes - unacknowledged, now)
@@ -3463,11 +3444,8 @@ class UnusableDatabase(SinkError):
 
 
 def result_code(error: Exception) -> int | None:
-    """Return SQLite's primary result code for an error, or None if it is unknown.
-
-    Before Python 3.11 the code is found by SQLite's message, for TRANSIENT_ERRORS only.
-    """
-    code: int | None = getattr(error, "sqlite_errorcode", None)
+    """Return SQLite's primary result code for an error, or None if it is unknown."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)  # from Python 3.11 on
     return TRANSIENT_ERRORS.get(str(error)) if code is None else code & 0xFF
 
 
@@ -3722,11 +3700,7 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints.
-
-        The names `websocket`, `haproxy` and `haproxy-websocket` tell the role, and whether
-        connections begin with a PROXY header.
-        """
+        """Return all sockets as endpoints. Three names tell the role, or a PROXY header."""
         found = []
         for n in range(self.total):
             name = self.names[n] if n < len(self.names) else ""
@@ -3894,10 +3868,7 @@ class Listener:
 
     @property
     def bound(self) -> tuple[int, object, bool]:
-        """Return the family and the address, and whether it is for IPv6 only.
-
-        The planned reload needs this, because two endpoints may be spellings of one address.
-        """
+        """Return family, address, and if it is for IPv6 only: an endpoint has many spellings."""
         address = self.sock.getsockname()
         if isinstance(address, str):  # of a unix socket
             address = os.path.realpath(address)
@@ -3944,6 +3915,7 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
             if fd is not None and fd in adopted:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
             try:
+                # Another endpoint listens on all of IPv4, on the same port.
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
                 opened = open_endpoint(endpoint, fd, ipv6_only)
             except OSError as error:
@@ -3972,10 +3944,7 @@ def _open_error_text(endpoint: Endpoint, error: OSError, listeners: Sequence[Lis
 def open_endpoint(
     endpoint: Endpoint, fd: int | None = None, ipv6_only: bool = False
 ) -> list[Listener]:
-    """Open an endpoint, or adopt `fd` for it. Raises OSError and StartupError.
-
-    `ipv6_only`: another endpoint listens on all of IPv4, on the same port.
-    """
+    """Open an endpoint, or adopt `fd` for it. Raises OSError and StartupError."""
     if fd is not None:
         return [Listener(_adopt(fd, endpoint), endpoint)]
     if endpoint.kind == "unix":
@@ -4010,12 +3979,9 @@ def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[o
 
 
 def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
-    """Listen on each address of the interface, all with one port. Raises OSError.
-
-    An IPv6 address that this machine does not have is left out, if there is an IPv4 address.
-    """
+    """Listen on each address of the interface, all with one port. Raises OSError."""
     addresses = _resolve(endpoint, ipv6_only)
-    has_ipv4 = socket.AF_INET in dict(addresses)
+    has_ipv4 = socket.AF_INET in dict(addresses)  # an IPv6 address may be left out then
     port = endpoint.port
     socks: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
@@ -4069,14 +4035,12 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder until the returned descriptor is closed. Return None if it cannot be opened.
-
-    After FOLDER_LOCK_SECONDS go on without the lock: a relay would have released it by then.
-    """
+    """Lock a folder until the returned descriptor is closed. Return None if it cannot be opened."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
+    # Then go on without the lock: a relay would have released it by then.
     deadline = time.monotonic() + FOLDER_LOCK_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -4237,11 +4201,7 @@ MAX_ID = 2**32 - 2  # of a user or group; the next number stands for "no change"
 
 
 class Environment(NamedTuple):
-    """The variables of the service manager, as they were at the start.
-
-    sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) describe them. The planned reload will
-    pass them on to its new program.
-    """
+    """The service manager's variables: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3)."""
 
     listen_pid: str = ""
     listen_fds: str = ""
@@ -4751,14 +4711,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def reset_empty_options(options: argparse.Namespace, in_files: set[str], parser: Parser) -> None:
-    """Replace each empty value by the default. Exits if one is for an option that no file sets.
-
-    There, an empty value may come from an unset variable in a script.
-    """
+    """Replace each empty value by the default. Exits if one is for an option that no file sets."""
     for name, value in vars(options).items():
         if value in ("", [""]) and name in in_files:
             setattr(options, name, parser.get_default(name))
         elif value == "" or (isinstance(value, list) and "" in value):
+            # It may come from an unset variable in a script.
             parser.error(f"argument --{name.replace('_', '-')}: '' is empty")
 
 
@@ -4797,13 +4755,11 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Return the endpoints of the options. If there are none, return the passed sockets.
-
-    With no `--port`, and no passed socket to use, tcp:4001 is among the result.
-    """
+    """Return the endpoints of the options. If there are none, return the passed sockets."""
     ports = options.port
     if not ports and not options.websocket:
         ports = passed.endpoints()
+    # `--websocket` alone does not replace the default of `--port`.
     return [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
 
 
