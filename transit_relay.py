@@ -1812,7 +1812,8 @@ class HttpFraming(Framing):
             is_upgrade = request.wants_websocket
             answer = request.accept() if is_upgrade else request.answer(HTTP_TEXT)
             if is_upgrade and self._session.refused_by is Limit.CONNECTIONS:
-                is_upgrade, answer = False, self._answer_full()
+                self._session.rendezvous.limit_reached(Limit.CONNECTIONS)
+                raise ws_frames.UpgradeRejected(503, REFUSALS[Limit.CONNECTIONS].decode().strip())
         except ws_frames.UpgradeRejected as refusal:
             is_upgrade, answer = False, refusal.answer
         self._transport.write(answer)
@@ -1829,10 +1830,6 @@ class HttpFraming(Framing):
             peer = self._session.rendezvous.addresses.judge_forwarded(forwarded_for)
             if peer is not None:
                 self._session.peer_known(peer)
-
-    def _answer_full(self) -> bytes:
-        self._session.rendezvous.limit_reached(Limit.CONNECTIONS)
-        return ws_frames.http_answer(503, REFUSALS[Limit.CONNECTIONS].decode())
 
 
 class WebSocketFraming(Framing):
