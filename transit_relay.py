@@ -416,10 +416,8 @@ def set_options(sock: socket.socket, options: Sequence[tuple[int, int, int]]) ->
     if sock.family == socket.AF_UNIX:
         return
     for level, option, value in options:
-        try:
+        with contextlib.suppress(OSError):  # the relay works without it
             sock.setsockopt(level, option, value)
-        except OSError:  # the relay works without it
-            pass
 
 
 def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
