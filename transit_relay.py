@@ -3145,8 +3145,7 @@ class Server:
 # Fields that the loop and the thread of a sink use are changed only under the lock of `_changed`.
 # The loop never changes `_batch`.
 #
-# `CARRIED`, and the parameter `fd` of PidFile and LogFile, are for a reload, which does not exist
-# yet.
+# `CARRIED` is for a reload, which does not exist yet.
 
 
 class Sink(threading.Thread):
@@ -4133,12 +4132,12 @@ def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
 class LogFile(MessageHandler):
     """Append messages to a file. The path is reopened when another file, or none, is there."""
 
-    def __init__(self, path: str, fd: int | None = None) -> None:
-        """Open or create the file, or take `fd` if it was opened before an exec. Raises OSError."""
+    def __init__(self, path: str) -> None:
+        """Open or create the file. Raises OSError."""
         super().__init__(self._append)
         self._path = path
         self.is_new = False  # whether we created the file that is open
-        self.fd = self._open() if fd is None else fd
+        self.fd = self._open()
 
     def reopen(self) -> None:
         """Open the path again. If that fails, go on with the old file."""
@@ -4228,15 +4227,9 @@ class PidFile:
     another process may have it.
     """
 
-    def __init__(self, path: str, fd: int | None = None) -> None:
-        """Lock the file and write the process id to it. Raises StartupError.
-
-        `fd`: the file, if this process has locked and written it before an exec.
-        """
+    def __init__(self, path: str) -> None:
+        """Lock the file and write the process id to it. Raises StartupError."""
         self._path = path
-        if fd is not None:
-            self.fd = fd
-            return
         with startup_errors(f"pidfile {path}"):
             self.fd = self._lock()
             os.ftruncate(self.fd, 0)

@@ -39,7 +39,6 @@ import transit_relay
 from transit_relay import (
     LogFile,
     PassedSockets,
-    PidFile,
     choose_endpoints,
     limit_message,
     nonblocking_writer,
@@ -253,17 +252,6 @@ def test_pidfile_in_the_foreground(tmp_path: Path) -> None:
         relay.started()
         assert (tmp_path / "named.pid").read_text() == f"{relay.pid}\n"
         relay.stop_cleanly()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_pidfile_that_is_locked_by_this_process_can_be_adopted(tmp_path: Path) -> None:
-    """A lock outlives an exec, but the object that holds it does not."""
-    first = PidFile(str(tmp_path / "x.pid"))
-    before = (tmp_path / "x.pid").stat()
-    second = PidFile(str(tmp_path / "x.pid"), first.fd)
-    assert (tmp_path / "x.pid").read_text() == f"{os.getpid()}\n"
-    assert (tmp_path / "x.pid").stat().st_mtime_ns == before.st_mtime_ns
-    second.close()
     assert os.listdir(tmp_path) == []
 
 
@@ -648,15 +636,6 @@ def test_a_logfile_that_cannot_be_opened_again_is_reported(
     assert [record.getMessage() for record in caplog.records] == [
         "the log file cannot be reopened: Is a directory"
     ]
-
-
-def test_an_open_logfile_can_be_adopted(tmp_path: Path) -> None:
-    first = LogFile(str(tmp_path / "log"))
-    second = LogFile(str(tmp_path / "log"), first.fd)
-    second.emit(A_RECORD)
-    assert second.fd == first.fd
-    os.close(first.fd)
-    assert (tmp_path / "log").read_text() == "a message\n"
 
 
 FILL_STDERR = """
