@@ -2303,14 +2303,7 @@ class Acceptor:
         self.is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
-        """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener.
-
-        On Linux a connection inherits the options that its listener has when it is queued. An
-        empty queue shows that no connection is left that was queued before `start` set them.
-
-        Without a free descriptor, accept fails with EMFILE, also if the queue is empty. As the
-        listener was ready, there is one newcomer: make room for this one.
-        """
+        """Accept at most ACCEPTS_PER_WAKEUP newcomers of a listener."""
         has_made_room = False
         for count in range(ACCEPTS_PER_WAKEUP):
             if not self.is_accepting or (has_made_room and count > 1):
@@ -2318,10 +2311,13 @@ class Acceptor:
             try:
                 sock, address = listener.sock.accept()
             except BlockingIOError:
+                # The queue is empty. On Linux, connections that are queued from now on inherit the
+                # options that `start` has set.
                 if sys.platform == "linux":
                     self._optioned.add(listener)
                 return
             except OSError as error:
+                # EMFILE: the queue may be empty. One newcomer is sure, as the listener was ready.
                 if error.errno == errno.EMFILE and count:
                     return
                 if error.errno == errno.EMFILE and self._loop.free_descriptor():
