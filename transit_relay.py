@@ -3724,13 +3724,12 @@ class PassedSockets(NamedTuple):
 
 def parse_endpoint(text: str, role: Role = Role.PORT) -> Endpoint:
     """Parse the text of an endpoint. `role`: of its listeners. Raises UsageError."""
-    has_proxy_header = text.startswith(PROXY_PREFIX)
-    plain = text[len(PROXY_PREFIX) :] if has_proxy_header else text
+    prefix = PROXY_PREFIX if text.startswith(PROXY_PREFIX) else ""
+    plain = text[len(prefix) :]
     if plain.isascii() and plain.isdecimal():
         plain = f"tcp:{plain}"
     (label, kind), *fields = _split_fields(plain)
     if label or kind not in ENDPOINT_FIELDS or not fields:
-        prefix = PROXY_PREFIX if has_proxy_header else ""
         raise UsageError(f"{text!r}: not an endpoint{_suggestion(plain, kind, prefix)}")
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
@@ -3773,7 +3772,7 @@ def parse_endpoint(text: str, role: Role = Role.PORT) -> Endpoint:
         name=given.get("name"),
         position=numbers.get("index"),
         fileno=numbers.get("fileno", -1),
-        has_proxy_header=has_proxy_header,
+        has_proxy_header=bool(prefix),
     )
 
 
