@@ -2023,7 +2023,7 @@ class Connection:
     def on_ready(self, mask: int) -> None:
         """Do a small write now, and a read if the last one was cheap. Queue the others as bulk."""
         bulk = 0
-        # An earlier event of the turn, or this write, can have changed the interest `self.mask`.
+        # An earlier event of the turn, or the write, can have changed `self.mask`.
         if mask & self.mask & EVENT_WRITE:
             if self.queued_bytes() >= BULK_BYTES:
                 bulk |= EVENT_WRITE
@@ -2142,7 +2142,7 @@ class Connection:
         return count
 
     def _splice(self, pair: Pair, most: int) -> int:
-        """Fill a pipe and pour it to the partner. Return the bytes read; 0: see `Pipe.fill`."""
+        """Fill a pipe and pour it to the partner. Return how much was read; 0: see `Pipe.fill`."""
         partner = self.partner
         assert partner is not None
         pipe = self._server.pipes.lend()
@@ -2290,7 +2290,7 @@ class Acceptor:
         self._selector: selectors.BaseSelector | None = None
         self.is_accepting = False
         self.retry_at = float("inf")  # the end of the pause, monotonic seconds; infinity: no pause
-        # A closed connection ends the pause. Not after an error that could repeat at once.
+        # Whether a closed connection ends the pause: not after an error that could repeat at once.
         self._may_end_early = False
         self._complaints = Throttle()
 
@@ -2317,7 +2317,8 @@ class Acceptor:
                     self._optioned.add(listener)
                 return
             except OSError as error:
-                # EMFILE: the queue may be empty. One newcomer is sure, as the listener was ready.
+                # Without a free descriptor, accept fails with EMFILE, also if the queue is empty.
+                # As the listener was ready, there is one newcomer: make room for this one.
                 if error.errno == errno.EMFILE and count:
                     return
                 if error.errno == errno.EMFILE and self._loop.free_descriptor():
@@ -3091,7 +3092,7 @@ class Server:
     # The end.
 
     def stop(self) -> None:
-        """Close the listeners. End clients without a partner, and pairs of which all is read."""
+        """Begin to stop: close listeners, end clients without a partner and pairs that are read."""
         self._acceptor.close()
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
@@ -3857,7 +3858,7 @@ class Listener:
 
     @property
     def bound(self) -> tuple[int, object, bool]:
-        """Return family, address, and if it is for IPv6 only: an endpoint has many spellings."""
+        """Return family, address and IPv6-only flag, which are equal for two spellings of one."""
         address = self.sock.getsockname()
         if isinstance(address, str):  # of a unix socket
             address = os.path.realpath(address)
@@ -3970,7 +3971,7 @@ def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[o
 def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
     """Listen on each address of the interface, all with one port. Raises OSError."""
     addresses = _resolve(endpoint, ipv6_only)
-    has_ipv4 = socket.AF_INET in dict(addresses)  # an IPv6 address may be left out then
+    has_ipv4 = socket.AF_INET in dict(addresses)  # then a missing IPv6 address is left out
     port = endpoint.port
     socks: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
@@ -4029,7 +4030,7 @@ def _lock_folder(folder: str) -> int | None:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    # Then go on without the lock: a relay would have released it by then.
+    # Afterwards go on without the lock: a relay would have released it by then.
     deadline = time.monotonic() + FOLDER_LOCK_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -4726,9 +4727,10 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         match = CONFIG_LINE.fullmatch(line)
         if not match:
             parser.error(f"{line!r} is not of the form `option value`")
-        option, value = match.groups()  # parsed as if it stood alone on the command line
+        option, value = match.groups()
         if option in ("config", "help", "version"):
             parser.error(f"{option} is for the command line only")
+        # As if the line stood alone on the command line.
         parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
         reset_empty_options(found, set(), parser)
     parser.place = ""
