@@ -71,7 +71,7 @@ def fuzz(name: str, seconds: int) -> NoReturn:
     """Fuzz a target. libFuzzer ends the process: with status 0 after the time, else another."""
     import atheris
 
-    with atheris.instrument_imports(include=["transit_relay", "ws_frames", "readings"]):
+    with atheris.instrument_imports(include=["transit_relay", "ws_frames", "readings", "streams"]):
         target = import_target(name)
 
     def check(data: bytes) -> None:
@@ -86,7 +86,9 @@ def fuzz(name: str, seconds: int) -> NoReturn:
         try:
             reached.add(target.check(seed))
         except Exception:
-            print(f"Test unit written to {path}", file=sys.stderr)  # as libFuzzer says it
+            failed = BUILD / "failed" / f"{name}-seed-{path.name}"
+            failed.write_bytes(seed)
+            print(f"Test unit written to {failed}", file=sys.stderr)  # as libFuzzer says it
             raise
     if reached != target.outcomes:
         raise SystemExit(f"the seeds reach other outcomes: {sorted(reached ^ target.outcomes)}")
@@ -99,6 +101,7 @@ def fuzz(name: str, seconds: int) -> NoReturn:
         f"-timeout={INPUT_SECONDS}",
         f"-rss_limit_mb={MEMORY_MB}",
         f"-max_len={target.longest}",
+        "-use_value_profile=1",
         f"-dict={words}",
         f"-artifact_prefix={BUILD / 'failed'}/{name}-",
     ]

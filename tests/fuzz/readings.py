@@ -200,9 +200,55 @@ def proxy_2_reading(data: bytes) -> tuple[str | None, int] | None:
     return told, 16 + length
 
 
-def proxy_2_size(data: bytes) -> int:
-    """Return the size of a header of version 2. While it is not known: the size until then."""
-    return 16 + int.from_bytes(data[14:16], "big") if len(data) >= 16 else 16
+def can_become_proxy_header(start: bytes) -> bool:
+    """Return whether `start` is the beginning of a header, which is not whole.
+
+    The addresses of version 1 are judged by their characters until the line ends.
+    """
+    if start[:1] == b"\r":
+        return can_become_proxy_2(start)
+    line = start[:-1] if start[-1:] == b"\r" else start
+    unknown = b"PROXY UNKNOWN"
+    if line == start and unknown[: len(line)] == line:
+        return True
+    if line[: len(unknown)] == unknown:
+        is_separated = line[len(unknown) : len(unknown) + 1] in (b"", b" ")
+        return is_separated and b"\r\n" not in line and len(line) <= 105
+    words = line.decode("latin-1").split(" ")
+    texts = ("PROXY", "TCP6" if words[1:2] == ["TCP6"] else "TCP4")
+    most = 39 if texts[1] == "TCP6" else 15
+    digits = string.hexdigits + ":." if texts[1] == "TCP6" else string.digits + "."
+    for number, word in enumerate(words):
+        is_last = number == len(words) - 1 and line == start
+        if number < 2:
+            if word != texts[number] and not (is_last and texts[number].startswith(word)):
+                return False
+        elif not word and not is_last:
+            return False
+        elif number < 4:
+            if len(word) > most or not set(word) <= set(digits):
+                return False
+        elif word and str(number_reading(word, 65535)) != word:
+            return False
+    return len(words) == 6 or (len(words) < 6 and line == start)
+
+
+def can_become_proxy_2(start: bytes) -> bool:
+    """Return the same for version 2."""
+    if SIGNATURE[: len(start)] != start[:12]:
+        return False
+    if len(start) > 12 and start[12] not in (0x20, 0x21):
+        return False
+    is_proxied = start[12:13] == b"\x21"
+    if is_proxied and len(start) > 13 and (start[13] >> 4 > 3 or start[13] & 15 > 2):
+        return False
+    if len(start) > 14 and start[14] > 15:
+        return False
+    if len(start) < 16:
+        return True
+    size = 16 + int.from_bytes(start[14:16], "big")
+    least = {0x11: 28, 0x12: 28, 0x21: 52, 0x22: 52}.get(start[13], 16) if is_proxied else 16
+    return least <= size <= 4096 and len(start) < size
 
 
 # Addresses and networks, by the module ipaddress.

@@ -45,9 +45,12 @@ from transit_relay import (
 )
 
 BYTEWISE = 400  # a longer stream is not cut into bytes, because that is slow
+MOST_LINE_ENDS = 100  # a stream is cut around so many
 CARRIED = 120  # a reader is carried between so many pieces at most, because that is slow
 NONCE = b"the sample nonce"
 KEY = b"sixteen bytes..."
+# White space that str.strip removes, and no grammar of these targets has.
+OTHER_SPACE = (b"\xa0", b"\x85", b"\x0b", b"\x0c")
 
 
 class Target(NamedTuple):
@@ -61,14 +64,17 @@ class Target(NamedTuple):
 
 
 def ways(stream: bytes, bytewise: int = BYTEWISE) -> Iterator[list[bytes]]:
-    """Yield the stream whole, cut at random, and cut into bytes if it has at most `bytewise`.
+    """Yield the stream whole, cut at random, around its line ends, and, if it is short, into bytes.
 
-    The random cuts depend on the stream alone.
+    The random cuts depend on the stream alone. `bytewise`: the longest that is short.
     """
     chance = random.Random(zlib.crc32(stream))
     yield [stream]
     for _ in range(2):
         yield cut_at_random(stream, chance, chance.randint(1, 6))
+    ends = [n for n, byte in enumerate(stream) if byte in b"\r\n"][:MOST_LINE_ENDS]
+    if ends:
+        yield [piece for piece in cut(stream, [m for n in ends for m in (n, n + 1)]) if piece]
     if len(stream) <= bytewise:
         yield cut(stream, range(1, len(stream)))
 
@@ -251,6 +257,12 @@ def check_endpoint_error(text: str, said: str) -> str:
 def endpoint_seeds() -> Iterator[bytes]:
     vectors = (test_endpoints.GOOD, test_endpoints.BAD, test_endpoints.SUGGESTIONS)
     yield from bytes_of(itertools.chain(*vectors))
+    starts = {"tcp": "tcp:1", "tcp6": "tcp6:1", "unix": "unix:x"}
+    for kind, names in readings.FIELDS_OF_KINDS.items():
+        for name, more in itertools.product(set(names) & set(readings.HIGHEST), (0, 1)):
+            start = kind if name in ("port", "index", "fileno") else starts[kind]
+            number = format(readings.HIGHEST[name] + more, "o" if name == "mode" else "d")
+            yield f"{start}:{name}={number}".encode()
     chance = random.Random(1)
     yield from bytes_of(test_fuzz.endpoint_text(chance)[:200] for _ in range(200))
 
@@ -281,9 +293,8 @@ def check_proxy_header(stream: bytes) -> str:
     expected = readings.proxy_reading(stream)
     if isinstance(result, str):
         assert expected is None, f"{result}, expected {expected}"
-        if result == "unfinished":
-            most = readings.proxy_2_size(stream) if stream[:1] == b"\r" else 107
-            assert len(stream) < most, "it waits for more than a header"
+        is_possible = readings.can_become_proxy_header(stream)
+        assert is_possible == (result == "unfinished"), result
         return result
     assert expected is not None, result
     assert result == (expected[0], stream[expected[1] :]), expected
@@ -386,16 +397,18 @@ def forwarded_seeds() -> Iterator[bytes]:
         yield trusted + b"\n\n" + ",".join(values).encode()
 
 
-# HTTP. The first byte of an input tells whether a request or an answer follows, and whether NULs
-# stand for a long text: so short inputs reach the limits of lines and heads.
+# HTTP. The first byte of an input tells whether a request or an answer follows, and whether two
+# bytes stand for long texts: so short inputs reach the limits of lines and heads.
 
 IS_ANSWER, HAS_FILLERS = 1, 2
+FILLERS = {b"\0": b"x" * (ws_frames.MAX_HEAD_LINE_BYTES - 40), b"\1": b"x" * 8900}
 
 
 def check_head(data: bytes) -> str:
     options, stream = (data[0], data[1:]) if data else (0, b"")
     if options & HAS_FILLERS:
-        stream = stream.replace(b"\0", b"x" * (ws_frames.MAX_HEAD_LINE_BYTES - 40), 3)
+        for short, long in FILLERS.items():
+            stream = stream.replace(short, long, 4)
     is_server = not options & IS_ANSWER
 
     def new() -> Any:
@@ -468,17 +481,26 @@ def head_seeds() -> Iterator[bytes]:
     answers = [*test_ws_upgrade.GOOD_ANSWERS.values(), *test_ws_upgrade.BAD_ANSWERS.values()]
     for options, heads in ((0, requests), (IS_ANSWER, [*answers, SWITCHED])):
         for head in heads:
-            if len(head) < 1000:
+            if len(head) > 1000:
+                for short, long in FILLERS.items():
+                    head = head.replace(long, short)
+                yield bytes([options | HAS_FILLERS]) + head
+            else:
                 yield bytes([options]) + head + frame(BINARY, b"behind")
                 yield bytes([options]) + head[: len(head) * 2 // 3]
                 yield bytes([options | HAS_FILLERS]) + head[:-2] + b"X: \0\r\n\r\n"
                 yield bytes([options | HAS_FILLERS]) + head[:-2] + b"X:\0\r\n" * 3 + b"\r\n"
+    for space in OTHER_SPACE:
+        for value in (b"websocket", b"Upgrade", b"13"):
+            for one in (space + value, value + space):
+                yield b"\0" + UPGRADE.replace(b": " + value, b": " + one)
     yield bytes([HAS_FILLERS]) + b"GET /\0\0 HTTP/1.1\r\n\r\n"
 
 
 # Frames. The first byte of an input tells the role, and whether fillers stand for payload.
 
 IS_MASKED, HAS_PAYLOAD = 1, 2
+CODES = (1000, 1005, 1014, 3000, 4999)  # near these, other codes may not be sent
 FILLER = b"\x00\xf0\x0d\x1b" * (ws_frames.TRANSLATED_BYTES // 4 + 8)
 
 
@@ -659,7 +681,8 @@ TARGETS = {
                 for names in readings.FIELDS_OF_KINDS.values()
                 for name in names
             ),
-            *(b"haproxy:", b"\\:", b"\\", b"INET6", b"65535", b"2147483647", b"777", b"/run/x"),
+            *(b"haproxy:", b"\\:", b"\\", b"INET6", b"777", b"1000", b"/run/x"),
+            *(b"%d" % (most + n) for most in {*readings.HIGHEST.values()} for n in (0, 1)),
         ],
         frozenset(
             [*readings.FIELDS_OF_KINDS, "a wrong field", "suggestion", "no suggestion"],
@@ -686,6 +709,7 @@ TARGETS = {
         [
             *(b"unix", b"/0", b"/24", b"/96", b"/128", b"::ffff:", b"::/0", b"0.0.0.0/0", b"10."),
             *(b"127.0.0.1", b"::1", b"[", b"]:80", b":80", b", ", b"%eth0", b"\n", b"2001:db8::"),
+            *OTHER_SPACE,
         ],
         frozenset(["none", "allowed", "refused"]),
         300,
@@ -695,7 +719,8 @@ TARGETS = {
         head_seeds,
         [
             *(b"GET ", b"HEAD ", b"OPTIONS ", b"POST ", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n"),
-            *(b"\r\n\r\n", b"\n\n", b"\r\n", b"Host: h\r\n", b"Upgrade: websocket\r\n", b"\0"),
+            *(b"\r\n\r\n", b"\n\n", b"\r\n", b"Host: h\r\n", b"Upgrade: websocket\r\n"),
+            *(b"\0", b"\1", *OTHER_SPACE),
             *(b"Connection: Upgrade\r\n", b"Sec-WebSocket-Version: 13\r\n", b"HTTP/1.1 101 "),
             *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b"Sec-WebSocket-Protocol: x\r\n"),
         ],
@@ -710,6 +735,11 @@ TARGETS = {
         [
             *(bytes([bits | code]) for bits in (0, 128) for code in (BINARY, CLOSE, PING, PONG)),
             *(b"\xfe\0\x7e", b"\xff\0\0\0\0\0\1\0\0", b"\x88\x82\0\0\0\0\3\xe8", b"filler"),
+            *(
+                code.to_bytes(2, "big")
+                for border in CODES
+                for code in range(border - 1, border + 2)
+            ),
             *(b"\x82\x85\0\0\0\0first", b"\x88\x02\3\xe8", b"\x80\x80\0\0\0\0"),
         ],
         frozenset(["1002", "1003", "1007", "Close", "no error"]),
