@@ -32,7 +32,7 @@ NAMES = ("handshake", "endpoint", "proxy", "forwarded", "http", "frames", "clien
 INPUT_SECONDS = 30  # a longer run of one input is a failure
 MEMORY_MB = 1024
 STARTUP_SECONDS = 120  # for the imports and the seeds, before a target is stopped
-PRINTED_BYTES = 4096  # of an input that fails
+PRINTED_BYTES = 4096  # of an input that fails, or of a log without an exception
 PROGRESS = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
 
 
@@ -160,8 +160,9 @@ def run_target(name: str, seconds: int) -> bool:
 
 def failure_text(name: str, text: str) -> str:
     """Return the end of a log from the exception on, and the input that failed."""
-    start = max(text.find(mark) for mark in ("=== Uncaught", "Traceback (most", "ERROR: libFuzzer"))
-    lines = text[start:] if start >= 0 else text[-3000:]
+    marks = ("=== Uncaught", "Traceback (most", "ERROR: libFuzzer")
+    starts = [text.index(mark) for mark in marks if mark in text]
+    lines = text[min(starts) :] if starts else text[-PRINTED_BYTES:]
     for file in re.findall("Test unit written to (.*)", text):
         data = Path(file).read_bytes()
         more = f" and {len(data) - PRINTED_BYTES} bytes more" if len(data) > PRINTED_BYTES else ""
