@@ -620,7 +620,7 @@ RELEASES_PER_TURN = 8  # pairs that go on in one turn of the loop, so that a tur
 LEAST_READ_BYTES = 4 * 1024  # less with a small rate
 LEAST_RATE = 1_000  # bytes per second; a smaller value is probably a mistake in the unit
 NO_RATE = 1e12  # bytes per second: stands for no rate
-SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))? ?(?:([kmgtKMGT]i?)?(B|bytes?|bit))?")
+SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?(?: ?([kmgtKMGT]i?)?(B|bytes?|bit))?")
 QUOTA_PERCENTS = (80, 95, 100)  # of a monthly quota: each is reported
 
 
@@ -3730,15 +3730,16 @@ def parse_endpoint(text: str, role: Role = Role.PORT) -> Endpoint:
     if plain.isascii() and plain.isdecimal():
         plain = f"tcp:{plain}"
     (label, kind), *fields = _split_fields(plain)
-    if label or kind not in ENDPOINT_FIELDS or not fields:
+    if label is not None or kind not in ENDPOINT_FIELDS or not fields:
         raise UsageError(f"{text!r}: not an endpoint{_suggestion(plain, kind, prefix)}")
     names = ENDPOINT_FIELDS[kind]
     unnamed = iter(names)
     given: dict[str, str] = {}
     numbers: dict[str, int] = {}
     for name, value in fields:
-        name = name or next(unnamed, "")
-        if not name:
+        if name is None:
+            name = next(unnamed, None)
+        if name is None:
             raise UsageError(f"{text}: too many fields")
         if name not in names:
             raise UsageError(f"{text}: {kind} has no option {name!r}, only {', '.join(names)}")
@@ -3777,23 +3778,21 @@ def parse_endpoint(text: str, role: Role = Role.PORT) -> Endpoint:
     )
 
 
-def _split_fields(text: str) -> list[tuple[str, str]]:
-    """Split `text` at its colons into (name, value) pairs; a field may have an empty name."""
-    fields = [["", ""]]
-    named = False
+def _split_fields(text: str) -> list[tuple[str | None, str]]:
+    """Split `text` at its colons into (name, value) pairs; the name is None without a `=`."""
+    fields: list[tuple[str | None, str]] = [(None, "")]
     characters = iter(text)
     for character in characters:
+        name, value = fields[-1]
         if character == "\\":
-            fields[-1][1] += next(characters, "\\")
+            fields[-1] = name, value + next(characters, "\\")
         elif character == ":":
-            fields.append(["", ""])
-            named = False
-        elif character == "=" and not named:
-            fields[-1] = [fields[-1][1], ""]
-            named = True
+            fields.append((None, ""))
+        elif character == "=" and name is None:
+            fields[-1] = value, ""
         else:
-            fields[-1][1] += character
-    return [(name, value) for name, value in fields]
+            fields[-1] = name, value + character
+    return fields
 
 
 def _suggestion(text: str, kind: str, prefix: str) -> str:

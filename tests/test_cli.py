@@ -77,6 +77,7 @@ def test_defaults() -> None:
         "stall_timeout": 600,
         "max_connections": None,
         "max_waiting_per_source": 256,
+        "max_memory": 256_000_000,
         "keepalive": 200,
         "max_rate": 0,
         "max_pair_rate": 0,
@@ -247,7 +248,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     texts = {" ".join(option.split()) for option in options}
-    assert len(texts) == 27
+    assert len(texts) == 28
     for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option

@@ -201,6 +201,8 @@ BAD = {
     "tcp:4001:a:50:b": "too many fields",
     "tcp:4001:interface=::": "given twice (a colon in a value is \\:)",
     "foo=tcp:4001": "not an endpoint",
+    "=tcp:4001": "not an endpoint",
+    "tcp:=4001": "tcp has no option ''",
     "unix:": "the path is missing",
     "unix:mode=660": "the path is missing",
     "unix:/run/x.sock:mode=rw": "mode must be a number from 0 to 777",

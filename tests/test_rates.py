@@ -16,6 +16,7 @@ from transit_relay import (
     LEAST_RATE,
     LEAST_READ_BYTES,
     REFILL_SECONDS,
+    RELEASES_PER_TURN,
     RESERVE_SECONDS,
     Pair,
     Quota,
@@ -111,7 +112,9 @@ class Line:
             while self.turn():
                 pass
             self.clock.advance(TICK_SECONDS)
-            self.refill()
+            while self.clock() >= self.rates.next_due():
+                self.refill()
+                self.turn()
 
     def measure(self, seconds: float) -> list[float]:
         """Let the time pass. Return the rate of each client meanwhile (bytes per second)."""
@@ -121,6 +124,31 @@ class Line:
 
 
 # Shares of a rate.
+
+
+def test_few_pairs_go_on_in_one_turn() -> None:
+    """Otherwise a message waits for the reads of all of them. The rest is due at once."""
+    line = Line(20 * MB)
+    pairs = line.add(100)
+    line.run(1)
+    line.clock.advance(REFILL_SECONDS)
+    steps = []
+    while line.clock() >= line.rates.next_due():
+        steps.append(line.rates.refill(line.clock()))
+        assert all(pair.allowance for pair in steps[-1])
+    assert [len(step) for step in steps] == [RELEASES_PER_TURN] * 12 + [4]
+    assert {pair for step in steps for pair in step} == {*pairs}
+
+
+def test_a_pair_that_leaves_before_its_turn_is_forgotten() -> None:
+    line = Line(20 * MB)
+    line.add(100)
+    line.run(1)
+    line.clock.advance(REFILL_SECONDS)
+    first = line.rates.refill(line.clock())
+    line.remove([client for client in line.clients if client not in first])
+    assert line.rates.refill(line.clock()) == []
+    assert line.rates.next_due() == line.clock() + REFILL_SECONDS
 
 
 @pytest.mark.parametrize("max_rate", [10_000, 1 * MB, 20 * MB, 1000 * MB])
@@ -491,7 +519,7 @@ def test_rates(text: str, rate: int) -> None:
 
 NO_SIZES = [
     *("", " ", "B", "kB", "MB/s", ".5MB", "5.MB", "1.2.3MB", "1,5MB", "1e6", "1_000", "+1MB"),
-    *("-1MB", " 1MB", "1MB ", "1  MB", "1MB\n", "\u0661MB", "\u00b2MB", "0x10", "inf", "nan"),
+    *("-1MB", " 1MB", "1MB ", "1 ", "1  MB", "1MB\n", "\u0661MB", "\u00b2MB", "0x10", "inf", "nan"),
     *("10Mb", "10mb", "10M", "10k", "10Mbps", "10MBps", "10Mb/s", "10kib", "10iB", "10PB"),
     *("1MB/S", "1MB/h", "1MB/s/s", "1MBit", "9" * 16, "1.0123456789MB"),
 ]

@@ -72,8 +72,11 @@ HIGHEST = {
 }
 
 
-def fields_reading(text: str) -> list[tuple[str, str]]:
-    """Return the names and values between the colons, without the backslashes that escape."""
+def fields_reading(text: str) -> list[tuple[str | None, str]]:
+    """Return the names and values between the colons, without the backslashes that escape.
+
+    A name is None if there is no `=`.
+    """
     places: list[list[str]] = [[]]  # an escaped character has two characters here
     at = 0
     while at < len(text):
@@ -84,13 +87,14 @@ def fields_reading(text: str) -> list[tuple[str, str]]:
             places.append([])
         else:
             places[-1].append("\\\\" if piece == "\\" else piece)
-    fields = []
+    fields: list[tuple[str | None, str]] = []
     for pieces in places:
-        name: list[str] = []
+        name = None
         if "=" in pieces:
             border = pieces.index("=")
-            name, pieces = pieces[:border], pieces[border + 1 :]
-        fields.append(("".join(one[-1] for one in name), "".join(one[-1] for one in pieces)))
+            name = "".join(one[-1] for one in pieces[:border])
+            pieces = pieces[border + 1 :]
+        fields.append((name, "".join(one[-1] for one in pieces)))
     return fields
 
 
@@ -103,13 +107,13 @@ def endpoint_reading(text: str) -> dict[str, object] | None:
     if text and set(text) <= set(string.digits):
         text = "tcp:" + text
     (label, kind), *fields = fields_reading(text)
-    if label or not fields or kind not in FIELDS_OF_KINDS:
+    if label is not None or not fields or kind not in FIELDS_OF_KINDS:
         return None
     unnamed = list(FIELDS_OF_KINDS[kind])
     found: dict[str, str] = {}
     numbers: dict[str, int] = {}
     for name, value in fields:
-        if not name:
+        if name is None:
             if not unnamed:
                 return None
             name = unnamed.pop(0)
@@ -356,7 +360,7 @@ def size_reading(text: str) -> int | None:
         end += 1
     whole, dot, fraction = text[:end].partition(".")
     unit = text[end:]
-    if unit[:1] == " ":
+    if unit[:1] == " " and unit[1:]:
         unit = unit[1:]
     if unit not in UNITS or not 1 <= len(whole) <= 15:
         return None
