@@ -224,15 +224,20 @@ def test_segments_of_one_byte() -> None:
         assert scene.grown_bytes < 2 * BOUND_BYTES
 
 
-def test_stalled_receivers_with_uploading_senders() -> None:
-    """What each pair holds is bounded. A pair of the transfers beside it is not slowed for long.
+@pytest.mark.parametrize("is_limited", [False, True], ids=["default", "max-memory"])
+def test_stalled_receivers_with_uploading_senders(is_limited: bool) -> None:
+    """What each pair holds is bounded, and what all hold together. The transfers beside them go on.
 
-    They come over a listener whose sockets inherit small buffers, or the kernel holds gigabytes.
+    The clients come over a listener whose sockets inherit small buffers, or the kernel holds
+    gigabytes.
     """
     count = shorter(2_000, 200)
+    bound = count * 2 * STALL_RECEIVE_BYTES  # less than the default of --max-memory
     with stalling_listener() as listener:
         options = ["--port", f"fd:{listener.fileno()}"]
-        bound = count * 2 * STALL_RECEIVE_BYTES
+        if is_limited:
+            bound //= 16
+            options += ["--max-memory", str(bound)]
         with Scene(*options, pass_fds=[listener.fileno()]) as scene:
             port = listener.getsockname()[1]
             with flooding(scene, "stalled", count, port):
