@@ -9,11 +9,12 @@ it is used, without addresses, tokens or sides.
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
 beside it, which implements WebSocket frames, every listener accepts WebSocket clients as well.
 
-The file is divided into sections. At run time a section uses names of the sections above it. Four
+The file is divided into sections. At run time a section uses names of the sections above it. Five
 kinds of calls go to a later section: to the methods in the section Interfaces, from a Session to
-its Pair and the Rendezvous, from the Acceptor to the listeners, and from the Server to the
-Recorder. Functions that a later section registered are called too: for a record, a newcomer, a
-signal, a chore, and the start of service and of a stop.
+its Pair and the Rendezvous, from a Connection to the BulkQueue, from the Acceptor to the listeners,
+and from the Server to the Recorder. Functions that a later section registered are called too: for a
+record, a reached limit, a changed allowance, a lack of pipes, a signal, a chore, and the start of
+service and of a stop.
 
     Constants, errors    numbers with their reasons; an exception for each kind of failure
     Records              the records of connections and pairs, and a snapshot of the relay
@@ -29,8 +30,8 @@ signal, a chore, and the start of service and of a stop.
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
     Faults               contained exceptions: counted, logged, without data of a client
-    Bulk                 large moves wait, so that small messages do not
-    Limits               what ends or refuses clients, and how the relay makes room
+    Bulk                 the queue of large reads and writes: small messages do not wait for them
+    Limits               what ends, refuses or slows clients, and how the relay makes room
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
@@ -173,9 +174,10 @@ FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is u
 MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
 PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
 FRAME_HEADERS_BYTES = 1024  # headers of the messages made from one read, and a Close
-# The largest backlog outside a pipe, which follows from backpressure. The tests assert it.
+# The largest backlog that is not in a pipe and was not taken out of one. It follows from
+# backpressure, and the tests assert it.
 MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
-BULK_BYTES = 64 * 1024  # after a read of this size the next one waits in the bulk queue
+BULK_BYTES = 64 * 1024  # after a read of this size (or the largest) the next one is queued as bulk
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
 MAX_POLLED_BULK = 16  # a connection that joins a longer bulk queue is not polled meanwhile
@@ -183,10 +185,11 @@ PIPE_BYTES = 1024 * 1024  # the default of pipe-max-size; splice needs large pip
 MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
-PIPE_HOLD_SECONDS = 5  # a wanted pipe is emptied if its receiver takes nothing for so long
-LEAST_QUEUED_BYTES = 16 * 1024  # a read when --max-memory is used up
+PIPE_HOLD_SECONDS = 5  # when pipes are short, one is taken back if nothing leaves it for so long
+PRESSED_READ_BYTES = 16 * 1024  # a read when --max-memory is used up, and the least before
+LEAST_MEMORY_BYTES = 1_000_000  # a smaller --max-memory is probably a mistake in the unit
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
-FEW_BYTES = 64  # unacknowledged ones may be Pings, and do not make a pair busy
+FEW_BYTES = 64  # so few unacknowledged bytes may be Pings, and do not make a pair busy
 MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
 KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
 KEEPALIVE_PROBES = 4  # without an answer, before the kernel ends the connection
@@ -385,7 +388,8 @@ def blur_size(size: int) -> int:
 #
 # A connection borrows a pipe from the pool for one read and gives it back afterwards. Bytes that
 # the receiver does not accept stay in the pipe, which is then the receiver's backlog. The pool
-# closes a pipe that still holds bytes, because they must not reach another pair.
+# closes a pipe that still holds bytes, because they must not reach another pair. If all pipes are
+# lent, the bytes in those whose receivers take nothing are moved to memory.
 #
 # The number of pipes is limited: all processes of an unprivileged user share pipe-user-pages-soft
 # (pipe(7)). Past that limit the kernel makes pipes of two pages, through which splicing is no
@@ -431,7 +435,10 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Return whether `fd` has room for PIPE_BUF bytes, or an error. Wait up to `seconds`."""
+    """Return whether poll(2) reports `fd` as writable, or an error. Wait up to `seconds`.
+
+    A writable pipe has room for PIPE_BUF bytes.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
@@ -473,7 +480,7 @@ class Pipe:
         """Make a pipe. Raises OSError."""
         self._read_fd, self._write_fd = os.pipe()
         self._filled = 0
-        self.seen_bytes = 0  # how many were in it at the last check of a wanted pipe
+        self.seen_bytes = 0  # its content at the last call of LimitEnforcer.release_pipes
         try:
             self.is_large = fcntl.fcntl(self._write_fd, F_SETPIPE_SZ, PIPE_BYTES) >= PIPE_BYTES
         except OSError:  # our user has too many pages in pipes
@@ -504,10 +511,11 @@ class Pipe:
         self._filled -= splice(self._read_fd, sock.fileno(), before, None, None, SPLICE_F_NONBLOCK)
         return before - self._filled
 
-    def empty(self) -> bytearray:
-        """Read all bytes out of the pipe and return them. Raises OSError."""
+    def read_all(self) -> bytearray:
+        """Read all bytes out of the pipe and return them. Raises OSError and MemoryError."""
         content = bytearray(self._filled)  # before the read: if there is no memory, nothing is lost
         self._filled -= os.readv(self._read_fd, [content])
+        assert not self._filled, "the pipe has more than it returned"
         return content
 
     def close(self) -> None:
@@ -535,22 +543,28 @@ class PipePool:
         self._lent = 0
         self._idle: list[Pipe] = []
         self._pause_until = float("-inf")
-        self.scarce: Callable[[], None] = lambda: None  # called when all are lent and one is wanted
+        # Called when all are lent and one more is wanted, at most once in PIPE_HOLD_SECONDS.
+        self.when_scarce: Callable[[], None] = lambda: None
         self._scarcities = Throttle(PIPE_HOLD_SECONDS)
 
     def lend(self) -> Pipe | None:
         """Return an empty pipe, or None if there is no idle one and none can be made."""
         pipe = self._idle.pop() if self._idle else self._make()
-        self._lent += pipe is not None
+        if pipe is not None:
+            self._lent += 1
+            pipe.seen_bytes = 0
         return pipe
 
     def _make(self) -> Pipe | None:
-        """Make a large pipe. If the system refuses, return None, and do not try for a while."""
+        """Return a large pipe: a new one, or one that `when_scarce` released.
+
+        None: all are lent, or the system refused one within PIPES_PAUSE_SECONDS.
+        """
         now = self._clock()
         if self._lent >= self._max_pipes:
             if self._max_pipes and self._scarcities.take(now):
-                self.scarce()
-            return None
+                self.when_scarce()
+            return self._idle.pop() if self._idle else None
         if now < self._pause_until:
             return None
         try:
@@ -624,8 +638,11 @@ SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?(?: ?([kmgtKMGT]i?)?(B|bytes
 QUOTA_PERCENTS = (80, 95, 100)  # of a monthly quota: each is reported
 
 
-def parse_size(text: str) -> int:
-    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError."""
+def parse_size(text: str, least: int = 0) -> int:
+    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError.
+
+    It must be 0, or at least `least`.
+    """
     match = SIZE.fullmatch(text)
     if not match:
         units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
@@ -633,15 +650,15 @@ def parse_size(text: str) -> int:
     whole, fraction, prefix, unit = match.groups("")
     factor: int = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
     divisor: int = 10 ** len(fraction) * (8 if unit == "bit" else 1)
-    return -(-int(whole + fraction) * factor // divisor)
+    size = -(-int(whole + fraction) * factor // divisor)
+    if 0 < size < least:
+        raise UsageError(f"{text!r} is less than {least // 1000} kB, and not 0")
+    return size
 
 
 def parse_rate(text: str) -> int:
     """Return a rate in bytes per second: a size, or a size with `/s`. Raises UsageError."""
-    rate = parse_size(text[:-2] if text.endswith("/s") else text)
-    if 0 < rate < LEAST_RATE:
-        raise UsageError(f"{text!r} is less than 1 kB/s, and not 0")
-    return rate
+    return parse_size(text[:-2] if text.endswith("/s") else text, LEAST_RATE)
 
 
 class Rates:
@@ -655,17 +672,18 @@ class Rates:
     ) -> None:
         """The rates are in bytes per second; 0: none. `clock` returns monotonic seconds."""
         self._clock = clock
-        self.changed: Callable[[Pair], None] = lambda pair: None  # called when a pair has to wait
+        self.must_wait: Callable[[Pair], None] = lambda pair: None  # called with a pair
         self._refilled_at = clock()
         self._level = 0.0  # what the rate of one pair has allowed since the start (bytes)
         self.change(max_rate, max_pair_rate)
 
     def change(self, max_rate: int, max_pair_rate: int) -> None:
         """Change the rates and forget all pairs. The caller must call `join` with each of them."""
-        # In the order of their turns, with the remainders of their shares. `refill` moves a pair
-        # that may go on to the end. It stays in this dict until the next refill.
+        # In the order of their turns, with the remainders of their shares. `_divide` moves a pair
+        # that may go on to the end. It stays in this dict until the next division.
         self._waiting: dict[Pair, int] = {}
         self._releases: deque[tuple[Pair, int]] = deque()  # those that may go on, with allowances
+        self._is_late = False  # the last of them went on when the next division was due
         # Pairs that do not wait, with the bytes that they have read since the last refill.
         self._sharing: dict[Pair, int] = {}  # it gave them a share
         self._beginning: dict[Pair, int] = {}  # it did not
@@ -727,7 +745,7 @@ class Rates:
         self._beginning.pop(pair, None)
         self._waiting[pair] = max(remainder, 0)
         pair.allowance = 0
-        self.changed(pair)
+        self.must_wait(pair)
         return 0
 
     def _credit(self, pair: Pair) -> float:
@@ -737,20 +755,24 @@ class Rates:
     def refill(self, now: float) -> list[Pair]:
         """Return pairs that may go on, at most RELEASES_PER_TURN.
 
-        If none is left of the last refill, first divide what the rates allow since then.
+        If none is left of the last division, first divide what the rates allow since then. A turn
+        passes between the two, because a pair that has not read yet would be taken for idle.
         """
-        if not self._releases:
-            self._divide(now)
         going_on: list[Pair] = []
+        if not self._releases and not self._is_late:
+            self._divide(now)
         while self._releases and len(going_on) < RELEASES_PER_TURN:
             pair, allowance = self._releases.popleft()
             if pair in self._waiting:
                 pair.allowance = allowance
                 self._sharing[pair] = 0
                 going_on.append(pair)
+        is_due = now >= self._refilled_at + REFILL_SECONDS
+        self._is_late = is_due and bool(going_on) and not self._releases
         return going_on
 
     def _divide(self, now: float) -> None:
+        """Divide what the rates allow since the last division among the pairs."""
         elapsed = min(now - self._refilled_at, BUCKET_SECONDS)
         self._refilled_at = now
         self._level += self._pair_rate * elapsed
@@ -831,21 +853,23 @@ class Quota:
 
 
 class MemoryBudget:
-    """Counts the bytes in all backlogs, pipes included, and bounds the reads of pairs."""
+    """Counts the bytes in all backlogs, pipes included, and bounds the size of a read."""
 
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes`: of all backlogs together; 0: no limit."""
         self._max_bytes = max_bytes
         self.queued_bytes = 0
-        self.read_bytes = PIPE_BYTES  # the largest read now; 0: the budget is used up
+        self.change(0)
 
     def change(self, size: int) -> None:
-        """Note that the backlogs grew by `size` bytes. Allow smaller reads as they grow."""
+        """Add `size` (negative: the backlogs shrank) to the sum, and compute the largest read."""
         self.queued_bytes += size
+        self.max_read_bytes = PIPE_BYTES  # 0: the budget is used up
         if self._max_bytes:
             free = self._max_bytes - self.queued_bytes
-            size = max(LEAST_QUEUED_BYTES, PIPE_BYTES * free // self._max_bytes)
-            self.read_bytes = min(size, free) if free >= LEAST_QUEUED_BYTES else 0
+            share = max(PRESSED_READ_BYTES, PIPE_BYTES * free // self._max_bytes)
+            self.max_read_bytes = min(share, free) if free >= PRESSED_READ_BYTES else 0
+        self.bulk_bytes = min(BULK_BYTES, self.max_read_bytes or PRESSED_READ_BYTES)
 
 
 # Timers --------------------------------------------------------------------------------------
@@ -862,7 +886,7 @@ class TimeLimit:
         """`seconds`: the limit; 0 switches it off."""
         self._seconds = seconds
         self._since: OrderedDict[Connection, float] = OrderedDict()
-        self._earliest = float("inf")  # no entry expires before; some time ago it was exact
+        self._earliest = float("inf")  # a lower bound of `next_due`
 
     def start(self, conn: Connection, now: float) -> None:
         """Start the limit for `conn` at `now`, or start it again."""
@@ -960,7 +984,7 @@ class Timers:
         self._chores_due = float("inf")
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
-        """Add a chore: call `work`, which must not block, at once and then every `seconds`."""
+        """Add a chore: from the next turn on, call `work`, which must not block, periodically."""
         self._chores.append((Throttle(seconds), work))
         self._chores_due = float("-inf")
 
@@ -1091,7 +1115,7 @@ class Addresses:
 
     def _judge(self, address: bytes, is_told: bool) -> Peer:
         is_allowed = not self._allow or is_in(self._allow, address)
-        is_trusted = bool(self._trusted) and is_in(self._trusted, address)
+        is_trusted = is_in(self._trusted, address)
         if not is_told and address.startswith(EXEMPT):
             is_ordinary = is_allowed and not is_trusted
             return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
@@ -1121,7 +1145,7 @@ class Reason(enum.Enum):
 
 
 class Limit(enum.Enum):
-    """A limit that ends or refuses a client, by the option or the resource."""
+    """A limit that ends, refuses or slows clients, by its option or its resource."""
 
     HANDSHAKE = "--handshake-timeout"
     WAIT = "--max-wait"
@@ -1202,8 +1226,8 @@ class EventLoop(Protocol):
 
 # Session -------------------------------------------------------------------------------------
 # The state machine of one client. It has no socket, and of the stream it stores the handshake only.
-# Framing, Connection, Rendezvous, Server, Faults and the partner's Session report events to it. It
-# calls its Transport (in the relay: its Connection).
+# Framing, Connection, Rendezvous, Server, Faults, LimitEnforcer and the partner's Session report
+# events to it. It calls its Transport (in the relay: its Connection).
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
@@ -1220,7 +1244,7 @@ class State(enum.Enum):
 
 
 BEFORE_HANDSHAKE = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
-# The mood of a client that ends in one of these states. In the others it has no record of its own.
+# The mood of a client that `client_ended` ends in this state. In the others it has no record.
 MOODS_OF_ENDED = {State.WAIT_HANDSHAKE: "empty", State.WAIT_PARTNER: "lonely"}
 
 
@@ -1412,7 +1436,7 @@ class Session:
         self.end_sent()
 
     def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
-        """Leave the Rendezvous or the pair, record a client with a `mood`, reply, and finish."""
+        """Leave the Rendezvous or the pair; without a pair, record the `mood`; reply; finish."""
         pair, self.pair = self.pair, None
         if self.state is State.WAIT_PARTNER:
             self.rendezvous.forget(self)
@@ -1925,8 +1949,10 @@ CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013} 
 # of its partner whenever one of these fields changes.
 #
 # A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
-# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or one pipe (PIPE_BYTES). When all
-# backlogs together reach --max-memory, a pair is read only if the receiver's socket has room.
+# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or the content of one pipe, which may
+# have been moved to memory (PIPE_BYTES). When all backlogs together have used up --max-memory, a
+# paired client is read only while its partner's socket is writable: an empty backlog waits for
+# that.
 #
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
@@ -1950,7 +1976,7 @@ class Connection:
     lingering  60 s, nothing reported     closed     -
     any        doom                       closed     the backlog is discarded
 
-    flushed: the backlog is empty, or a write failed and it was discarded.
+    flushed: the backlog is sent, or a write failed and it was discarded.
     doom: a stall, an eviction, the end of a stop, a fault, or a refusal of the selector.
     The Server closes the socket of a closed connection at the end of the turn.
     """
@@ -1977,7 +2003,8 @@ class Connection:
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
-        # None: nothing is queued. Without bytes: the partner is read when the socket has room.
+        # None: nothing is queued. Empty: likewise, but the partner is not read until this socket is
+        # writable.
         self.backlog: bytearray | Pipe | None = None
         self.counted_bytes = 0  # of the backlog, in the server's MemoryBudget
         self.mask = 0  # the registered events; only Server.update_interest sets this
@@ -2072,7 +2099,7 @@ class Connection:
 
     def is_behind(self) -> bool:
         """Return whether so much is queued that only the newest Pong is kept."""
-        return self.queued_bytes() > min(PONG_BACKLOG_BYTES, self._server.memory.read_bytes)
+        return self.queued_bytes() > min(PONG_BACKLOG_BYTES, self._server.memory.max_read_bytes)
 
     def session_changed(self) -> None:
         """Start the time limit of a client that waits, or compute the interest again."""
@@ -2091,6 +2118,8 @@ class Connection:
             return
         closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
         self.phase = Phase.FLUSHING
+        if self.backlog is not None and not len(self.backlog):
+            self._set_backlog(None)
         if closing_bytes:
             self.write(closing_bytes)
         self.advance()
@@ -2099,15 +2128,16 @@ class Connection:
     # How bytes move.
 
     def receive(self) -> int:
-        """Read once: in a direct pair for the partner's socket. Return how many bytes came."""
-        pair, most = self.session.pair, self._server.memory.read_bytes
+        """Read once, and pass the bytes on. Return how many bytes came."""
+        memory, pair = self._server.memory, self.session.pair
+        most, bulk_bytes = memory.max_read_bytes, memory.bulk_bytes
         if not most:
             partner = self.partner
             if partner is not None and not takes_bytes(partner.fd, seconds=0):
                 self.session.rendezvous.limit_reached(Limit.MEMORY)
                 partner._set_backlog(bytearray())
                 return 0
-            most = LEAST_QUEUED_BYTES
+            most = FIRST_READ_BYTES if partner is None else PRESSED_READ_BYTES
         limited = pair if pair is not None and pair.allowance is not None else None
         if limited is not None:
             limited.sessions = limited.partner_of(self.session), self.session  # they take turns
@@ -2138,7 +2168,7 @@ class Connection:
             pair.partner_of(self.session).transport.write(buffer[:count])
         else:
             self.framing.receive(buffer[:count])
-        self._is_bulk = count >= BULK_BYTES or self.framing.is_costly
+        self._is_bulk = count >= bulk_bytes or self.framing.is_costly
         return count
 
     def _splice(self, pair: Pair, most: int) -> int:
@@ -2152,7 +2182,7 @@ class Connection:
             count = pipe.fill(self.sock, most)
             if count:
                 self.read_bytes += count
-                self._is_bulk = count >= BULK_BYTES
+                self._is_bulk = count >= self._server.memory.bulk_bytes
                 pair.count(count)
                 if pair.allowance is not None:
                     self._server.rates.spend(pair, count)
@@ -2217,8 +2247,9 @@ class Connection:
             self.counted_bytes = size
 
     def release_pipe(self, pipe: Pipe) -> None:
-        """Move the bytes of `pipe`, which is the backlog, into memory, and give it back."""
-        self._set_backlog(pipe.empty())
+        """Move the bytes of `pipe`, the backlog, to memory, if there is room. Give it back."""
+        with contextlib.suppress(MemoryError):
+            self._set_backlog(pipe.read_all())
 
     # What closes this socket, and when: see the table in the docstring.
 
@@ -2391,7 +2422,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._noted: deque[int] = deque()
-        # What the loop calls after each signal. Complete before `install`.
+        # By number: what the loop calls after that signal. To be filled before `install`.
         self.actions: dict[int, Callable[[], None]] = {}
         self._sockets: tuple[socket.socket, ...] = ()
 
@@ -2610,20 +2641,20 @@ def is_consistent(conn: Connection) -> bool:
 
 
 # Bulk ----------------------------------------------------------------------------------------
-# Large or costly moves wait in a queue. A turn serves only so many of them that small messages do
-# not wait long.
+# Large moves, and costly ones (of many small frames), wait in a queue. A turn serves only so many
+# of them that small messages do not wait long.
 
 
 class BulkQueue:
-    """The connections whose next move is expected to be large or costly, with their readiness."""
+    """The connections whose next move is expected to be large or costly."""
 
     def __init__(self, loop: EventLoop, faults: Faults) -> None:
         self._loop = loop
         self._faults = faults
-        self.ready: OrderedDict[Connection, int] = OrderedDict()  # only this class changes it
+        self.ready: OrderedDict[Connection, int] = OrderedDict()  # with the events to try
 
     def add(self, conn: Connection, ready: int) -> None:
-        """Put `conn` at the end of the queue, if it is not in it."""
+        """Add events to try. If `conn` is not queued, it goes to the end."""
         self.ready[conn] = self.ready.get(conn, 0) | ready
         # In a long queue each select would report `conn` until it is served. So it is not polled.
         if len(self.ready) > MAX_POLLED_BULK and not conn.is_unpolled:
@@ -2635,7 +2666,10 @@ class BulkQueue:
         self.ready.pop(conn, None)
 
     def serve(self) -> list[Connection]:
-        """Serve a quarter of the queue, up to a TURN_BULK limit. Return the served connections."""
+        """Serve a quarter of the queue, rounded up. Return the served connections.
+
+        Stop earlier after TURN_BULK_BYTES or TURN_BULK_SECONDS.
+        """
         served: list[Connection] = []
         moved = 0
         deadline = self._loop.clock() + TURN_BULK_SECONDS
@@ -2672,7 +2706,8 @@ class BulkQueue:
 
 # Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: that is counted and logged, and the client is ended.
-# Session and HttpFraming send the refusals, and report them to `LimitEnforcer.note`.
+# (--max-memory and the rates slow clients.) Session, HttpFraming and Connection report to
+# `LimitEnforcer.note`, as `Rendezvous.limit_reached`.
 
 
 class LimitEnforcer:
@@ -2684,8 +2719,8 @@ class LimitEnforcer:
         self._limits = limits
         self.reached = Tally()  # by the option of the limit
         self._is_quota_used_up = False
-        loop.rates.changed = self.allowance_changed
-        loop.pipes.scarce = self.release_pipes
+        loop.rates.must_wait = self.allowance_changed
+        loop.pipes.when_scarce = self.release_pipes
         shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
         seconds = shortest / SWEEPS_PER_LIMIT
         shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
@@ -2748,7 +2783,7 @@ class LimitEnforcer:
         if limits.quota_rate:
             slow = min(limits.quota_rate, limits.max_rate or limits.quota_rate)
             rates.change(slow if quota.is_used_up else limits.max_rate, limits.max_pair_rate)
-            for pair in rendezvous.pairs:
+            for pair in tuple(rendezvous.pairs):
                 rates.join(pair)
                 self.allowance_changed(pair)
         else:
@@ -2792,7 +2827,7 @@ class LimitEnforcer:
                 # A pair that has queued bytes, also in the kernel, or no allowance is not idle.
                 ends = filter(None, (conn, conn.partner))
                 queues = ((one.backlog, unacknowledged_bytes(one.sock) or 0) for one in ends)
-                is_held = any(backlog or size > FEW_BYTES for backlog, size in queues)
+                is_held = any(queue is not None or size > FEW_BYTES for queue, size in queues)
                 value = -1 if is_held or pair.allowance == 0 else pair.total_bytes
                 idle_seconds = self._sweep.unchanged_seconds(pair, value, now)
                 if idle_seconds >= limits.idle_seconds and value >= 0:
@@ -2825,8 +2860,8 @@ def is_before_handshake(conn: Connection) -> bool:
 
 
 # Server --------------------------------------------------------------------------------------
-# Each turn waits for events with a select and calls the handlers of the ready sockets. Small
-# reads are handled at once. Bulk is queued.
+# Each turn waits for events with a select and calls the handlers of the ready sockets. Small moves
+# are made at once. Large or costly ones are queued (see Bulk).
 #
 # Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, or
 # earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
@@ -3084,7 +3119,7 @@ class Server:
             self.faults.contain(conn)
 
     def free_descriptor(self) -> bool:
-        """Evict a client, if there is one to evict. Close its socket in the middle of the turn."""
+        """Evict a client and close its socket now. Return whether there was one to evict."""
         is_evicted = self.limits.make_room(Limit.DESCRIPTORS)
         self._reap()
         return is_evicted
@@ -3092,7 +3127,10 @@ class Server:
     # The end.
 
     def stop(self) -> None:
-        """Begin to stop: close listeners, end clients without a partner and pairs that are read."""
+        """Begin to stop: close the listeners, and end the clients that have nothing to deliver.
+
+        Those have no partner, or all bytes that had arrived from the pair are read.
+        """
         self._acceptor.close()
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
@@ -4574,8 +4612,8 @@ HELP = {
     " descriptors)",
     "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
     " network wait; 0: no maximum (default: %(default)s)",
-    "max-memory": "queue at most this many bytes for slow receivers, those of all pairs together;"
-    " then read a client only when its partner can take the bytes: 64MB, 1GiB; 0: no maximum"
+    "max-memory": "queue about this many bytes at most (64MB, 1GiB) for all slow receivers"
+    " together; beyond that, read a client only while its partner's socket has room; 0: no maximum"
     " (default: 256 MB)",
     "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
     " to the system (default: %(default)g s)",
@@ -4644,7 +4682,8 @@ def make_parser() -> Parser:
     for name in ("max-connections", "max-waiting-per-source"):
         add(f"--{name}", metavar="N", type=count, help=HELP[name])
     rate, size = allow_empty(parse_rate), allow_empty(parse_size)
-    add("--max-memory", metavar="SIZE", type=size, help=HELP["max-memory"])
+    memory = allow_empty(partial(parse_size, least=LEAST_MEMORY_BYTES))
+    add("--max-memory", metavar="SIZE", type=memory, help=HELP["max-memory"])
     add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
     add("--max-rate", metavar="RATE", type=rate, help=HELP["max-rate"])
     add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])

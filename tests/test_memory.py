@@ -15,15 +15,16 @@ from helpers import TIMEOUT, Loop, handshake
 
 import transit_relay
 from transit_relay import (
-    LEAST_QUEUED_BYTES,
     PIPE_BYTES,
     PIPE_HOLD_SECONDS,
     PONG_BACKLOG_BYTES,
+    PRESSED_READ_BYTES,
     READ_BYTES,
     Connection,
     Limit,
     Limits,
     MemoryBudget,
+    Phase,
     Pipe,
 )
 
@@ -42,34 +43,39 @@ needs_splice = pytest.mark.skipif(
 def test_without_a_limit_reads_are_as_large_as_ever() -> None:
     memory = MemoryBudget(0)
     memory.change(10**12)
-    assert (memory.queued_bytes, memory.read_bytes) == (10**12, PIPE_BYTES)
+    assert (memory.queued_bytes, memory.max_read_bytes) == (10**12, PIPE_BYTES)
 
 
 def test_as_the_backlogs_grow_the_reads_shrink() -> None:
-    """From a whole pipe to LEAST_QUEUED_BYTES. No read is larger than what is left."""
+    """From a whole pipe to PRESSED_READ_BYTES. No read is larger than what is left."""
     memory = MemoryBudget(MAX_BYTES)
-    sizes = [memory.read_bytes]
-    while memory.read_bytes:
-        memory.change(memory.read_bytes)
+    sizes = [memory.max_read_bytes]
+    while memory.max_read_bytes:
+        memory.change(memory.max_read_bytes)
         assert memory.queued_bytes <= MAX_BYTES
-        sizes.append(memory.read_bytes)
+        sizes.append(memory.max_read_bytes)
     assert sizes[0] == PIPE_BYTES and sizes == sorted(sizes, reverse=True)
-    assert sizes[-2] == LEAST_QUEUED_BYTES and len(sizes) == 9
-    assert MAX_BYTES - memory.queued_bytes < LEAST_QUEUED_BYTES
+    assert sizes[-2] == PRESSED_READ_BYTES and len(sizes) == 9
+    assert MAX_BYTES - memory.queued_bytes < PRESSED_READ_BYTES
+
+
+def test_the_first_read_is_not_larger_than_a_small_limit() -> None:
+    assert MemoryBudget(100_000).max_read_bytes == 100_000
+    assert MemoryBudget(1).max_read_bytes == 0
 
 
 def test_until_three_quarters_are_used_a_copied_read_has_its_full_size() -> None:
     memory = MemoryBudget(MAX_BYTES)
     memory.change(MAX_BYTES * 3 // 4)
-    assert memory.read_bytes == READ_BYTES
+    assert memory.max_read_bytes == READ_BYTES
 
 
 def test_as_the_backlogs_shrink_the_reads_grow_again() -> None:
     memory = MemoryBudget(MAX_BYTES)
     memory.change(MAX_BYTES)
-    assert memory.read_bytes == 0
+    assert memory.max_read_bytes == 0
     memory.change(-MAX_BYTES)
-    assert (memory.queued_bytes, memory.read_bytes) == (0, PIPE_BYTES)
+    assert (memory.queued_bytes, memory.max_read_bytes) == (0, PIPE_BYTES)
 
 
 # Pairs.
@@ -145,7 +151,7 @@ def fill_memory(loop: Loop) -> list[Stalled]:
     memory = loop.server.memory
     memory._max_bytes = memory.queued_bytes
     memory.change(0)
-    assert memory.read_bytes == 0 < memory.queued_bytes
+    assert memory.max_read_bytes == 0 < memory.queued_bytes
     return pairs
 
 
@@ -156,17 +162,17 @@ def test_all_backlogs_together_are_bounded(loop: Loop) -> None:
     for pair in pairs:
         pair.read_all()
     assert loop.server.memory.queued_bytes == 0
-    assert loop.server.memory.read_bytes == PIPE_BYTES
+    assert loop.server.memory.max_read_bytes == PIPE_BYTES
 
 
 def test_healthy_pairs_go_on_beside_the_stalled_ones(loop: Loop) -> None:
-    """In pieces of LEAST_QUEUED_BYTES, none of which becomes a backlog."""
+    """In pieces of PRESSED_READ_BYTES, none of which becomes a backlog."""
     fill_memory(loop)
     one, other = loop.meet("unix", "unix")
     for _ in range(8):
         one.send(CHUNK)
         assert other.receive(len(CHUNK)) == CHUNK
-    assert loop.server.memory.read_bytes == 0
+    assert loop.server.memory.max_read_bytes == 0
 
 
 @pytest.mark.parametrize("kinds", [("ws-unix", "unix"), ("unix", "ws-unix")])
@@ -191,9 +197,40 @@ def test_past_the_limit_a_pair_is_read_when_its_receiver_has_room(loop: Loop) ->
             before = late.sending.read_bytes
             loop.server.run_once(0)
             sizes.append(late.sending.read_bytes - before)
-    assert max(sizes) <= LEAST_QUEUED_BYTES
+    assert max(sizes) <= PRESSED_READ_BYTES
     late.read_all()
     assert late.conn.backlog is None and late.sending.mask == EVENT_READ
+
+
+def test_a_receiver_that_leaves_while_its_partner_waits_for_room(loop: Loop) -> None:
+    """Nothing is queued for it: it is closed at once."""
+    fill_memory(loop)
+    late = Stalled(loop, "late")
+    late.fill()
+    assert late.conn.backlog == b""
+    late.receiver.shutdown(socket.SHUT_WR)
+    loop.pump()
+    assert late.conn.phase is Phase.CLOSED
+    late.sender.close()
+    loop.pump()
+    assert loop.recorder.moods() == ["happy"]
+
+
+def test_the_largest_reads_are_bulk_near_the_limit_too(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all of them would be made in one turn."""
+    fill_memory(loop)
+    one, other = loop.meet("unix", "unix")
+    assert one.conn is not None
+    queued: list[Connection] = []
+    add = loop.server.bulk.add
+    monkeypatch.setattr(
+        loop.server.bulk, "add", lambda conn, ready: (queued.append(conn), add(conn, ready))
+    )
+    one.send(CHUNK)
+    assert other.receive(len(CHUNK)) == CHUNK
+    assert one.conn in queued
 
 
 def test_a_pair_that_waits_for_room_can_end(loop: Loop) -> None:
@@ -354,29 +391,50 @@ def test_without_another_pair_that_wants_one_a_pipe_is_kept(few_pipes: Loop) -> 
 
 
 @needs_splice
-def test_a_fault_of_a_release_ends_that_pair_alone(
+def test_without_memory_for_its_bytes_a_pipe_is_kept(
     few_pipes: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There may be no memory for the bytes in a pipe."""
     loop = few_pipes
-    stalled = [Stalled(loop, f"stalled{n}") for n in range(2)]
-    for pair in stalled:
-        pair.fill()
+    stalled = stall(loop, 2)
     other = Stalled(loop, "other")
     other.fill()
     loop.advance(PIPE_HOLD_SECONDS)
 
-    def empty(self: Pipe) -> bytearray:
-        monkeypatch.undo()
+    def read_all(self: Pipe) -> bytearray:
         raise MemoryError
 
-    monkeypatch.setattr(Pipe, "empty", empty)
-    other.read_all()
-    other.fill()
-    assert loop.server.faults.count == 1
-    ended = [pair for pair in stalled if pair.conn.session.pair is None]
-    assert len(ended) == 1
-    for pair in {*stalled, other}.difference(ended):
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipe, "read_all", read_all)
+        other.read_all()
+        other.fill()
+    assert loop.server.faults.count == 0
+    assert {pair.conn for pair in stalled} <= {*holders(loop)}
+    for pair in (*stalled, other):
         pair.read_all()
-    while ended[0].receiver.recv(1 << 20):  # what the relay had read
-        loop.pump()
+
+
+@needs_splice
+def test_a_pipe_that_is_lent_again_is_not_taken_for_a_stuck_one(few_pipes: Loop) -> None:
+    """Not even if it holds as many bytes as at the last check."""
+    pipes = few_pipes.server.pipes
+    pipe = pipes.lend()
+    assert pipe is not None
+    pipe.seen_bytes = 7
+    pipes.give_back(pipe)
+    assert pipes.lend() is pipe and pipe.seen_bytes == 0
+    pipes.give_back(pipe)
+
+
+@needs_splice
+def test_a_released_pipe_is_lent_at_once(few_pipes: Loop) -> None:
+    """To the connection that wanted one."""
+    loop = few_pipes
+    stalled = stall(loop, 2)
+    other = Stalled(loop, "other")
+    other.fill()
+    other.read_all()
+    loop.advance(PIPE_HOLD_SECONDS)
+    other.fill()
+    assert holders(loop) == [other.conn]
+    for pair in (*stalled, other):
+        pair.read_all()
