@@ -702,8 +702,9 @@ class Rates:
 
     def leave(self, pair: Pair) -> None:
         """Forget a pair, if it is known."""
-        for pairs in (self._waiting, self._sharing, self._beginning):
-            pairs.pop(pair, None)
+        if self._is_on:
+            for pairs in (self._waiting, self._sharing, self._beginning):
+                pairs.pop(pair, None)
 
     def next_due(self) -> float:
         """Return when `refill` is due; infinity if no pair waits or has read.
@@ -884,16 +885,17 @@ class TimeLimit:
 
     def __init__(self, seconds: float) -> None:
         """`seconds`: the limit; 0 switches it off."""
-        self._seconds = seconds
+        self.seconds = seconds
         self._since: OrderedDict[Connection, float] = OrderedDict()
         self._earliest = float("inf")  # a lower bound of `next_due`
 
     def start(self, conn: Connection, now: float) -> None:
         """Start the limit for `conn` at `now`, or start it again."""
-        if self._seconds:
+        if self.seconds:
             self._since[conn] = now
             self._since.move_to_end(conn)
-            self._earliest = min(self._earliest, now + self._seconds)
+            if self._earliest > now + self.seconds:
+                self._earliest = now + self.seconds
 
     def cancel(self, conn: Connection) -> None:
         """Remove `conn`, if it is in the queue."""
@@ -901,7 +903,7 @@ class TimeLimit:
 
     def next_due(self) -> float:
         """Return when the first entry expires; infinity if there is none."""
-        return next(iter(self._since.values()), float("inf")) + self._seconds
+        return next(iter(self._since.values()), float("inf")) + self.seconds
 
     def take_expired(self, now: float) -> list[Connection]:
         """Remove and return the connections whose limit has expired."""
@@ -1025,7 +1027,7 @@ DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]
 class Peer(NamedTuple):
     """What the limits need to know of the origin of a client."""
 
-    source: int | None  # the keyed hash of its address; None: exempt from limits per source
+    source: bytes | None  # the keyed hash of its address; None: exempt from limits per source
     is_allowed: bool = True  # by --allow
     is_trusted: bool = False  # its X-Forwarded-For counts
 
@@ -1079,20 +1081,32 @@ class Addresses:
     CARRIED = ("_key",)  # by the planned reload: the sources of open connections stay the same
 
     def __init__(
-        self, allow: Sequence[Network] = (), trusted: Sequence[Network] = (), key: bytes = b""
+        self,
+        allow: Sequence[Network] = (),
+        trusted: Sequence[Network] = (),
+        key: bytes = b"",
+        needs_sources: bool = True,
     ) -> None:
-        """Take the networks of the two options, and the key of the hashes. b"": make a key."""
+        """Take the networks of the two options, and the key of the hashes. b"": make a key.
+
+        `needs_sources`: a limit depends on them.
+        """
         self._allow = allow
         self._trusted = trusted
+        self._needs_sources = needs_sources
+        self._are_all_equal = not allow and not trusted
         self._key = key or os.urandom(16)
         import hashlib  # here, before the change of the user: see switch_user
 
-        self._sha256 = hashlib.sha256
+        self._hash = hashlib.blake2b  # without OpenSSL, which costs more for each new object
 
     def judge(self, address: object) -> Peer:
         """Judge a peer by the address from `socket.accept`: of IPv4, IPv6, or a unix socket."""
-        found = parse_address(str(address[0])) if isinstance(address, tuple) else None
-        return self._judge(found or UNIX, is_told=False)
+        host = str(address[0]) if isinstance(address, tuple) else ""
+        is_exempt = not self._needs_sources or not host or host.startswith("127.")
+        if is_exempt and self._are_all_equal:  # a short way for the common case
+            return LOCAL_PEER
+        return self._judge(parse_address(host) or UNIX, is_told=False)
 
     def judge_told(self, text: str) -> Peer | None:
         """Judge an address that a proxy told. Return None if `text` is no address."""
@@ -1115,12 +1129,12 @@ class Addresses:
 
     def _judge(self, address: bytes, is_told: bool) -> Peer:
         is_allowed = not self._allow or is_in(self._allow, address)
-        is_trusted = is_in(self._trusted, address)
+        is_trusted = bool(self._trusted) and is_in(self._trusted, address)
         if not is_told and address.startswith(EXEMPT):
             is_ordinary = is_allowed and not is_trusted
             return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
-        digest = self._sha256(self._key + address[:9]).digest()  # of IPv6 the /64
-        return Peer(int.from_bytes(digest[:8], "big"), is_allowed, is_trusted)
+        digest = self._hash(self._key + address[:9], digest_size=8)  # of IPv6 the /64
+        return Peer(digest.digest(), is_allowed, is_trusted)
 
 
 # Interfaces ----------------------------------------------------------------------------------
@@ -1317,7 +1331,7 @@ class Session:
         self.accepted = rendezvous.clock()  # monotonic seconds
         self.started = started  # the same moment, seconds since the epoch
         self.refused_by: Limit | None = None  # set before the handshake
-        self.source: int | None  # see Peer
+        self.source: bytes | None  # see Peer
         self.is_trusted: bool
         self.peer_known(peer)
         self.handshake: Handshake | None = None  # while the client waits for a partner
@@ -1525,7 +1539,7 @@ class Rendezvous:
         # needs little memory. A second one turns it into a dict, which serves as an ordered set.
         self.waiting: dict[bytes, tuple[Session] | dict[Session, None]] = {}
         self.waiting_clients = 0
-        self.waiting_by_source: dict[int | None, int] = {}  # None: of all exempt clients
+        self.waiting_by_source: dict[bytes | None, int] = {}  # None: of all exempt clients
         self.pairs: set[Pair] = set()
         self.pairs_ended = 0
         self._ended_bytes = 0
@@ -1951,8 +1965,7 @@ CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013} 
 # A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
 # one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or the content of one pipe, which may
 # have been moved to memory (PIPE_BYTES). When all backlogs together have used up --max-memory, a
-# paired client is read only while its partner's socket is writable: an empty backlog waits for
-# that.
+# paired client is read only while its partner's socket is writable (see `backlog`).
 #
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
@@ -2003,8 +2016,7 @@ class Connection:
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
-        # None: nothing is queued. Empty: likewise, but the partner is not read until this socket is
-        # writable.
+        # None: nothing is queued. Empty: the partner is not read until this socket is writable.
         self.backlog: bytearray | Pipe | None = None
         self.counted_bytes = 0  # of the backlog, in the server's MemoryBudget
         self.mask = 0  # the registered events; only Server.update_interest sets this
@@ -2287,8 +2299,11 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket and discard the backlog. Only the Server calls this."""
-        with self.sock:  # closes it, after a fault too
-            self._set_backlog(None)
+        try:
+            if self.backlog is not None or self.mask:
+                self._set_backlog(None)
+        finally:
+            self.sock.close()
 
 
 # Accepting -----------------------------------------------------------------------------------
@@ -2660,10 +2675,6 @@ class BulkQueue:
         if len(self.ready) > MAX_POLLED_BULK and not conn.is_unpolled:
             conn.is_unpolled = True
             self._loop.update_interest(conn)
-
-    def discard(self, conn: Connection) -> None:
-        """Remove a closed connection, if it is in the queue."""
-        self.ready.pop(conn, None)
 
     def serve(self) -> list[Connection]:
         """Serve a quarter of the queue, rounded up. Return the served connections.
@@ -3062,7 +3073,7 @@ class Server:
             return
         while self.doomed:
             conn, _ = self.doomed.popitem(last=False)
-            self.bulk.discard(conn)
+            self.bulk.ready.pop(conn, None)
             try:
                 self._close(conn)
             except Exception:
@@ -4826,7 +4837,8 @@ def open_relay(
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     if any(one.has_proxy_header for one in endpoints):
         import ipaddress  # noqa: F401  # before the change of the user, see switch_user
-    addresses = Addresses(options.allow, options.trust_forwarded_for)
+    needs_sources = options.max_connections != 0 or options.max_waiting_per_source != 0
+    addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
     listeners = open_listeners(endpoints, passed)
     for listener in listeners:
         undo.callback(listener.close)

@@ -329,10 +329,10 @@ def client_reading(values: list[str], trusted: Iterable[Network | str]) -> Addre
     return None
 
 
-def source_reading(address: Address, key: bytes) -> int:
+def source_reading(address: Address, key: bytes) -> bytes:
     """Return the source of an address: of IPv6, of its /64."""
     text = b"4" + address.packed if address.version == 4 else b"6" + address.packed[:8]
-    return int.from_bytes(hashlib.sha256(key + text).digest()[:8], "big")
+    return hashlib.blake2b(key + text, digest_size=8).digest()
 
 
 # Rates and sizes.
