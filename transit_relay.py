@@ -360,6 +360,7 @@ class Snapshot(NamedTuple):
     relayed_bytes: int  # since the start, running pairs included
     incomplete_bytes: int  # of pairs that are not yet recorded
     faults: int  # since the start: contained exceptions, and refusals of the selector
+    drain_seconds: float  # for which pairs may run on, if the relay drains; else 0
 
     def current(self) -> Current:
         """Return the row of `current` for this moment."""
@@ -1195,6 +1196,7 @@ class ServerPhase(enum.Enum):
     """The phases of a Server, in their order. Each stop phase has a deadline."""
 
     SERVING = "serving"
+    DRAINING = "draining"  # pairs run on, and all other clients are ended; with --drain alone
     STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
     STOPPING_RECORDS = "stopping: records"  # all connections are closed
     OVER = "over"
@@ -2429,7 +2431,7 @@ class Acceptor:
 
 # Signals and stops ---------------------------------------------------------------------------
 # A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks
-# whether a stop has delivered everything.
+# whether a stop has delivered everything. A drain, which may precede a stop, waits for pairs only.
 
 
 class Signals:
@@ -2895,11 +2897,13 @@ class Server:
         max_open: int = MAX_OPEN_FILES,
         quota: Quota | None = None,
         addresses: Addresses | None = None,
+        drain_seconds: float = 0,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: 0: bulk
         is copied. `max_open`: connections that have descriptors, refused ones included.
+        `drain_seconds`: how long pairs may run on at a signal; 0: it stops at once.
         """
         self._max_open = max_open
         self.clock = AwakeClock(clock)
@@ -2933,7 +2937,9 @@ class Server:
         self.signals = Signals()
         for number in STOP_SIGNALS:
             self.signals.actions[number] = partial(self._stop_signalled, number)
-        self._deadline = float("inf")  # of the current stop phase
+        self._drain_seconds = drain_seconds
+        self._stop_signals = 0  # that have come
+        self._deadline = float("inf")  # of the current phase
         self._stop_progress: StopProgress | None = None  # set when a stop begins
 
     def start(self) -> None:
@@ -2950,7 +2956,7 @@ class Server:
         ready()
         while self.phase is ServerPhase.SERVING:
             self.run_once(self._timeout())
-        stopping()
+        self.faults.guard(stopping)
         while self.phase is not ServerPhase.OVER:
             self.run_once(self._timeout())
 
@@ -3028,6 +3034,7 @@ class Server:
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
         now = self.wallclock()
+        is_draining = self.phase is ServerPhase.DRAINING
         return Snapshot(
             # Computed each time, because the wall clock may have been set since the start.
             started_at=now - (self.clock.monotonic() - self._started),
@@ -3040,6 +3047,7 @@ class Server:
             relayed_bytes=self.rendezvous.relayed_bytes(),
             incomplete_bytes=self.rendezvous.incomplete_bytes(),
             faults=self.faults.count,
+            drain_seconds=max(0.0, self._deadline - self.clock()) if is_draining else 0.0,
         )
 
     # What a Connection asks for: see EventLoop.
@@ -3137,19 +3145,25 @@ class Server:
 
     # The end.
 
-    def stop(self) -> None:
-        """Begin to stop: close the listeners, and end the clients that have nothing to deliver.
+    def drain(self) -> None:
+        """Begin to drain: close listeners, end clients without a partner, and let pairs run on."""
+        self.phase = ServerPhase.DRAINING
+        self._deadline = self.clock() + self._drain_seconds
+        self._keep_pairs_only()
 
-        Those have no partner, or all bytes that had arrived from the pair are read.
-        """
-        self._acceptor.close()
+    def stop(self) -> None:
+        """Begin to stop: end the clients without a partner, and the pairs that are read."""
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
+        self._keep_pairs_only()
         self._stop_progress = StopProgress(self.connections)
+        self._end_pairs(self._stop_progress.finished_leavers(self.connections))
+
+    def _keep_pairs_only(self) -> None:
+        self.faults.guard(self._acceptor.close)
         for conn in tuple(self.connections):
             if conn.session.pair is None:
                 self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
-        self._end_pairs(self._stop_progress.finished_leavers(self.connections))
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
@@ -3157,15 +3171,32 @@ class Server:
 
     def _stop_signalled(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self.phase is ServerPhase.SERVING:
+        self._stop_signals += 1
+        if self.phase is ServerPhase.DRAINING:
+            self._end_drain(name)
+        elif self.phase is ServerPhase.SERVING and self._drain_seconds:
+            pairs = len(self.rendezvous.pairs)
+            log.info("%s: draining for at most %g s; pairs: %d", name, self._drain_seconds, pairs)
+            self.drain()
+        elif self.phase is ServerPhase.SERVING:
             log.info("%s: stopping", name)
             self.stop()
+        elif self._drain_seconds and self._stop_signals == 2:  # for a drain that has just ended
+            log.info("%s: stopping already", name)
         else:
             log.info("%s: ending at once", name)
             self.phase = ServerPhase.OVER
 
+    def _end_drain(self, why: str) -> None:
+        log.info("%s: the drain ends; pairs left: %d", why, len(self.rendezvous.pairs))
+        self.stop()
+
     def _continue_stop(self, now: float) -> None:
         """Enter the next phase of the stop, if this one is complete or its deadline passed."""
+        if self.phase is ServerPhase.DRAINING:
+            if self.rendezvous.pairs and now < self._deadline:
+                return
+            self._end_drain("time is up" if self.rendezvous.pairs else "all pairs have ended")
         if self.phase is ServerPhase.STOPPING_BYTES:
             if self._stop_progress is not None:  # None: `stop` met a fault
                 if now < self._deadline and not self._stop_progress.is_complete():
@@ -4514,7 +4545,8 @@ configuration file:
 signals:
   SIGTERM, SIGINT, SIGQUIT          stop: queued bytes get 2 s, unwritten records 10 s;
                                     a second signal ends the relay without waiting
-                                    for them
+                                    for them. With --drain, the first signal lets pairs
+                                    run on, the second stops, the third ends the relay
   SIGUSR1                           reopen the log file, if there is one
   SIGHUP, SIGUSR2, SIGALRM          ignored, and some others
 
@@ -4651,6 +4683,9 @@ HELP = {
     " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
     "user": "open sockets, pidfile and log file as root, then run as this user, who must be able to"
     " write the usage database and its directory; names or numbers (default: do not change)",
+    "drain": "at the first signal to stop, accept no more clients, end those without a partner, and"
+    " let pairs run on for at most this many seconds; a second signal ends that; 0: stop at the"
+    " first signal (default: %(default)g s)",
     "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
     " moves bulk data between TCP clients with splice; needs Linux and Python 3.10)",
 }
@@ -4668,7 +4703,7 @@ def make_parser() -> Parser:
         add_help=False,
     )
     parser.set_defaults(**{name: [] for name in (*REPEATABLE, "config")}, blur_usage=0)
-    parser.set_defaults(**dict(zip(LIMIT_OPTIONS, Limits())), monthly_quota=0)
+    parser.set_defaults(**dict(zip(LIMIT_OPTIONS, Limits())), monthly_quota=0, drain=0)
     parser.set_defaults(max_connections=None)  # it depends on the system
 
     add = parser.add_argument_group("where it listens").add_argument
@@ -4711,6 +4746,7 @@ def make_parser() -> Parser:
     add("--pidfile", metavar="FILE", type=allow_empty(), help=HELP["pidfile"])
     add("--logfile", metavar="FILE", type=allow_empty(), help=HELP["logfile"])
     add("--user", metavar="NAME[:GROUP]", type=nonempty, help=HELP["user"])
+    add("--drain", metavar="SECONDS", type=time_limit, help=HELP["drain"])
     add("--no-splice", action="store_true", help=HELP["no-splice"])
     add("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
 
@@ -4864,6 +4900,7 @@ def open_relay(
         max_open=max_open,
         quota=quota,
         addresses=addresses,
+        drain_seconds=options.drain,
     )
     return Relay(listeners, server, [remark] if remark else [])
 

@@ -456,6 +456,7 @@ class Loop:
         quota: Quota | None = None,
         addresses: Addresses | None = None,
         max_open: int = MAX_OPEN_FILES,
+        drain_seconds: float = 0,
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
@@ -469,6 +470,7 @@ class Loop:
             quota=quota,
             addresses=addresses,
             max_open=max_open,
+            drain_seconds=drain_seconds,
         )
         self.server.start()
 
@@ -548,6 +550,11 @@ class Loop:
         self.wait_for_arrivals()
         self.clock.advance(seconds)
         self.wallclock.advance(seconds)
+        self.pump()
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        """Let a signal come, as if its handler had noted it. Then run turns."""
+        self.server.signals._noted.append(number)
         self.pump()
 
     def pair(self, tcp: bool = False) -> tuple[socket.socket, socket.socket]:

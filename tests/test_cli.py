@@ -90,6 +90,7 @@ def test_defaults() -> None:
         "pidfile": None,
         "logfile": None,
         "user": None,
+        "drain": 0,
         "no_splice": False,
     }
 
@@ -809,6 +810,75 @@ def test_second_signal_ends_at_once(relay: Start, tmp_path: Path, second: signal
         running.wait_for("^SIGTERM: stopping$")
         assert running.stop(second) == 1
     assert b"error: stopped; usage records lost: 1\n" in running.stderr
+
+
+# A drain.
+
+
+def test_a_drain_lets_pairs_run_on_and_refuses_newcomers(relay: Start, tmp_path: Path) -> None:
+    """Its port is free: another relay can listen there at once. Its record is exact."""
+    database = tmp_path / "usage.sqlite"
+    running = relay("--drain", "3600", "--usage-db", str(database))
+    one, other = running.pair()
+    with one, other, running.connect() as waiting:
+        waiting.sendall(handshake("waits"))
+        refused(running, b"hello\n", b"bad handshake\n")
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_for(r"^SIGTERM: draining for at most 3600 s; pairs: 1$")
+        assert read_to_end(waiting) == b""
+        with pytest.raises(ConnectionRefusedError):
+            running.connect()
+        with RelayProcess("--port", f"tcp:{running.port}:interface=127.0.0.1") as second:
+            transfer(second.started())
+            second.stop_cleanly()
+        data = os.urandom(200_000)
+        one.sendall(data)
+        assert receive(other, len(data)) == data
+        other.sendall(b"got it")
+        assert receive(one, 6) == b"got it"
+        assert running.process.poll() is None
+    running.wait_for(r"^all pairs have ended: the drain ends; pairs left: 0$")
+    assert running.wait() == 0
+    assert running.stderr.endswith(b"\nstopped\n")
+    found = query(database, "SELECT result, total_bytes FROM usage ORDER BY 1")
+    assert found == [("errory", 0), ("happy", len(data) + 6), ("lonely", 0)]
+
+
+def test_the_time_of_a_drain_is_up(relay: Start) -> None:
+    running = relay("--drain", "0.01")
+    one, other = running.pair()
+    with one, other:
+        assert running.stop() == 0
+        assert read_to_end(one) == read_to_end(other) == b""
+    assert b"\ntime is up: the drain ends; pairs left: 1\n" in running.stderr
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,) * 2, (signal.SIGINT, signal.SIGQUIT)])
+def test_the_second_signal_ends_a_drain(
+    relay: Start, numbers: tuple[signal.Signals, signal.Signals]
+) -> None:
+    running = relay("--drain", "3600")
+    one, other = running.pair()
+    with one, other:
+        running.process.send_signal(numbers[0])
+        running.wait_for(f"^{numbers[0].name}: draining")
+        assert running.stop(numbers[1]) == 0
+        assert read_to_end(one) == read_to_end(other) == b""
+    assert f"\n{numbers[1].name}: the drain ends; pairs left: 1\n".encode() in running.stderr
+
+
+def test_the_third_signal_ends_at_once(relay: Start, tmp_path: Path) -> None:
+    """The stop would take an hour, because the database is locked."""
+    database = tmp_path / "usage.sqlite"
+    program = patched(STOP_RECORD_SECONDS=3600)
+    running = relay("--drain", "3600", "--usage-db", str(database), program=program)
+    one, other = running.pair()
+    with one, other, locked(database):
+        for message in ("draining", "the drain ends"):
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_for(f"^SIGTERM: {message}")
+        assert running.stop() == 1
+    assert b"\nSIGTERM: ending at once\n" in running.stderr
 
 
 # Limits.

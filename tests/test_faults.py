@@ -1113,3 +1113,56 @@ def test_a_stop_comes_to_its_end_in_spite_of_a_fault(
     assert loop.server.phase is transit_relay.ServerPhase.OVER
     assert loop.server.connections == set()
     assert loop.recorder.moods().count("happy") >= 4
+
+
+@pytest.mark.parametrize("way", ["pairs end", "time is up", "second signal"])
+@pytest.mark.parametrize("exception", ["AssertionError", "OSError", "MemoryError"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        Handler(Server, "drain"),
+        Handler(Server, "stop"),
+        Handler(Server, "_keep_pairs_only"),
+        Handler(Server, "_end_drain"),
+        Handler(Server, "_continue_stop"),
+        Handler(Server, "snapshot"),
+        Handler(Session, "client_ended"),
+        Handler(Session, "end_sent"),
+        Handler(transit_relay.Acceptor, "close"),
+        Handler(transit_relay.StopProgress, "__init__"),
+    ],
+    ids=str,
+)
+def test_a_drain_comes_to_its_end_in_spite_of_a_fault(
+    loop: Loop, handler: Handler, exception: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault at its beginning cuts no pair. A signal that met a fault can be repeated."""
+    loop.restart(drain_seconds=1_000)
+    pairs = [loop.meet("unix", "ws-unix") for _ in range(3)]
+    waiting = loop.client("unix")
+    waiting.send(handshake("waits"))
+    loop.pump()
+    work = FaultyWork(EXCEPTIONS[exception], 1)
+    with monkeypatch.context() as patch:
+        fail_once(patch, handler, work)
+        loop.signal()
+        if loop.server.phase is transit_relay.ServerPhase.SERVING:
+            assert handler.name == "drain"
+            loop.signal()
+        assert loop.server.phase is transit_relay.ServerPhase.DRAINING
+        for one, other in pairs:
+            one.send(b"data")
+            assert other.receive(4) == b"data"
+        if way == "time is up":
+            loop.advance(1_000)
+        elif way == "second signal":
+            loop.signal()
+        for client in (waiting, *(client for pair in pairs for client in pair)):
+            client.close()
+        loop.pump()
+        for _ in range(2):
+            loop.advance(transit_relay.STOP_FLUSH_SECONDS)
+    assert work.calls >= 1
+    assert loop.server.phase is transit_relay.ServerPhase.OVER
+    assert loop.server.connections == set()
+    assert loop.recorder.moods().count("happy") >= 2

@@ -21,7 +21,9 @@ import pytest
 from helpers import (
     PONG,
     TIMEOUT,
+    Client,
     Loop,
+    digest,
     frame,
     handshake,
     read_to_end,
@@ -979,6 +981,263 @@ def test_the_last_calls_of_the_recorder(loop: Loop, monkeypatch: pytest.MonkeyPa
     assert told == ["happy", (0, 0, 0), "stop"]
 
 
+# A drain: a stop in which pairs run on.
+
+DRAIN_SECONDS = 3_000
+
+
+@pytest.fixture
+def draining(loop: Loop, caplog: pytest.LogCaptureFixture) -> Loop:
+    """Return a relay that drains at a signal."""
+    caplog.set_level(logging.INFO)
+    loop.restart(drain_seconds=DRAIN_SECONDS)
+    return loop
+
+
+def meet(loop: Loop, kind: str = "unix") -> tuple[Client, Client]:
+    """Return a pair of two clients of this kind."""
+    return loop.meet(kind, kind)
+
+
+def end(loop: Loop, *clients: Client) -> None:
+    for client in clients:
+        client.close()
+    loop.pump()
+
+
+def exchange(pair: tuple[Client, Client], data: bytes) -> None:
+    """Send data both ways through a pair."""
+    one, other = pair
+    one.send(data)
+    assert digest(other.receive(len(data))) == digest(data)
+    other.send(data[::-1])
+    assert digest(one.receive(len(data))) == digest(data[::-1])
+
+
+@pytest.mark.parametrize(
+    "kinds", [("unix", "unix"), ("unix", "ws-unix"), ("ws-unix", "ws-unix")], ids="-".join
+)
+def test_a_pair_runs_on_and_its_end_ends_the_drain(
+    draining: Loop, caplog: pytest.LogCaptureFixture, kinds: tuple[str, str]
+) -> None:
+    pair = draining.meet(*kinds)
+    data = random.Random(1).randbytes(300_000)
+    exchange(pair, data)
+    draining.signal()
+    assert draining.server.phase is ServerPhase.DRAINING
+    for _ in range(9):
+        draining.advance(300)
+        exchange(pair, data)
+    pair[0].send(b"the last bytes")
+    pair[0].half_close()
+    assert draining.server.phase is ServerPhase.DRAINING
+    draining.pump()
+    assert draining.server.phase is ServerPhase.STOPPING_BYTES
+    assert pair[1].read_to_end() == b"the last bytes" and pair[0].read_to_end() == b""
+    draining.pump()
+    assert draining.server.phase is ServerPhase.OVER
+    (record,) = draining.recorder.records
+    assert record[1:] == (2_700, 0, 20 * len(data) + 14, "happy")
+    assert caplog.messages == [
+        "SIGTERM: draining for at most 3000 s; pairs: 1",
+        "all pairs have ended: the drain ends; pairs left: 0",
+    ]
+
+
+def test_the_last_pair_ends_the_drain(draining: Loop) -> None:
+    first, second = meet(draining), meet(draining)
+    draining.signal()
+    end(draining, *first)
+    exchange(second, b"data")
+    assert draining.server.phase is ServerPhase.DRAINING
+    end(draining, *second)
+    assert draining.server.phase is ServerPhase.OVER
+
+
+def test_a_pair_counts_until_its_queued_bytes_are_sent(draining: Loop) -> None:
+    """The receiver of bytes that wait in the relay gets all of them, in spite of the time."""
+    one, other = draining.pair()
+    sent = stuff(draining, one)
+    one.close()
+    draining.signal()
+    size = 0
+    for _ in range(50):
+        assert draining.server.phase is ServerPhase.DRAINING
+        draining.advance(10)
+        size += len(other.recv(1_000))
+    while part := other.recv(1 << 16):
+        size += len(part)
+        draining.pump()
+    assert size == sent
+    assert draining.server.phase is ServerPhase.OVER
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_without_a_pair_a_drain_ends_at_once(
+    draining: Loop, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    waiting = draining.client("unix")
+    waiting.send(handshake())
+    draining.pump()
+    draining.signal(number)
+    assert draining.server.phase is ServerPhase.OVER
+    assert waiting.read_to_end() == b""
+    assert caplog.messages == [
+        f"{number.name}: draining for at most 3000 s; pairs: 0",
+        "all pairs have ended: the drain ends; pairs left: 0",
+    ]
+
+
+def test_the_time_of_a_drain_is_followed_by_an_ordinary_stop(
+    draining: Loop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(draining.recorder), "finished", False)
+    one, other = draining.pair()
+    draining.signal()
+    story = [(draining.server.phase, draining.server.snapshot().drain_seconds)]
+    draining.advance(DRAIN_SECONDS - 0.25)
+    stuff(draining, one)
+    for step in (0, 0.25, 1.75, 0.25, 9.75, 0.25):
+        draining.advance(step)
+        story.append((draining.server.phase, draining.server.snapshot().drain_seconds))
+    assert story == [
+        (ServerPhase.DRAINING, DRAIN_SECONDS),
+        (ServerPhase.DRAINING, 0.25),
+        (ServerPhase.STOPPING_BYTES, 0),
+        (ServerPhase.STOPPING_BYTES, 0),
+        (ServerPhase.STOPPING_RECORDS, 0),
+        (ServerPhase.STOPPING_RECORDS, 0),
+        (ServerPhase.OVER, 0),
+    ]
+    assert draining.recorder.moods() == ["happy"]
+    assert caplog.messages[1:] == ["time is up: the drain ends; pairs left: 1"]
+    other.close()
+
+
+def test_the_second_signal_ends_the_drain_and_the_third_ends_all(
+    draining: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = draining.pair()
+    stuff(draining, one)  # the stop would wait two seconds for these bytes
+    phases = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        draining.signal(number)
+        draining.advance(1)
+        phases.append(draining.server.phase)
+    assert phases == [ServerPhase.DRAINING, ServerPhase.STOPPING_BYTES, ServerPhase.OVER]
+    assert caplog.messages[1:] == [
+        "SIGINT: the drain ends; pairs left: 1",
+        "SIGQUIT: ending at once",
+    ]
+
+
+def test_a_second_signal_after_the_drain_loses_no_records(
+    draining: Loop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for the drain, and may come just after this has ended by itself."""
+    monkeypatch.setattr(type(draining.recorder), "finished", False)
+    pair = meet(draining)
+    draining.signal()
+    end(draining, *pair)
+    draining.signal()
+    assert draining.server.phase is ServerPhase.STOPPING_RECORDS
+    draining.signal()
+    assert draining.server.phase is ServerPhase.OVER
+    assert caplog.messages[2:] == ["SIGTERM: stopping already", "SIGTERM: ending at once"]
+
+
+def test_a_drain_ends_only_clients_without_a_partner(draining: Loop) -> None:
+    pairs = [meet(draining, kind) for kind in ("unix", "ws-unix")]
+    new = draining.client("ws-unix")
+    http = draining.client("ws-unix", upgrade=False)
+    http.send_wire(b"GET / HTTP/1.1\r\n")
+    waiting = [draining.client(kind) for kind in ("unix", "ws-unix")]
+    for number, client in enumerate(waiting):
+        client.send(handshake(f"waits{number}"))
+    raw = draining.client("unix")
+    raw.send(handshake("new")[:-1])
+    draining.pump()
+    draining.signal()
+    for client in (new, *waiting):
+        assert client.read_to_end(1001) == b""
+    for client in (http, raw):
+        assert read_to_end(client.sock) == b""
+    assert sorted(draining.recorder.moods()) == ["empty", "empty", "lonely", "lonely"]
+    for pair in pairs:
+        exchange(pair, b"data")
+    draining.signal()
+    for client in pairs[1]:
+        assert client.read_to_end(1001) == b""
+
+
+def test_a_drain_closes_the_listeners(loop: Loop, tmp_path: Path) -> None:
+    listening = ListeningSocket(tmp_path / "s")
+    listener = Listener(listening, Endpoint("unix:listening", "unix"))
+    loop.restart(listener, drain_seconds=DRAIN_SECONDS)
+    pair = meet(loop)
+    with listening.new_client() as client:
+        loop.pump()
+        loop.signal()
+        with pytest.raises(ConnectionRefusedError):
+            listening.new_client()
+        listening.clients[-1].close()
+        assert read_to_end(client) == b""
+    exchange(pair, b"data")
+
+
+@pytest.mark.parametrize("limit", ["idle_seconds", "stall_seconds"])
+def test_a_limit_that_ends_a_pair_ends_the_drain(loop: Loop, limit: str) -> None:
+    loop.restart(limits=Limits(**{limit: 80.0}), drain_seconds=DRAIN_SECONDS)
+    one, _ = loop.pair()
+    if limit == "stall_seconds":
+        stuff(loop, one)
+    loop.signal()
+    for _ in range(60):
+        loop.advance(1)
+        assert loop.server.phase is ServerPhase.DRAINING
+    for _ in range(40):
+        loop.advance(1)
+    assert loop.server.phase is ServerPhase.OVER
+
+
+def test_a_client_that_lingers_goes_as_usual_during_a_drain(draining: Loop) -> None:
+    """After its answer is acknowledged, a refused client gets five seconds to end."""
+    refused, pair = draining.client("unix"), meet(draining)
+    refused.send(b"junk\n")
+    assert refused.read_to_end() == b"bad handshake\n"
+    draining.signal()
+    counts = []
+    for _ in range(9):
+        draining.advance(1)
+        counts.append(len(draining.server.connections))
+    assert counts[3] == 3 and counts[-1] == 2
+    exchange(pair, b"data")
+
+
+def test_a_client_that_lingers_does_not_prolong_a_drain(draining: Loop) -> None:
+    """The stop after it waits for this client, as always."""
+    pair, refused = meet(draining), draining.connect()
+    refused.sendall(b"junk\n")  # its answer stays unread
+    draining.pump()
+    draining.signal()
+    end(draining, *pair)
+    assert draining.server.phase is ServerPhase.STOPPING_BYTES
+    draining.advance(2)
+    assert draining.server.phase is ServerPhase.OVER
+
+
+def test_a_suspension_does_not_count_as_time_for_a_drain(draining: Loop) -> None:
+    pair = meet(draining)
+    draining.signal()
+    draining.advance(1_000)
+    run_suspended(draining, 10_000, timeout=0)
+    assert draining.server.snapshot().drain_seconds == 2_000
+    draining.advance(1_999)
+    exchange(pair, b"data")
+    draining.advance(1)
+    assert draining.server.phase is ServerPhase.OVER
+
+
 # A stop is linear in the number of connections.
 
 
@@ -1097,6 +1356,19 @@ def test_a_signal_stops_it(
     run(number)
     assert loop.recorder.moods() == ["happy"]
     assert caplog.messages == [f"{number.name}: stopping"]
+
+
+def test_a_drain_begins_with_the_report_of_a_stop(
+    draining: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock stands still: the second signal ends the drain."""
+    draining.pair()
+    run(signal.SIGTERM, signal.SIGTERM)
+    assert draining.recorder.moods() == ["happy"]
+    assert caplog.messages == [
+        "SIGTERM: draining for at most 3000 s; pairs: 1",
+        "SIGTERM: the drain ends; pairs left: 1",
+    ]
 
 
 def test_a_second_signal_ends_it_at_once(
