@@ -208,6 +208,7 @@ SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one p
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
+EXTEND_SECONDS = 30  # a drain asks systemd for this time with each status line
 MAX_CONFIG_CHARACTERS = 1024 * 1024
 MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can contain user input
 COMPLAINT_SECONDS = 60  # a throttled warning is logged at most this often
@@ -219,6 +220,7 @@ RETRY_SECONDS = 1  # how often a failed sink tries again
 SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
 STOP_RECORD_SECONDS = 10  # a stop then waits this long for the sinks
+STOP_GRANT_SECONDS = 15  # what a drain asks systemd to grant the stop after it, with a margin
 STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
@@ -3677,8 +3679,9 @@ class UsageDatabase(Sink):
 
 def status_line(now: Snapshot) -> str:
     """Return one line for `systemctl status`."""
+    drain = f"draining, at most {now.drain_seconds:.0f} s left; " if now.drain_seconds else ""
     return (
-        f"{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
+        f"{drain}{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
         f" {count_text(now.connections, 'connection')}; since the start"
         f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
     )
@@ -4357,12 +4360,8 @@ class ServiceManager:
 
     def add_chores(self, server: Server) -> None:
         """Let the loop send the status, and the watchdog's keep-alive."""
-
-        def send_status() -> None:
-            self.notify(f"STATUS={self._status_prefix}{status_line(server.snapshot())}")
-
         if self._address:
-            server.timers.every(STATUS_SECONDS, send_status)
+            server.timers.every(STATUS_SECONDS, lambda: self.notify(self._state(server.snapshot())))
         if self._address and self._watchdog_seconds:
             pause = max(self._watchdog_seconds / 2, MIN_WATCHDOG_SECONDS)
             server.timers.every(pause, lambda: self.notify("WATCHDOG=1"))
@@ -4371,10 +4370,17 @@ class ServiceManager:
         """Report that clients are served."""
         self.notify("READY=1", must_arrive=True)
 
-    def stopping(self) -> None:
-        """Report that a stop has begun."""
+    def stopping(self, now: Snapshot) -> None:
+        """Report that a stop has begun, which may begin with a drain."""
         self._status_prefix = "stopping; "
-        self.notify("STOPPING=1\nSTATUS=stopping", must_arrive=True)
+        self.notify(f"STOPPING=1\n{self._state(now)}", must_arrive=True)
+
+    def _state(self, now: Snapshot) -> str:
+        """Return the status. During a drain, ask for time too: TimeoutStopSec= may be shorter."""
+        status = f"STATUS={self._status_prefix}{status_line(now)}"
+        seconds = min(EXTEND_SECONDS, now.drain_seconds + STOP_GRANT_SECONDS)
+        extension = f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}\n" if now.drain_seconds else ""
+        return extension + status
 
     def notify(self, message: str, must_arrive: bool = False) -> None:
         """Send variables, one a line. If the queue is full, repeat those that `must_arrive`."""
@@ -4965,7 +4971,7 @@ def serve(options: argparse.Namespace) -> int:
 
         relay.server.start()
         relay.server.recorder.start()
-        return run(relay.server, ready, manager.stopping)
+        return run(relay.server, ready, lambda: manager.stopping(relay.server.snapshot()))
 
 
 def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None]) -> int:

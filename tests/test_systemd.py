@@ -180,7 +180,7 @@ def test_ready_status_stopping(manager: Manager) -> None:
         assert b"Transit starting on" in os.read(relay.process.stderr.fileno(), 4096)
         assert manager.next().startswith("STATUS=0 pairs, 0 waiting, 0 connections; ")
         relay.process.send_signal(signal.SIGTERM)
-        assert manager.next() == "STOPPING=1\nSTATUS=stopping"
+        assert manager.next().startswith("STOPPING=1\nSTATUS=stopping; 0 pairs, 0 waiting, ")
         assert relay.wait() == 0
     assert manager.rest() == []
 
@@ -234,12 +234,13 @@ class StandInServer:
     def __init__(self) -> None:
         self.chores: list[tuple[float, Callable[[], None]]] = []
         self.timers = self
+        self.now = snapshot(1, 2, 3, 4, 5)
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:
         self.chores.append((seconds, work))
 
     def snapshot(self) -> Snapshot:
-        return snapshot(1, 2, 3, 4, 5)
+        return self.now
 
 
 def take_manager() -> ServiceManager:
@@ -375,6 +376,57 @@ def test_the_status_of_a_long_stop(manager: Manager, tmp_path: Path) -> None:
             manager.until("STOPPING=1")
             assert manager.next().startswith("STATUS=stopping; 0 pairs")
             relay.wait()
+
+
+def drain_snapshot(seconds: float) -> Snapshot:
+    """Return a Snapshot of a drain with so much time left."""
+    return snapshot(1, 0, 2)._replace(drain_seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("left", "granted"), [(3_600, "30000000"), (15, "30000000"), (5, "20000000"), (0.5, "15500000")]
+)
+def test_a_drain_asks_for_time_and_not_for_more_than_it_needs(
+    manager: Manager, left: float, granted: str
+) -> None:
+    """The stop after the drain takes 12 s, which `left` does not contain."""
+    server = StandInServer()
+    server.now = drain_snapshot(left)
+    with contextlib.closing(ServiceManager(manager.address)) as service_manager:
+        service_manager.add_chores(server)  # type: ignore[arg-type]
+        service_manager.stopping(server.now)
+        ((every, send_status),) = server.chores
+        send_status()
+        server.now = snapshot()
+        send_status()
+    variables = [
+        f"EXTEND_TIMEOUT_USEC={granted}",
+        f"STATUS=stopping; draining, at most {left:.0f} s left; 1 pair, 0 waiting, 2 connections; "
+        "since the start 0 pairs ended, 0 bytes relayed",
+    ]
+    first, second, last = manager.rest()
+    assert first.split("\n") == ["STOPPING=1", *variables]
+    assert second.split("\n") == variables
+    assert last.startswith("STATUS=stopping; 0 pairs")
+    assert every < int(granted) / 1e6 - 5 if left > 10 else int(granted) / 1e6 - left > 12
+
+
+def test_systemd_is_asked_for_time_while_pairs_run_on(manager: Manager) -> None:
+    program = patched(STATUS_SECONDS=0.05)
+    env = environment_of(manager, WATCHDOG_USEC="100000")
+    with QuietRelay("--drain", "3600", env=env, program=program) as relay:
+        one, other = relay.pair()
+        with one, other:
+            manager.until("READY=1")
+            relay.process.send_signal(signal.SIGTERM)
+            extension = (
+                r"EXTEND_TIMEOUT_USEC=30000000\nSTATUS=stopping; draining, at most 3\d+ s left"
+            )
+            assert re.match(rf"STOPPING=1\n{extension}; 1 pair, 0 ", manager.until("STOPPING=1"))
+            for _ in range(2):
+                assert re.match(extension, manager.until("EXTEND_TIMEOUT_USEC="))
+                manager.until("WATCHDOG=1")
+        assert relay.wait() == 0
 
 
 def test_without_a_service_manager_nothing_is_logged() -> None:

@@ -40,7 +40,7 @@ from transit_relay import __version__
 SOCKET, WEB_SOCKET = "transit-relay.socket", "transit-relay-ws.socket"
 CONFIG = "/etc/transit-relay.conf"
 OWN_LISTENERS = "/usr/share/doc/transit-relay/examples/own-listeners.conf"
-KIBIBYTE = 1 << 10
+KIBIBYTE, MEBIBYTE = 1 << 10, 1 << 20
 
 
 @pytest.fixture(params=["bookworm", "trixie"])
@@ -210,6 +210,39 @@ def test_it_is_killed(installed: Machine) -> None:
     transfer(installed)
     assert main_pid(installed) not in (0, before)
     assert restarts(installed) == 1
+
+
+def test_a_drain_as_documented(installed: Machine) -> None:
+    """It takes longer than TimeoutStopSec=. Without sockets, new clients are refused."""
+    config = installed.path(CONFIG)
+    config.write_text(f"{config.read_text()}drain 3600\n")
+    installed.add_drop_in(SERVICE, "drain", "[Service]\nTimeoutStopSec=2\n")
+    installed.run("systemctl", "restart", SERVICE)
+    commands = documented("stop transit-relay.socket transit-relay-ws.socket\n")
+    with connect(installed) as one, connect(installed) as other:
+        send_handshakes(one, other)
+        for client in one, other:
+            assert client.receive(3) == b"ok\n"
+        commands[-1] = commands[-1].replace("stop", "stop --no-block")
+        follow(installed, commands)
+        installed.run("systemctl", "stop", "--no-block", SERVICE)  # sends no second signal
+        deadline = time.monotonic() + TIMEOUT
+        while installed.listener(4001):
+            assert time.monotonic() < deadline, "the relay still listens"
+        with pytest.raises(ConnectionRefusedError):
+            connect(installed)
+        end = time.monotonic() + 5  # time must pass: systemd would have killed the relay by then
+        while time.monotonic() < end:
+            pass_bytes(one, other, bytes(MEBIBYTE))
+        status = installed.show(SERVICE, "StatusText")
+        assert re.match(r"stopping; draining, at most 3\d+ s left; 1 pair, 0 waiting, ", status)
+        assert installed.show(SERVICE, "SubState") == "stop-sigterm"
+        cursor = installed.cursor()
+        follow(installed, documented("systemctl kill"))
+        assert one.read_to_end() == other.read_to_end() == b""
+    installed.run("systemctl", "stop", SERVICE)  # waits for the end
+    assert "SIGTERM: the drain ends; pairs left: 1" in installed.journal(cursor)
+    assert installed.show(SERVICE, "Result") == "success"
 
 
 def test_restarts_while_clients_come(installed: Machine) -> None:
