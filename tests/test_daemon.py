@@ -738,6 +738,34 @@ def test_start_stop_daemon_with_background(folder: Path) -> None:
         assert log.read(4096).endswith(b" stopped\n")
 
 
+INIT_SCRIPT = RELAY.parent / "packaging" / "debian" / "init"
+
+
+@pytest.mark.parametrize(
+    ("lines", "seconds"),
+    [
+        ("port tcp:4001\n", "20"),
+        ("drain 600\n", "620"),
+        ("  --drain = 90.5  # comment\nblur-usage 3600", "110"),
+        ("drain=1e3", "1020"),
+        ("#drain 600\ndrain-not 5\nno # drain 5\n", "20"),
+        ("drain 600\ndrain 0060", "80"),
+        (None, "20"),
+    ],
+)
+def test_the_init_script_waits_for_a_drain(tmp_path: Path, lines: str | None, seconds: str) -> None:
+    """Run its function alone. Without a configuration, it waits as without the option."""
+    script = INIT_SCRIPT.read_text()
+    function = re.findall(r"(?ms)^stop_seconds\(\) \{$.*?^\}$", script)
+    call = re.findall(r'--retry TERM/"\$\((.*)\)"/KILL', script)
+    config = tmp_path / "relay.conf"
+    if lines is not None:
+        config.write_text(lines)
+    program = "\n".join([f"CONFIG='{config}'", *function, *call])
+    command = subprocess.run(["sh", "-c", program], capture_output=True, text=True)
+    assert command.stdout == f"{seconds}\n"
+
+
 def test_daemontools_down(tmp_path: Path) -> None:
     """`svc -d` sends SIGTERM, then SIGCONT. `svc -p` may have paused the relay before."""
     with QuietRelay("--usage-db", "usage.sqlite", cwd=tmp_path) as relay:
