@@ -1322,8 +1322,12 @@ def run(loop: Loop) -> Iterator[Callable[..., None]]:
 
     watchdog = threading.Timer(TIMEOUT, give_up)
 
-    def run(*numbers: int, blocked: int | None = None) -> None:
+    def run(*numbers: int, blocked: int | None = None, fails: bool = False) -> None:
         told: list[str] = []
+
+        def stopping() -> None:
+            told.append("stopping")
+            assert not fails, "injected"
 
         def ready() -> None:
             for number in numbers:
@@ -1332,7 +1336,7 @@ def run(loop: Loop) -> Iterator[Callable[..., None]]:
         if blocked is not None:
             signal.pthread_sigmask(signal.SIG_BLOCK, {blocked})
         watchdog.start()
-        loop.server.run(ready, stopping=lambda: told.append("stopping"))
+        loop.server.run(ready, stopping)
         assert not fired, "the loop did not end"
         assert told == ["stopping"]
 
@@ -1358,10 +1362,10 @@ def test_a_signal_stops_it(
     assert caplog.messages == [f"{number.name}: stopping"]
 
 
-def test_a_drain_begins_with_the_report_of_a_stop(
+def test_two_signals_in_one_turn_end_a_drain(
     draining: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The clock stands still: the second signal ends the drain."""
+    """The clock stands still, so its time is not up."""
     draining.pair()
     run(signal.SIGTERM, signal.SIGTERM)
     assert draining.recorder.moods() == ["happy"]
@@ -1369,6 +1373,14 @@ def test_a_drain_begins_with_the_report_of_a_stop(
         "SIGTERM: draining for at most 3000 s; pairs: 1",
         "SIGTERM: the drain ends; pairs left: 1",
     ]
+
+
+def test_a_fault_in_the_report_of_a_stop_is_contained(
+    loop: Loop, run: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(signal.SIGTERM, fails=True)
+    (message,) = warnings(caplog)
+    assert "\nAssertionError: injected" in message
 
 
 def test_a_second_signal_ends_it_at_once(
