@@ -4031,7 +4031,7 @@ def open_endpoint(
                 raise
 
 
-def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[object, ...]]]:
+def resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[object, ...]]]:
     """Return the families and addresses of an endpoint's interface. Raises OSError."""
     if endpoint.interface in ("", ANY_IPV6):
         everywhere = [(socket.AF_INET6, (ANY_IPV6, 0)), (socket.AF_INET, (ANY_IPV4, 0))]
@@ -4052,7 +4052,7 @@ def _resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[o
 
 def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
     """Listen on each address of the interface, all with one port. Raises OSError."""
-    addresses = _resolve(endpoint, ipv6_only)
+    addresses = resolve(endpoint, ipv6_only)
     has_ipv4 = socket.AF_INET in dict(addresses)  # then a missing IPv6 address is left out
     port = endpoint.port
     socks: list[socket.socket] = []
@@ -4125,10 +4125,15 @@ def _lock_folder(folder: str) -> int | None:
     return fd
 
 
+def require_socket(endpoint: Endpoint) -> None:
+    """Raise StartupError if the path of a unix endpoint has a file that is no socket."""
+    if os.path.lexists(endpoint.path) and not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
+        raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
+
+
 def _remove_stale_socket(endpoint: Endpoint) -> None:
     """Remove the socket of a dead relay. Raises OSError (in use) and StartupError (no socket)."""
-    if not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
-        raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
+    require_socket(endpoint)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -4610,7 +4615,7 @@ def duration(text: str) -> float:
 
 def websocket_url(text: str) -> str:
     """Check the address of a WebSocket. Raises UsageError."""
-    if ws_frames and not ws_frames.URL.fullmatch(text):  # without it, `open_relay` refuses any
+    if ws_frames and not ws_frames.URL.fullmatch(text):  # else `choose_endpoints` refuses any
         raise UsageError(f"{text!r} is not of the form ws://HOST[:PORT]/PATH or wss://...")
     return text
 
@@ -4831,12 +4836,20 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Return the endpoints of the options. If there are none, return the passed sockets."""
+    """Return the endpoints of the options, else the passed sockets. Raises StartupError."""
     ports = options.port
     if not ports and not options.websocket:
         ports = passed.endpoints()
     # `--websocket` alone does not replace the default of `--port`.
-    return [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
+    endpoints = [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
+    if ws_frames is None and (
+        options.websocket_url
+        or options.trust_forwarded_for
+        or any(one.role is Role.WEBSOCKET or one.has_proxy_header for one in endpoints)
+    ):
+        missing = "Python finds no ws_frames.py (beside transit_relay.py)"
+        raise StartupError(f"WebSocket and haproxy: {missing}")
+    return endpoints
 
 
 # Start and stop ------------------------------------------------------------------------------
@@ -4869,13 +4882,6 @@ def open_relay(
     `undo` gets the steps that close the listeners. The raised limit of open files, the change of
     the user and a new database remain. Raises StartupError.
     """
-    if ws_frames is None and (
-        options.websocket_url
-        or options.trust_forwarded_for
-        or any(one.role is Role.WEBSOCKET or one.has_proxy_header for one in endpoints)
-    ):
-        missing = "Python finds no ws_frames.py (beside transit_relay.py)"
-        raise StartupError(f"WebSocket and haproxy: {missing}")
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     if any(one.has_proxy_header for one in endpoints):
         import ipaddress  # noqa: F401  # before the change of the user, see switch_user
