@@ -3522,12 +3522,12 @@ def result_code(error: Exception) -> int | None:
     return TRANSIENT_ERRORS.get(str(error)) if code is None else code & 0xFF
 
 
-def open_usage_database(path: str) -> sqlite3.Connection:
+def open_usage_database(path: str, dry_run: bool = False) -> sqlite3.Connection:
     """Open a usage database (schema 1 of the reference relay), or create it.
 
     Raises sqlite3.Error, OSError or UnusableDatabase. On an error, an existing database keeps its
     content, and a file that this call created is removed if it is still empty, unless the error is
-    SQLITE_BUSY.
+    SQLITE_BUSY. A dry run creates and changes no file, and its database can only be read.
     """
     import sqlite3
 
@@ -3535,17 +3535,26 @@ def open_usage_database(path: str) -> sqlite3.Connection:
     is_new = not os.path.exists(target)
     if not is_new and not os.path.isfile(target):
         raise UnusableDatabase("not a regular file")
+    if dry_run:
+        # immutable=1: SQLite takes no lock, makes no file, and ignores a log and a journal.
+        folder = os.path.join(os.path.dirname(path), ".")
+        is_empty = os.path.isdir(folder) if is_new else os.path.getsize(target) == 0
+        uri = "file:" + "".join(f"%{byte:02x}" for byte in os.fsencode(target))
+        skip = is_empty or path == ":memory:" or os.path.exists(target + "-journal")
+        path = ":memory:" if skip else f"{uri}?mode=ro&immutable=1"
     db = sqlite3.connect(
-        path, timeout=SINK_WAIT_SECONDS, isolation_level=None, check_same_thread=False
+        path, timeout=SINK_WAIT_SECONDS, isolation_level=None, check_same_thread=False, uri=dry_run
     )
     try:
-        db.execute("SELECT * FROM sqlite_master")  # rolls back what a killed process left
+        # This query rolls back what a killed process left.
+        has_tables = db.execute("SELECT * FROM sqlite_master").fetchone() is not None
         if path == ":memory:" or os.path.getsize(target) == 0:
             _create_schema(db)
-        _check_schema(db)
+        if has_tables or not (dry_run and os.path.exists(target + "-wal")):  # else all in the log
+            _check_schema(db)
     except Exception as error:
         db.close()
-        if is_new and result_code(error) != SQLITE_BUSY:  # busy: another relay is creating it
+        if is_new and not dry_run and result_code(error) != SQLITE_BUSY:  # busy: another creates it
             with contextlib.suppress(OSError):
                 if os.path.getsize(target) == 0:
                     os.unlink(target)
@@ -3616,14 +3625,15 @@ class UsageDatabase(Sink):
         now = int(time.time())
         self._latest = self._current = Current(now, now, 0, 0, 0)
 
-    def prepare(self) -> None:
-        """Try a write that is rolled back. Raises StartupError, but logs a transient error."""
+    def prepare(self, dry_run: bool = False) -> None:
+        """Try a write (a dry run: a read). Raises StartupError, but logs a transient error."""
         try:
-            self._transact((), "ROLLBACK")
+            self._transact((), "" if dry_run else "ROLLBACK")
         except UnusableDatabase as error:
             raise StartupError(f"--usage-db {self._path}: {error}") from None
         except SinkError as error:
-            self._report_failure(str(error))
+            if not dry_run:  # without a lock, a file that is being written can look damaged
+                self._report_failure(str(error))
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
         """Write all or nothing. Write `current` each time, because a new file has no such row."""
@@ -3637,8 +3647,10 @@ class UsageDatabase(Sink):
             self._db = None
 
     def _transact(self, batch: Sequence[UsageRecord], end_statement: str) -> None:
-        """Write in one transaction, which ends with `end_statement`. Raises SinkError."""
+        """Write in a transaction that ends with `end_statement` ("": read). Raises SinkError."""
         try:
+            if not end_statement:  # a dry run
+                return open_usage_database(self._path, dry_run=True).close()
             db = self._open()
             db.execute("BEGIN IMMEDIATE")
             _insert(db, "usage", batch)

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import queue
+import re
+import shutil
 import sqlite3
 import struct
 import subprocess
@@ -16,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import RELAY, TIMEOUT, FakeClock, RelayProcess
@@ -877,6 +879,212 @@ def test_refused_and_left_untouched(
     assert os.listdir(tmp_path) == ["db"]
 
 
+# A dry run (--check): the same refusals, without a write.
+
+
+class State(NamedTuple):
+    """A file, as `stat` and a reader find it."""
+
+    mode: int
+    inode: int
+    mtime_ns: int
+    content: bytes
+
+    @classmethod
+    def of(cls, path: Path) -> State:
+        found = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        return cls(found.st_mode, found.st_ino, found.st_mtime_ns, content)
+
+
+def states(folder: Path) -> dict[str, State]:
+    """Return the state of a folder and of each file in it."""
+    return {str(path): State.of(path) for path in (folder, *folder.iterdir())}
+
+
+def dry_run(path: Path | str) -> None:
+    """Check a database. Fail if a file was changed."""
+    folder = Path(path).parent
+    before = states(folder) if folder.is_dir() else None
+    try:
+        UsageDatabase(str(path)).prepare(dry_run=True)
+    finally:
+        assert before == (states(folder) if folder.is_dir() else None)
+
+
+# A program that executes SQL in a database, says so, and leaves it as it is until its stdin ends.
+HOLDER = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+for statement in sys.argv[2].split(";"):
+    db.execute(statement)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+SPILL = (  # writes to the file before the end of the transaction
+    "PRAGMA cache_size = 1; BEGIN EXCLUSIVE; CREATE TABLE `more` (`blob`);"
+    + "INSERT INTO `more` VALUES (zeroblob(9999));" * 50
+    + "INSERT INTO `usage` SELECT * FROM `usage`"
+)
+
+
+@contextlib.contextmanager
+def held(path: Path, sql: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Let another process execute SQL and keep the database open. The process is killed at the end.
+
+    A connection of this process would lose its locks: `states` opens and closes the file.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), sql],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"ready\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_dry_run_refuses_the_same(
+    tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    make(tmp_path / "db")
+    with pytest.raises(StartupError) as dry:
+        dry_run(tmp_path / "db")
+    with pytest.raises(StartupError) as real:
+        opened(tmp_path / "db")
+    assert str(dry.value) == str(real.value)
+    assert reason in str(dry.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["db", "a b", "?mode=rwc", "x?immutable=0&vfs=x#y", "%41", "file:db", ";", "\udcff", "ä"],
+)
+def test_a_dry_run_reads_a_file_of_any_name(tmp_path: Path, name: str) -> None:
+    sound, wrong = tmp_path / "sound" / name, tmp_path / "wrong" / name
+    for path, more in (sound, ""), (wrong, "UPDATE `version` SET `version` = 2"):
+        path.parent.mkdir()
+        reference_database(path.with_name("made"), more)
+        path.with_name("made").rename(path)
+    dry_run(sound)
+    with pytest.raises(StartupError, match="schema version is 2"):
+        dry_run(wrong)
+
+
+@pytest.mark.parametrize("mode", ["delete", "truncate", "persist", "wal"])
+def test_a_dry_run_of_each_journal_mode(tmp_path: Path, mode: str) -> None:
+    dry_run(reference_database(tmp_path / "db", f"PRAGMA journal_mode={mode}; DELETE FROM usage"))
+
+
+def test_a_dry_run_of_a_database_that_a_start_would_create(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to("missing")
+    for name in ("missing", "empty", "link"):
+        dry_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("missing", ":memory:", "./missing"):
+        dry_run(name)
+
+
+@pytest.mark.parametrize("name", ["missing/db", "file/db", "folder", "folder/"])
+def test_a_dry_run_where_no_file_can_be_created(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = os.path.join(tmp_path, name)
+    with pytest.raises(StartupError) as dry:
+        dry_run(path)
+    with pytest.raises(StartupError) as real:
+        UsageDatabase(path).prepare()
+    assert str(dry.value) == str(real.value)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["running", "killed"])
+@pytest.mark.parametrize("sql", ["BEGIN EXCLUSIVE", SPILL], ids=["locked", "spilled"])
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_dry_run_beside_a_transaction(
+    tmp_path: Path, messages: Messages, mode: str, sql: str, killed: bool
+) -> None:
+    """The transaction of a killed process leaves a journal, which a start rolls back."""
+    path = reference_database(tmp_path / "db", f"PRAGMA journal_mode={mode}")
+    with held(path, sql) as holder:
+        if killed:
+            holder.kill()
+            holder.wait()
+        assert sql != SPILL or len(os.listdir(tmp_path)) > 1
+        dry_run(path)
+    assert messages.all == []
+    opened(path).close()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["running", "killed"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_dry_run_beside_a_write_ahead_log(tmp_path: Path, version: int, killed: bool) -> None:
+    """The file is read without the log. It has the tables, because a start uses no log for them."""
+    sql = f"UPDATE `version` SET `version` = {version}; PRAGMA journal_mode=wal"
+    path = reference_database(tmp_path / "db", sql)
+    refusal = pytest.raises(StartupError, match="schema version is 2")
+    with held(path, "DELETE FROM `usage`") as holder:
+        if killed:
+            holder.kill()
+            holder.wait()
+        assert (tmp_path / "db-wal").stat().st_size > 0
+        with refusal if version == 2 else contextlib.nullcontext():
+            dry_run(path)
+
+
+@pytest.mark.parametrize("names", [("db", "db-wal"), ("db", "db-wal", "db-shm")], ids=" ".join)
+def test_a_dry_run_does_not_judge_a_file_whose_tables_are_in_the_log(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    sql = "PRAGMA journal_mode=wal;" + re.sub("--.*", "", transit_relay.USAGE_SCHEMA)
+    with held(tmp_path / "db", sql + "INSERT INTO version VALUES (1)"):
+        for name in names:
+            shutil.copy(tmp_path / name, copy)
+    dry_run(copy / "db")
+    opened(copy / "db").close()
+
+
+def test_a_dry_run_reads_nothing_beside_a_journal(tmp_path: Path) -> None:
+    """A start would roll it back first."""
+    path = reference_database(tmp_path / "db", "DELETE FROM `version`")
+    (tmp_path / "db-journal").touch()
+    dry_run(path)
+
+
+@pytest.mark.parametrize("damage", ["100 bytes left", "one page left"])
+def test_a_dry_run_of_a_damaged_database_passes(
+    tmp_path: Path, messages: Messages, damage: str
+) -> None:
+    """A start passes too, with a warning."""
+    path = reference_database(tmp_path / "db")
+    DAMAGE[damage](path)
+    dry_run(path)
+    assert messages.all == []
+
+
+def test_a_dry_run_does_not_remove_a_database_that_another_relay_creates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "db"
+
+    def fail(db: sqlite3.Connection) -> None:
+        path.touch()
+        raise MemoryError
+
+    monkeypatch.setattr(transit_relay, "_check_schema", fail)
+    with pytest.raises(MemoryError):
+        UsageDatabase(str(path)).prepare(dry_run=True)
+    assert path.exists()
+
+
 def test_nothing_is_touched_before_a_database_is_opened(tmp_path: Path) -> None:
     UsageDatabase(str(tmp_path / "db")).stop()
     assert os.listdir(tmp_path) == []
@@ -899,7 +1107,7 @@ def test_a_database_that_cannot_be_written_is_refused(
     connect = sqlite3.connect
 
     def connect_read_only(path: str, **others: Any) -> Any:
-        return connect(f"file:{path}?mode=ro", uri=True, **others)
+        return connect(f"file:{path}?mode=ro", **{**others, "uri": True})
 
     monkeypatch.setattr(sqlite3, "connect", connect_read_only)
     with pytest.raises(StartupError, match="attempt to write a readonly database"):
