@@ -38,7 +38,7 @@ pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
 # The tests that start many relays as processes. They wait for much of their time.
-process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure cli daemon endings hostile kill systemd))
+process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli daemon endings hostile kill systemd))
 process_log = build/test-processes.log
 
 # Two runs of pytest share the tests. The output of the second one is printed at the end.

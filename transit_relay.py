@@ -4711,6 +4711,8 @@ HELP = {
     " first signal (default: %(default)g s)",
     "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
     " moves bulk data between TCP clients with splice; needs Linux and Python 3.10)",
+    "check": "check the options, and what a start needs besides free ports, privileges and writable"
+    " files; print `check ok`; open no port and change no file (default: start the relay)",
 }
 
 
@@ -4772,6 +4774,7 @@ def make_parser() -> Parser:
     add("--drain", metavar="SECONDS", type=time_limit, help=HELP["drain"])
     add("--no-splice", action="store_true", help=HELP["no-splice"])
     add("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
+    add("--check", action="store_true", help=HELP["check"])
 
     add = parser.add_argument_group("about").add_argument
     add("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
@@ -4836,7 +4839,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         if not match:
             parser.error(f"{line!r} is not of the form `option value`")
         option, value = match.groups()
-        if option in ("config", "help", "version"):
+        if option in ("check", "config", "help", "version"):
             parser.error(f"{option} is for the command line only")
         # As if the line stood alone on the command line.
         parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
@@ -4951,6 +4954,26 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
     log.info("Transit starting on %s", ", ".join(labels))
 
 
+def check(options: argparse.Namespace) -> None:
+    """Check what a start needs, but open no socket and change no file. Raises StartupError."""
+    paths = {"pidfile": options.pidfile, "logfile": options.logfile}
+    files = {f"{name} {path}": path for name, path in paths.items() if path}
+    # The sockets of `systemd:` and `fd:`, and `--log-fd`, are open in a running relay only.
+    for endpoint in choose_endpoints(options, PassedSockets()):
+        with startup_errors(endpoint.text):
+            resolve(endpoint, ipv6_only=False)
+        if endpoint.path:
+            require_socket(endpoint)
+            files[endpoint.text] = endpoint.path
+    for subject, path in files.items():
+        with startup_errors(subject):
+            os.stat(os.path.join(os.path.dirname(path), "."))
+    if options.user:
+        find_user(options.user)
+    if options.usage_db:
+        UsageDatabase(options.usage_db).prepare(dry_run=True)
+
+
 def serve(options: argparse.Namespace) -> int:
     """Start, serve and stop. Return the exit code. Raises StartupError."""
     with contextlib.ExitStack() as undo:
@@ -5017,6 +5040,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stream = sys.stderr
     try:
         options = parse_arguments(arguments)
+        if options.check:
+            check(options)
+            print("check ok")
+            return 0
         if options.log_fd == 2:
             stream = sys.stdout
         return serve(options)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import py_compile
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from helpers import RELAY, Loop, RelayProcess
@@ -51,6 +54,15 @@ def loop(splices: bool | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop
     finally:
         loop.close()
     assert open_descriptors() == before
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Return a folder of root's that other users may enter: they may not enter pytest's."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

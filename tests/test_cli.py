@@ -92,6 +92,7 @@ def test_defaults() -> None:
         "user": None,
         "drain": 0,
         "no_splice": False,
+        "check": False,
     }
 
 

@@ -18,7 +18,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -393,15 +392,6 @@ def test_a_socket_passed_as_stdin_is_served(daemon: Start) -> None:
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
 NOBODY = pwd.getpwnam("nobody")
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Return a folder of root's that other users may enter: they may not enter pytest's."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @as_root
