@@ -250,7 +250,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     texts = {" ".join(option.split()) for option in options}
-    assert len(texts) == 29
+    assert len(texts) == 30
     for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
