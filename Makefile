@@ -9,14 +9,16 @@ entry = $(DESTDIR)$(prefix)/sbin/transit-relay
 man8 = $(DESTDIR)$(prefix)/share/man/man8
 
 # The venv for pytest, if $(PYTHON) has no pytest: one for each value of PYTHON.
-venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(subst /,_,$(PYTHON)))
+python_name = $(subst /,_,$(PYTHON))
+venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(python_name))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes fuzz fuzz-guided interop hostile rates soak check-packaging bench bench-quick bench-against lint install uninstall \
-	onefile sdist check-sdist deb clean
+.PHONY: help pytest test test-in-process test-processes fuzz fuzz-venv fuzz-guided interop hostile \
+	rates soak check-packaging bench bench-quick bench-against lint install uninstall onefile sdist \
+	check-sdist deb clean
 
 help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +41,8 @@ pytest: # install pytest only. Two processes must not do so at the same time.
 
 # The tests that start many relays as processes. They wait for much of their time.
 process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli daemon endings hostile kill systemd))
-process_log = build/test-processes.log
+# One log for each Python: CI tests two of them at the same time.
+process_log = build/test-processes-$(python_name).log
 
 # Two runs of pytest share the tests. The output of the second one is printed at the end.
 test: pytest ## run the tests; PYTHON=python3.9 make test for another Python
@@ -52,37 +55,45 @@ test-in-process:
 test-processes:
 	@$(find_pytest); "$$python" -m pytest -q $(process_tests) >$(process_log) 2>&1
 
-fuzz: pytest ## all fuzz tests, 45 minutes; RELAY_FUZZ_FIRST=200000 make fuzz for other inputs
+fuzz: pytest fuzz-venv ## fuzz and fuzz-guided, 45 minutes; RELAY_FUZZ_FIRST=200000: other inputs
 	@$(find_pytest); status=0; RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \
 		RELAY_WALK_STEPS=$${RELAY_WALK_STEPS:-1000000} \
 		"$$python" -m pytest -q -s -o faulthandler_timeout=0 tests/test_fuzz.py tests/test_walk.py || status=1; \
 	$(MAKE) --no-print-directory fuzz-guided || status=1; exit $$status
 
-# Guided by coverage. atheris has wheels for some Pythons only; its source needs clang.
+# Fuzz tests that coverage guides. atheris has wheels for some versions of Python only; building it
+# needs clang.
 FUZZ_PYTHON ?= $(PYTHON)
 FUZZ_SECONDS ?= 110
 FUZZ_JOBS ?= 1
 FUZZ_TARGETS ?=
-fuzz_venv = build/venv-fuzz
+fuzz_venv = build/venv-fuzz-$(subst /,_,$(FUZZ_PYTHON))
 
-fuzz-guided: $(fuzz_venv)/made ## fuzz with atheris, 15 minutes; FUZZ_SECONDS for each of 8 targets, FUZZ_JOBS, FUZZ_TARGETS
-	@$(fuzz_venv)/bin/python tests/fuzz --seconds '$(FUZZ_SECONDS)' --jobs '$(FUZZ_JOBS)' $(FUZZ_TARGETS)
+# FUZZ_SECONDS is for each of the 8 targets. FUZZ_JOBS of them run at a time.
+fuzz-guided: fuzz-venv ## fuzz with atheris, 15 minutes; FUZZ_SECONDS=110 FUZZ_JOBS=1 FUZZ_TARGETS='frames http'
+	@'$(fuzz_venv)/bin/python' tests/fuzz --seconds '$(FUZZ_SECONDS)' --jobs '$(FUZZ_JOBS)' $(FUZZ_TARGETS)
 
-$(fuzz_venv)/made: pyproject.toml
-	@'$(FUZZ_PYTHON)' -m venv --clear $(fuzz_venv)
-	@$(fuzz_venv)/bin/pip install -qq --upgrade 'pip>=25.1' # the first that reads dependency groups
-	@$(fuzz_venv)/bin/pip install -qq --only-binary atheris --group fuzz || { \
-		echo 'fuzz-guided: atheris cannot be installed for $(FUZZ_PYTHON). It has wheels for' \
-			'CPython 3.11 to 3.13: FUZZ_PYTHON=python3.11 make fuzz-guided' >&2; exit 1; }
-	@touch $@
+# A venv that is incomplete, older than pyproject.toml, or whose Python is gone, is made again. The
+# first pip that reads dependency groups is 25.1.
+fuzz-venv:
+	@if ! '$(fuzz_venv)/bin/python' -c 'import atheris, pytest' 2>/dev/null \
+		|| [ '$(fuzz_venv)/made' -ot pyproject.toml ]; then \
+		'$(FUZZ_PYTHON)' -m venv --clear '$(fuzz_venv)' || exit 1; \
+		'$(fuzz_venv)/bin/pip' install -qq --upgrade 'pip>=25.1' || exit 1; \
+		'$(fuzz_venv)/bin/pip' install -qq --only-binary atheris --group fuzz || { \
+			echo 'fuzz-guided: pip cannot install the group fuzz for $(FUZZ_PYTHON), for the reason' \
+				'above. atheris has wheels for CPython 3.11 to 3.13:' \
+				'FUZZ_PYTHON=python3.11 make fuzz-guided' >&2; exit 1; }; \
+		touch '$(fuzz_venv)/made'; \
+	fi
 
 interop: ## run the tests against the Twisted relay and the real clients
 	@$(find_pytest); "$$python" -m pytest -q tests/interop
 
-# Three runs at the same time, because the tests of two of them wait for most of their time. Then
+# Four runs at the same time, because the tests of three of them wait for most of their time. Then
 # those that compare times or use both cores run alone.
 hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
-hostile_runs = suspended stalled+vanished resets+resources
+hostile_runs = suspended stalled vanished resets+resources
 hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 
 hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SHORT=1: 3; needs root
@@ -100,7 +111,7 @@ rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 75 se
 
 MINUTES = 10
 
-soak: ## random clients, every byte, record and counter checked: make soak MINUTES=10
+soak: ## random clients; bytes, records and the counters of pairs are checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
@@ -109,10 +120,10 @@ check-packaging: ## build, check, install and boot the packages, in minutes; nee
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options
 	@'$(PYTHON)' tests/bench $(BENCH)
 
-bench-quick: ## the same in a minute, judged less strictly
+bench-quick: ## the same in 2 minutes, judged less strictly
 	@'$(PYTHON)' tests/bench --quick $(BENCH)
 
-bench-against: ## compare with another commit, 30 minutes: DIR=CHECKOUT make bench-against; BENCH=--quick: 8 minutes
+bench-against: ## compare with another commit, 30 minutes; BENCH=--quick: 8: make bench-against DIR=CHECKOUT
 	@'$(PYTHON)' tests/bench --against '$(or $(DIR),$(error DIR is not set: the checkout to compare with))' $(BENCH)
 
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
