@@ -1,8 +1,8 @@
 """Fuzz the parsers guided by coverage, with atheris: `make fuzz-guided`.
 
-Each target runs in a process of its own for a given time. It starts from the vectors of the other
-tests and from the corpus of earlier runs, in build/fuzz/corpus. An input that fails is printed, and
-is saved in build/fuzz/failed. Python needs atheris and pytest.
+Each target runs in a process of its own for a given time. It starts from the test vectors of the
+other tests and from the corpus of earlier runs, in build/fuzz/corpus. An input that fails is
+printed, and is saved in build/fuzz/failed. Python needs atheris and pytest.
 
     python tests/fuzz                              all targets
     python tests/fuzz --seconds 600 frames http    some targets, for longer
@@ -12,6 +12,7 @@ is saved in build/fuzz/failed. Python needs atheris and pytest.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "fuzz"
+# The names in TARGETS. An import of the targets imports the relay, which atheris must do.
 NAMES = ("handshake", "endpoint", "proxy", "forwarded", "http", "frames", "client", "size")
-INPUT_SECONDS = 30  # a longer run of one input is a failure
-MEMORY_MB = 1024
-STARTUP_SECONDS = 120  # for the imports and the seeds, before a target is stopped
-PRINTED_BYTES = 4096  # of an input that fails, or of a log without an exception
-PROGRESS = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
+INPUT_SECONDS = 30  # the limit for one input
+MEMORY_MB = 1024  # the limit for a process
+CORPUS_INPUTS = 2000  # the limit for the corpus of a target: its inputs are executed first
+STARTUP_SECONDS = 120  # the limit for the imports, the seeds and the corpus
+PRINTED_BYTES = 4096  # the limit for a printed input, and for a log without an exception
+# Lines of libFuzzer. `cov` is a number of code blocks or edges.
+COVERAGE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
+DURATION = re.compile(r"Done \d+ runs in (\d+) second")
 
 
 def parse_options() -> argparse.Namespace:
@@ -45,7 +50,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeat", type=Path, metavar="FILE", help="check one input and stop")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.targets = options.targets or list(NAMES)
+    options.targets = list(dict.fromkeys(options.targets or NAMES))
     if not set(options.targets) <= set(NAMES):
         parser.error(f"the targets are {', '.join(NAMES)}")
     if options.seconds < 1 or options.jobs < 1:
@@ -75,8 +80,7 @@ def fuzz(name: str, seconds: int) -> NoReturn:
         target = import_target(name)
 
     def check(data: bytes) -> None:
-        outcome = target.check(data)
-        assert outcome in target.outcomes, f"an unknown outcome: {outcome}"
+        target.run(data)
 
     seeds = fresh_folder(BUILD / "seeds" / name)
     reached = set()
@@ -84,25 +88,27 @@ def fuzz(name: str, seconds: int) -> NoReturn:
         path = seeds / hashlib.sha256(seed).hexdigest()
         path.write_bytes(seed)
         try:
-            reached.add(target.check(seed))
+            reached.add(target.run(seed))
         except Exception:
             failed = BUILD / "failed" / f"{name}-seed-{path.name}"
             failed.write_bytes(seed)
-            print(f"Test unit written to {failed}", file=sys.stderr)  # as libFuzzer says it
+            # libFuzzer prints such a line for its own inputs. failure_text finds both.
+            print(f"Test unit written to {failed}", file=sys.stderr)
             raise
     if reached != target.outcomes:
-        raise SystemExit(f"the seeds reach other outcomes: {sorted(reached ^ target.outcomes)}")
+        raise SystemExit(f"no seed reaches these outcomes: {sorted(target.outcomes - reached)}")
     corpus = BUILD / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
-    words = BUILD / f"{name}.words"
-    words.write_text("".join(f'"{quoted(word)}"\n' for word in target.words))
+    bound(corpus)
+    dictionary = BUILD / f"{name}.dictionary"
+    dictionary.write_text("".join(f'"{quoted(word)}"\n' for word in target.keywords))
     arguments = [
         f"-max_total_time={seconds}",
         f"-timeout={INPUT_SECONDS}",
         f"-rss_limit_mb={MEMORY_MB}",
         f"-max_len={target.longest}",
         "-use_value_profile=1",
-        f"-dict={words}",
+        f"-dict={dictionary}",
         f"-artifact_prefix={BUILD / 'failed'}/{name}-",
     ]
     atheris.Setup([sys.argv[0], *arguments, str(corpus), str(seeds)], check)
@@ -110,8 +116,15 @@ def fuzz(name: str, seconds: int) -> NoReturn:
     raise AssertionError("libFuzzer has returned")
 
 
+def bound(corpus: Path) -> None:
+    """Remove the oldest inputs of a corpus that has more than CORPUS_INPUTS."""
+    inputs = sorted(corpus.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in inputs[CORPUS_INPUTS:]:
+        path.unlink()
+
+
 def fresh_folder(path: Path) -> Path:
-    """Make a folder without files."""
+    """Make a folder, or remove the files in it."""
     path.mkdir(parents=True, exist_ok=True)
     for old in path.iterdir():
         old.unlink()
@@ -119,7 +132,7 @@ def fresh_folder(path: Path) -> Path:
 
 
 def quoted(word: bytes) -> str:
-    """Return a word as the dictionaries of libFuzzer have it."""
+    """Return a keyword in the syntax of a dictionary of libFuzzer."""
     return "".join(f"\\x{byte:02x}" for byte in word)
 
 
@@ -145,11 +158,12 @@ def run_target(name: str, seconds: int) -> bool:
         status = "none: it took too long"
     taken = time.monotonic() - began
     text = log.read_text("utf-8", "backslashreplace")
-    done = PROGRESS.search(text)
-    if status == 0 and done:
+    done, duration = COVERAGE.search(text), DURATION.search(text)
+    if status == 0 and done and duration:
         runs, coverage, features, inputs = map(int, done.groups())
+        per_second = runs / max(1, int(duration[1]))
         print(
-            f"{name:10} ok, {runs:,} inputs, {runs / seconds:,.0f} per second; {coverage} branches,"
+            f"{name:10} ok, {runs:,} inputs, {per_second:,.0f} per second; coverage {coverage},"
             f" {features} features, a corpus of {inputs}; {taken:.0f} s in all",
             flush=True,
         )
@@ -167,7 +181,7 @@ def failure_text(name: str, text: str) -> str:
         data = Path(file).read_bytes()
         more = f" and {len(data) - PRINTED_BYTES} bytes more" if len(data) > PRINTED_BYTES else ""
         lines += f"\ninput: {data[:PRINTED_BYTES]!r}{more}\nsaved: {file}"
-        lines += f"\nagain: python tests/fuzz --repeat {os.path.relpath(file)} {name}"
+        lines += f"\nagain: {sys.executable} tests/fuzz --repeat {os.path.relpath(file)} {name}"
     return lines
 
 
@@ -176,7 +190,7 @@ def main() -> int:
     options = parse_options()
     first = options.targets[0]
     if options.repeat:
-        print(import_target(first).check(options.repeat.read_bytes()))
+        print(import_target(first).run(options.repeat.read_bytes()))
         return 0
     try:
         import atheris  # noqa: F401
@@ -187,8 +201,14 @@ def main() -> int:
     (BUILD / "failed").mkdir(parents=True, exist_ok=True)
     if options.in_this_process:
         fuzz(first, options.seconds)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        passed = list(pool.map(lambda name: run_target(name, options.seconds), options.targets))
+    with (BUILD / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"tests/fuzz: another run uses {os.path.relpath(BUILD)}", file=sys.stderr)
+            return 2
+        with ThreadPoolExecutor(options.jobs) as pool:
+            passed = list(pool.map(lambda name: run_target(name, options.seconds), options.targets))
     return 0 if all(passed) else 1
 
 

@@ -1,4 +1,4 @@
-"""Independent readings of the texts and heads that the relay parses: simple, and without `re`.
+"""Second, simple implementations of the relay's parsers, without `re`. They are called readings.
 
 atheris instruments this module too. So an input that reaches another branch of a grammar is kept.
 The regular expressions of the relay have no branches that atheris sees.
@@ -77,24 +77,25 @@ def fields_reading(text: str) -> list[tuple[str | None, str]]:
 
     A name is None if there is no `=`.
     """
-    places: list[list[str]] = [[]]  # an escaped character has two characters here
+    # The characters of each field. One that is escaped has its backslash before it here.
+    fields_of_text: list[list[str]] = [[]]
     at = 0
     while at < len(text):
         size = 2 if text[at] == "\\" else 1
-        piece = text[at : at + size]
+        character = text[at : at + size]
         at += size
-        if piece == ":":
-            places.append([])
+        if character == ":":
+            fields_of_text.append([])
         else:
-            places[-1].append("\\\\" if piece == "\\" else piece)
+            fields_of_text[-1].append("\\\\" if character == "\\" else character)
     fields: list[tuple[str | None, str]] = []
-    for pieces in places:
+    for characters in fields_of_text:
         name = None
-        if "=" in pieces:
-            border = pieces.index("=")
-            name = "".join(one[-1] for one in pieces[:border])
-            pieces = pieces[border + 1 :]
-        fields.append((name, "".join(one[-1] for one in pieces)))
+        if "=" in characters:
+            border = characters.index("=")
+            name = "".join(one[-1] for one in characters[:border])
+            characters = characters[border + 1 :]
+        fields.append((name, "".join(one[-1] for one in characters)))
     return fields
 
 
@@ -157,7 +158,10 @@ SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 
 
 def proxy_reading(data: bytes) -> tuple[str | None, int] | None:
-    """Return the address that a header tells and the size of the header. None: it has no header."""
+    """Return the source address in a header, and the header's size. None: there is no header.
+
+    The address is None if the header has none.
+    """
     if data[:12] == SIGNATURE:
         return proxy_2_reading(data)
     end = data.find(b"\r\n")
@@ -183,31 +187,31 @@ def proxy_reading(data: bytes) -> tuple[str | None, int] | None:
 
 
 def proxy_2_reading(data: bytes) -> tuple[str | None, int] | None:
-    """Read a header of version 2."""
+    """Return the same for a header of version 2."""
     if len(data) < 16:
         return None
     command, family, length = struct.unpack_from("!BBH", data, 12)
     if length > 4096 - 16 or len(data) < 16 + length or command not in (0x20, 0x21):
         return None
-    told = None
+    source = None
     if command == 0x21:
         if family >> 4 > 3 or family & 15 > 2:
             return None
         if family in (0x11, 0x12):
             if length < 12:
                 return None
-            told = socket.inet_ntop(socket.AF_INET, data[16:20])
+            source = socket.inet_ntop(socket.AF_INET, data[16:20])
         elif family in (0x21, 0x22):
             if length < 36:
                 return None
-            told = str(ipaddress.IPv6Address(data[16:32]))
-    return told, 16 + length
+            source = str(ipaddress.IPv6Address(data[16:32]))
+    return source, 16 + length
 
 
 def can_become_proxy_header(start: bytes) -> bool:
-    """Return whether `start` is the beginning of a header, which is not whole.
+    """Return whether `start`, which has no whole header, can be the start of one.
 
-    The addresses of version 1 are judged by their characters until the line ends.
+    Of the addresses in version 1, only the characters and the lengths are checked.
     """
     if start[:1] == b"\r":
         return can_become_proxy_2(start)
@@ -238,7 +242,7 @@ def can_become_proxy_header(start: bytes) -> bool:
 
 
 def can_become_proxy_2(start: bytes) -> bool:
-    """Return the same for version 2."""
+    """Return whether `start` can be the start of a header of version 2."""
     if SIGNATURE[: len(start)] != start[:12]:
         return False
     if len(start) > 12 and start[12] not in (0x20, 0x21):
@@ -313,7 +317,7 @@ def element_reading(text: str) -> Address | None:
 
 
 def is_port(text: str) -> bool:
-    """Return whether the text has one to five digits."""
+    """Return whether the text has one to five digits. The relay accepts 99999 here, too."""
     return len(text) <= 5 and number_reading(text, 99999) is not None
 
 
@@ -338,19 +342,32 @@ def source_reading(address: Address, key: bytes) -> bytes:
 # Rates and sizes.
 
 
-def units() -> dict[str, Fraction]:
-    """Return the bytes of each unit."""
-    found = {"": Fraction(1)}
-    for letter in ("", *"kmgtKMGT"):
-        for prefix in {letter, letter and letter + "i"}:
-            power = " kmgt".index(letter.lower() or " ")
-            factor = Fraction(1024 if prefix[1:] else 1000) ** power
-            found |= {prefix + name: factor for name in ("B", "byte", "bytes")}
-            found[prefix + "bit"] = factor / 8
-    return found
-
-
-UNITS = units()
+PREFIXES = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+BYTES_OF_NAMES = {
+    "B": Fraction(1),
+    "byte": Fraction(1),
+    "bytes": Fraction(1),
+    "bit": Fraction(1, 8),
+}
+UNITS = {  # in bytes; the first letter of a prefix may be upper-case
+    "": Fraction(1),
+    **{
+        written + name: factor * size
+        for prefix, factor in PREFIXES.items()
+        for written in (prefix, prefix.capitalize())
+        for name, size in BYTES_OF_NAMES.items()
+    },
+}
 
 
 def size_reading(text: str) -> int | None:
@@ -423,11 +440,32 @@ def is_request_line(line: bytes) -> bool:
 
 
 def can_become_request_line(start: bytes) -> bool:
-    """Return whether some bytes behind `start`, which has no line feed, make it a request line."""
-    whole = b"x x HTTP/1.1"
-    ends = [whole[n:] for n in range(len(whole))]
+    """Return whether some bytes behind `start`, which has no line feed, make it a request line.
+
+    One of the ends of a valid line must do so: they begin in the method, in the target, in the
+    version, or between them.
+    """
+    line = b"x x HTTP/1.1"
+    ends = [line[n:] for n in range(len(line))]
     is_whole = is_request_line(without_end(start))
     return is_whole or any(is_request_line(start + end) for end in (*ends, b"0"))
+
+
+def is_junk_at_once(start: bytes) -> bool:
+    """Return whether `start`, which has no line feed, is refused before its line ends.
+
+    Its bytes are judged by the word in which they are. The version must be printable only.
+    """
+    method, *others = start.split(b" ")
+    target, version = [*others, b"", b""][:2]
+    version = version[:-1] if version[-1:] == b"\r" else version
+    return (
+        len(others) > 2
+        or (start != b"" and not method)
+        or not TOKEN_BYTES.issuperset(method)
+        or not TARGET_BYTES.issuperset(target)
+        or not set(version) <= set(range(0x21, 0x7F))
+    )
 
 
 def fields_of_head(lines: list[bytes]) -> dict[bytes, list[bytes]] | None:
@@ -479,8 +517,8 @@ def accept_of(key: bytes) -> bytes:
     return base64.b64encode(hashlib.sha1(text).digest())
 
 
-def is_switch(lines: list[bytes], nonce: bytes) -> bool:
-    """Return whether these lines accept our upgrade."""
+def accepts_upgrade(lines: list[bytes], nonce: bytes) -> bool:
+    """Return whether the lines of an answer accept the upgrade that was requested with `nonce`."""
     version, space, rest = lines[0].partition(b" ")
     status, _, text = rest.partition(b" ")
     if version not in (b"HTTP/1.0", b"HTTP/1.1") or not space or status != b"101":

@@ -1,7 +1,10 @@
-"""The targets: what each one checks of an input, its seeds, its words, and the outcomes it knows.
+"""The targets: what each one checks of an input, its seeds, its keywords, and its outcomes.
 
-The seeds are the vectors of the other tests. A check raises an exception if an invariant does not
-hold, and otherwise returns the name of the outcome.
+The seeds are the test vectors of the other tests. A check raises an exception if an invariant does
+not hold, and otherwise returns the name of the outcome.
+
+A reader or framing is *carried* if its state moves to a new one before each piece of the input, as
+it will when a reload hands the connections over to a new process.
 """
 
 from __future__ import annotations
@@ -44,65 +47,71 @@ from transit_relay import (
     parse_size,
 )
 
-BYTEWISE = 400  # a longer stream is not cut into bytes, because that is slow
-MOST_LINE_ENDS = 100  # a stream is cut around so many
-CARRIED = 120  # a reader is carried between so many pieces at most, because that is slow
+MAX_BYTEWISE = 400  # a longer stream is not cut into bytes, because that is slow
+MAX_LINE_ENDS = 100  # a stream is cut around so many
+MAX_CARRIED_PIECES = 120  # a reader is not carried between more pieces, because that is slow
 NONCE = b"the sample nonce"
 KEY = b"sixteen bytes..."
-# White space that str.strip removes, and no grammar of these targets has.
+# White space for str.strip, but not for the grammars of these targets.
 OTHER_SPACE = (b"\xa0", b"\x85", b"\x0b", b"\x0c")
 
 
 class Target(NamedTuple):
-    """One target. The seeds reach all `outcomes`, and no input has another one."""
+    """One target. The seeds reach all `outcomes`, and no input may have another one."""
 
     check: Callable[[bytes], str]
     seeds: Callable[[], Iterable[bytes]]
-    words: Sequence[bytes]  # a dictionary for the mutations
+    keywords: Sequence[bytes]  # the mutations insert them
     outcomes: frozenset[str]
     longest: int  # of an input, in bytes
 
+    def run(self, data: bytes) -> str:
+        """Check an input. Return its outcome, which must be one of `outcomes`."""
+        outcome = self.check(data)
+        assert outcome in self.outcomes, f"an unknown outcome: {outcome}"
+        return outcome
 
-def ways(stream: bytes, bytewise: int = BYTEWISE) -> Iterator[list[bytes]]:
-    """Yield the stream whole, cut at random, around its line ends, and, if it is short, into bytes.
 
-    The random cuts depend on the stream alone. `bytewise`: the longest that is short.
+def ways(stream: bytes, max_bytewise: int = MAX_BYTEWISE) -> Iterator[list[bytes]]:
+    """Yield the pieces of a stream in several ways.
+
+    They are: the whole stream; two random cuts, which depend on the stream alone; cuts before and
+    behind each line end; and single bytes, if there are at most `max_bytewise`.
     """
     chance = random.Random(zlib.crc32(stream))
     yield [stream]
     for _ in range(2):
         yield cut_at_random(stream, chance, chance.randint(1, 6))
-    ends = [n for n, byte in enumerate(stream) if byte in b"\r\n"][:MOST_LINE_ENDS]
+    ends = [n for n, byte in enumerate(stream) if byte in b"\r\n"][:MAX_LINE_ENDS]
     if ends:
         yield [piece for piece in cut(stream, [m for n in ends for m in (n, n + 1)]) if piece]
-    if len(stream) <= bytewise:
+    if len(stream) <= max_bytewise:
         yield cut(stream, range(1, len(stream)))
 
 
 def one_outcome(stream: bytes, outcome: Callable[[list[bytes], bool], object]) -> Any:
-    """Return the outcome, which is the same for all ways of cutting.
+    """Return the outcome, which must be the same for all ways of cutting.
 
-    `outcome` takes the pieces, and whether to carry the reader between them: to continue with
-    another reader that has its fields.
+    `outcome` takes the pieces, and whether to carry the reader between them.
     """
     results = []
     for pieces in ways(stream):
         results.append(outcome(pieces, False))
-        if 1 < len(pieces) <= CARRIED:
+        if 1 < len(pieces) <= MAX_CARRIED_PIECES:
             results.append(outcome(pieces, True))
     for result in results:
-        assert result == results[0], f"{result!r} and {results[0]!r}"
+        assert result == results[0], f"two cuts, two outcomes: {result!r} and {results[0]!r}"
     return results[0]
 
 
 def resumed(old: Any, new: Any) -> Any:
-    """Return `new` with the fields of `old`."""
+    """Return the reader `new` with the state of the reader `old`."""
     new.resume(old.place())
     return new
 
 
 class CarriedReader:
-    """Passes each piece to a new reader, which has the fields of the last one."""
+    """Moves the state to a new reader before each piece."""
 
     def __init__(self, first: Any, new: Callable[[], Any]) -> None:
         self.reader, self._new = first, new
@@ -149,7 +158,8 @@ def check_handshake(data: bytes) -> str:
             client.feed(piece)
             if isinstance(client.framing, RawFraming):
                 assert len(client.framing._line) < 1024, "too much of the line is kept"
-                assert not (client.framing._past_line and client.framing._line), "a line is kept"
+                is_kept = client.framing._past_line and client.framing._line
+                assert not is_kept, "the line is kept behind its end"
         check_rendezvous(room.rendezvous)
         state = client.session.state
         client.session.connection_lost()
@@ -162,7 +172,7 @@ def check_handshake(data: bytes) -> str:
     end = stream.find(b"\n", 0, 1024)
     is_whole = end >= 0 or len(stream) >= 1024
     line, rest = (stream[:end], stream[end + 1 :]) if end >= 0 else (stream[:1024], b"")
-    ours = readings.handshake_reading(line) if is_whole else None
+    expected = readings.handshake_reading(line) if is_whole else None
     parsed = parse_handshake(line)
     assert (parsed and tuple(parsed)) == readings.handshake_reading(line)
     if parsed is not None:
@@ -171,12 +181,12 @@ def check_handshake(data: bytes) -> str:
         assert text == line
     waiting_side = side and side[:-1].ljust(16, b"0")
     kind, sent, partner_sent, records = "unfinished", b"", b"", [("empty", 0), ("lonely", 0)]
-    if ours is not None and ours[0] == TOKEN and (ours[1] is None or ours[1] != waiting_side):
+    if expected and expected[0] == TOKEN and (not expected[1] or expected[1] != waiting_side):
         kind, sent, partner_sent = "paired", b"ok\n", b"ok\n" + rest
         records = [("happy", len(rest))]
-    elif ours is not None and rest:
+    elif expected and rest:
         kind, sent, records = "impatient", b"impatient\n", [("impatient", 0), ("lonely", 0)]
-    elif ours is not None:
+    elif expected:
         kind, records = "waiting", [("lonely", 0), ("lonely", 0)]
     elif is_whole:
         kind, sent, records = "bad", b"bad handshake\n", [("errory", 0), ("lonely", 0)]
@@ -238,7 +248,7 @@ def check_endpoint(data: bytes) -> str:
 
 
 def check_endpoint_error(text: str, said: str) -> str:
-    """Check that the message quotes the text, and that the text that it suggests is an endpoint."""
+    """Check that a message quotes the text. If it suggests another one, that is an endpoint."""
     start = f"{text!r}: not an endpoint"
     if not said.startswith(start):
         assert said.startswith(f"{text}: "), said
@@ -320,8 +330,8 @@ def proxy_seeds() -> Iterator[bytes]:
 
 
 def check_networks(texts: Sequence[str]) -> tuple[list[transit_relay.Network], list[Any]]:
-    """Return the valid networks, as the relay and as ipaddress has them."""
-    ours, others = [], []
+    """Return the valid networks, as the relay and as ipaddress represent them."""
+    parsed, expected_networks = [], []
     for text in texts:
         expected = readings.network_reading(text)
         try:
@@ -340,13 +350,13 @@ def check_networks(texts: Sequence[str]) -> tuple[list[transit_relay.Network], l
             family = str(expected.version).encode()
             assert found == (family + borders[0], family + borders[1]), text
             assert parse_network(str(expected)) == found
-        ours.append(found)
-        others.append(expected)
-    return ours, others
+        parsed.append(found)
+        expected_networks.append(expected)
+    return parsed, expected_networks
 
 
 def expected_peer(address: Any, allowed: list[Any], trusted: list[Any]) -> Peer:
-    """Return the Peer of an address that a proxy told."""
+    """Return the Peer for an address that a proxy has sent."""
     is_allowed = not allowed or readings.is_inside(address, allowed)
     is_trusted = readings.is_inside(address, trusted)
     return Peer(readings.source_reading(address, KEY), is_allowed, is_trusted)
@@ -366,8 +376,8 @@ def check_forwarded(data: bytes) -> str:
     else:
         assert result == expected_peer(address, their_allowed, their_trusted), address
         for forged in ("198.51.100.9", "x", ",", "[", "10.0.0.1"):
-            assert judging.judge_forwarded([forged, *values]) == result, "forged on the left"
-    assert judging.judge_forwarded([",".join(values)]) == result, "the fields are joined"
+            assert judging.judge_forwarded([forged, *values]) == result, "a forged element counts"
+    assert judging.judge_forwarded([",".join(values)]) == result, "joined fields differ"
     for value in values:  # each value as the address that a PROXY header tells
         single = readings.address_reading(value)
         told = judging.judge_told(value)
@@ -397,8 +407,9 @@ def forwarded_seeds() -> Iterator[bytes]:
         yield trusted + b"\n\n" + ",".join(values).encode()
 
 
-# HTTP. The first byte of an input tells whether a request or an answer follows, and whether two
-# bytes stand for long texts: so short inputs reach the limits of lines and heads.
+# HTTP. The first byte of an input selects a request or an answer. It also selects whether two
+# bytes of the input are replaced by long texts, so that short inputs reach the limits: with one \0
+# a line is almost as long as its limit, and with four \1 a head is longer than its limit.
 
 IS_ANSWER, HAS_FILLERS = 1, 2
 FILLERS = {b"\0": b"x" * (ws_frames.MAX_HEAD_LINE_BYTES - 40), b"\1": b"x" * 8900}
@@ -412,7 +423,9 @@ def check_head(data: bytes) -> str:
     is_server = not options & IS_ANSWER
 
     def new() -> Any:
-        return ws_frames.RequestReader() if is_server else ws_frames.AnswerReader(b"")
+        if is_server:
+            return ws_frames.RequestReader()
+        return ws_frames.AnswerReader(b"")  # another nonce: resume must set this field too
 
     def outcome(pieces: list[bytes], is_carried: bool) -> tuple[object, ...]:
         first = ws_frames.RequestReader() if is_server else ws_frames.AnswerReader(NONCE)
@@ -434,17 +447,18 @@ def check_head(data: bytes) -> str:
         is_whole = head == "too long"
         assert (result[0] is not None) == is_whole and result[0] != 101, result
     else:
-        assert (result[0] == 101) == readings.is_switch(head.lines, NONCE), result
+        assert (result[0] == 101) == readings.accepts_upgrade(head.lines, NONCE), result
     return "switched" if result[0] == 101 else "unfinished" if result[0] is None else "failed"
 
 
 def check_request(stream: bytes, head: Any, result: tuple[Any, ...]) -> None:
-    """Compare the result for a request with the independent reading."""
+    """Compare the result for a request with what the readings expect."""
     status, line_end = result[0], stream.find(b"\n", 0, readings.LONGEST_LINE) + 1
+    line_start = stream[: ws_frames.CHECKED_START_BYTES]
     line = readings.without_end(stream[:line_end])
     fields = None if isinstance(head, str) else readings.fields_of_head(head.lines[1:])
     if not line_end and status == 400:
-        assert not readings.can_become_request_line(stream[:256]), "refused too early"
+        assert not readings.can_become_request_line(line_start), "refused too early"
     elif line_end and not readings.is_request_line(line):
         assert status == 400, result
     elif isinstance(head, str):
@@ -454,6 +468,7 @@ def check_request(stream: bytes, head: Any, result: tuple[Any, ...]) -> None:
     else:
         assert status == readings.status_of(line, fields), (fields, result)
     if status is None:
+        assert line_end or not readings.is_junk_at_once(line_start), "refused too late"
         return
     answer_head, blank, body = result[1].partition(b"\r\n\r\n")
     lines = answer_head.split(b"\r\n")
@@ -471,8 +486,10 @@ def check_request(stream: bytes, head: Any, result: tuple[Any, ...]) -> None:
         return
     (size,) = answered[b"content-length"]
     assert answered[b"connection"] == [b"close"]
-    assert len(body) == (0 if stream.startswith(b"HEAD ") and not body else int(size))
-    assert body or stream.startswith(b"HEAD "), result
+    is_head = stream.startswith(b"HEAD ")
+    # A line that is no request line is not a HEAD either.
+    has_body = not is_head or (status == 400 and not readings.is_request_line(line))
+    assert int(size) > 0 and len(body) == (int(size) if has_body else 0), result
 
 
 def head_seeds() -> Iterator[bytes]:
@@ -481,7 +498,7 @@ def head_seeds() -> Iterator[bytes]:
     answers = [*test_ws_upgrade.GOOD_ANSWERS.values(), *test_ws_upgrade.BAD_ANSWERS.values()]
     for options, heads in ((0, requests), (IS_ANSWER, [*answers, SWITCHED])):
         for head in heads:
-            if len(head) > 1000:
+            if len(head) > 1000:  # longer than an input may be: shorten it by the fillers
                 for short, long in FILLERS.items():
                     head = head.replace(long, short)
                 yield bytes([options | HAS_FILLERS]) + head
@@ -497,17 +514,19 @@ def head_seeds() -> Iterator[bytes]:
     yield bytes([HAS_FILLERS]) + b"GET /\0\0 HTTP/1.1\r\n\r\n"
 
 
-# Frames. The first byte of an input tells the role, and whether fillers stand for payload.
+# Frames. The first byte of an input selects whether the frames are masked, and whether the word
+# "filler" is replaced by a payload that needs more than one step of unmasking.
 
 IS_MASKED, HAS_PAYLOAD = 1, 2
-CODES = (1000, 1005, 1014, 3000, 4999)  # near these, other codes may not be sent
+CODES = (1000, 1004, 1006, 1014, 3000, 4999)  # at these, the codes that may be sent begin or end
 FILLER = b"\x00\xf0\x0d\x1b" * (ws_frames.TRANSLATED_BYTES // 4 + 8)
 
 
 def read_carried(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
-    """Return what streams.read returns, with a new parser for each piece."""
+    """Return what streams.read returns. The parser is carried."""
     reader = CarriedReader(
-        ws_frames.FrameParser(must_be_masked=masked), lambda: ws_frames.FrameParser(not masked)
+        ws_frames.FrameParser(must_be_masked=masked),
+        lambda: ws_frames.FrameParser(not masked),  # the other role: resume must set this field too
     )
     found: Found = []
     for piece in pieces:
@@ -572,8 +591,8 @@ def frame_seeds() -> Iterator[bytes]:
         yield bytes([masked | HAS_PAYLOAD]) + frame(BINARY, bytes(70_000), key=key)[:14] + b"filler"
 
 
-# Whole clients: the framings, Session and Rendezvous. The first byte of an input selects the
-# listener and the client that waits.
+# Whole clients: the framings, Session and Rendezvous. The first byte of an input selects the role
+# of the listener, and the token, the side and the encoding of the client that waits.
 
 
 def check_client(data: bytes) -> str:
@@ -584,8 +603,9 @@ def check_client(data: bytes) -> str:
         handshake("other" if options & 2 else "token", "left" if options & 4 else None),
         "websocket" if options & 8 else "tcp",
     )
-    is_slow = zlib.crc32(stream) % 4 > 0  # only each fourth long stream is cut into bytes
-    stories = [test_fuzz.story(one, case) for one in ways(stream, 50 if is_slow else BYTEWISE)]
+    # A quarter of the streams of more than 50 bytes are cut into bytes, because that is slow.
+    max_bytewise = MAX_BYTEWISE if zlib.crc32(stream) % 4 == 0 else 50
+    stories = [test_fuzz.story(one, case) for one in ways(stream, max_bytewise)]
     result = stories[0][0]
     for story, _ in stories:
         assert story == result, f"{story!r} and {result!r}"
