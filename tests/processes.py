@@ -31,6 +31,13 @@ def activated(*sockets: socket.socket) -> list[str]:
     return [sys.executable, "-ISc", ACTIVATE, fds, sys.executable, str(RELAY)]
 
 
+class Code(str):
+    """A Python expression, for a value of `patched`. The relay's module is `t`."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def patched(**constants: object) -> list[str]:
     """Return a command: the relay with other constants, so that a test need not wait."""
     changes = "".join(f"t.{name} = {value!r}; " for name, value in constants.items())

@@ -12,6 +12,7 @@ A pause is real time: without it the transfers would use all of the relay's time
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import itertools
 import json
@@ -28,6 +29,12 @@ from helpers import DIRECTIONS, Client, WebSocketClient, handshake
 PATIENCE_SECONDS = 600  # the test that stops us gives up earlier
 LAST_ROUNDS = 3  # after SIGTERM: bytes must pass after the fault too
 CONTENT = random.Random(18).randbytes(1 << 20)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the test's process ends, in whatever way."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Result(NamedTuple):

@@ -3,6 +3,9 @@
 A flood is bounded by COUNT. It prints "peak" when it has reached its size, or is done, and ends
 at SIGTERM. Then it prints as JSON which records the relay must have: a list of
 [mood, bytes, bytes, times], where the bytes are the least and the most.
+
+`pairs` prints "peak" after the first tenth, too, and goes on at the first SIGTERM. A long flood
+prints its progress, because the test waits for each line for a minute at most.
 """
 
 from __future__ import annotations
@@ -17,23 +20,28 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from bench import clients
+from bystanders import end_with_parent
 from helpers import handshake
+
+from transit_relay import Limits
 
 Found = list[tuple[str, int, int, int]]
 
 AT_ONCE = 50  # short connections at a time
-MAX_WAITING = 256  # the default of --max-waiting-per-source
-SOURCE = "198.51.100.1"  # told in PROXY headers
+PROGRESS_CLIENTS = 500  # from one line with the progress to the next
+MAX_WAITING = Limits().max_waiting_per_source
+SOURCE = "198.51.100.1"  # in PROXY headers
 SOURCE_CLIENTS = 15  # of each source, if there are many sources
 SEGMENT_PAIRS = 10
-STALL_BYTES = 4096  # of kernel buffers, or the kernel holds gigabytes
+STALL_BYTES = 4096  # the size of kernel buffers; with larger ones the kernel would hold gigabytes
 LIMIT_SECONDS = 300  # of one wait
 STEP_SECONDS = 0.01  # real time: the pace of a slow flood
 
 
-def wait_for_end() -> None:
+def wait_at_peak() -> None:
     """Print that the flood is at its peak, and wait for SIGTERM."""
     print("peak", flush=True)
     signal.sigwait({signal.SIGTERM})
@@ -44,18 +52,10 @@ def is_ended(seconds: float) -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, seconds) is not None
 
 
-def silent(port: int, count: int) -> Found:
-    """Connections that send nothing."""
-    flood = [clients.connect(port) for _ in range(count)]
-    wait_for_end()
-    close_newest_first(flood)
-    return [("empty", 0, 0, count)]
-
-
-def silent_told(port: int, count: int) -> Found:
-    """Connections that send a PROXY header, then nothing."""
-    flood = [connect(port, source=SOURCE) for _ in range(count)]
-    wait_for_end()
+def silent(port: int, count: int, source: str | None = None) -> Found:
+    """Connections that send nothing, or a PROXY header with `source` and then nothing."""
+    flood = [connect(port, source=source) for _ in range(count)]
+    wait_at_peak()
     close_newest_first(flood)
     return [("empty", 0, 0, count)]
 
@@ -81,8 +81,7 @@ def slow(port: int, count: int) -> Found:
 def bad(port: int, count: int) -> Found:
     """Bad handshakes, each over a new connection. The answer and the end are read."""
     for number in range(count // AT_ONCE):
-        if number % 100 == 0:
-            print(number * AT_ONCE, "refused", flush=True)
+        print_progress(number * AT_ONCE, "refused")
         flood = [clients.connect(port) for _ in range(AT_ONCE)]
         for sock in flood:
             sock.send(b"nonsense\n")
@@ -90,7 +89,7 @@ def bad(port: int, count: int) -> Found:
             assert clients.receive_exactly(sock, 14) == b"bad handshake\n"
             assert sock.recv(1) == b""
             sock.close()
-    wait_for_end()
+    wait_at_peak()
     return [("errory", 0, 0, count // AT_ONCE * AT_ONCE)]
 
 
@@ -100,7 +99,7 @@ def waiting(port: int, lines: Iterator[bytes], count: int) -> Found:
     for _ in range(count):
         flood.append(clients.connect(port))
         flood[-1].send(next(lines))
-    wait_for_end()
+    wait_at_peak()
     close_newest_first(flood)
     return [("lonely", 0, 0, count)]
 
@@ -116,7 +115,7 @@ def random_tokens(port: int, count: int) -> Found:
 
 
 class Crowd:
-    """Clients of sources that PROXY headers tell. Each waits under a token of its own."""
+    """Clients whose sources are in PROXY headers. Each waits under a token of its own."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -127,7 +126,7 @@ class Crowd:
         return len(self._by_fd)
 
     def join(self, source: str) -> socket.socket:
-        """Let a newcomer send its header and its handshake, and return it."""
+        """Connect a client, send its header and its handshake, and return it."""
         sock = clients.connect(self._port)
         sock.send(proxy_header(source) + handshake(clients.new_token(), "side"))
         self._by_fd[sock.fileno()] = source, sock
@@ -135,9 +134,9 @@ class Crowd:
         return sock
 
     def take_ended(self, seconds: float = 0) -> list[tuple[str, socket.socket]]:
-        """Remove and return those that the relay has ended, in that order, with their sources.
+        """Remove the clients that the relay has ended. Return them with their sources.
 
-        `seconds`: how long to wait for one.
+        They are in the order of their ends. `seconds`: how long to wait for the first one.
         """
         ended = [self._by_fd.pop(fd) for fd, _ in self._epoll.poll(seconds)]
         for _, sock in ended:
@@ -165,11 +164,12 @@ def one_source(port: int, count: int) -> Found:
     """Clients of one source. MAX_WAITING of them wait, and the others are refused."""
     crowd = Crowd(port)
     for number in range(count):
+        print_progress(number, "clients")
         crowd.join(SOURCE)
         if number > MAX_WAITING and number % AT_ONCE == 0:
             crowd.read_refusals(MAX_WAITING)
     crowd.read_refusals(MAX_WAITING)
-    wait_for_end()
+    wait_at_peak()
     crowd.join(SOURCE)  # the log line of its refusal has the number of those before it
     crowd.read_refusals(MAX_WAITING)
     assert not crowd.take_ended()
@@ -178,17 +178,17 @@ def one_source(port: int, count: int) -> Found:
 
 
 class Marker:
-    """A pair. A byte that passes through it shows how far the relay is."""
+    """A pair. A byte that passes through it shows that earlier events were handled."""
 
     def __init__(self, port: int, source: str | None = None) -> None:
         self._one, self._other = make_pair(port, source=source)
         self.passed_bytes = 0
 
     def settle(self) -> None:
-        """Return when the relay has accepted all newcomers, and has read what they have sent.
+        """Return when the relay has accepted all newcomers and has read what they have sent.
 
-        When the first byte has passed, they are accepted. With the second byte, or before it, what
-        they sent is read.
+        It has accepted them when the first byte has passed. It reads what they have sent before
+        the second byte, or in the same turn.
         """
         for _ in range(2):
             self._one.send(b"x")
@@ -202,7 +202,7 @@ class Marker:
 
 
 class FullRelay:
-    """A relay without room, whose clients wait, as this flood knows them."""
+    """The clients that wait in a full relay, by source, as the flood must expect them."""
 
     def __init__(self, port: int, sources: Sequence[str]) -> None:
         self.crowd = Crowd(port)
@@ -210,7 +210,7 @@ class FullRelay:
         self._waiting: dict[str, deque[socket.socket]] = {source: deque() for source in sources}
 
     def check_ended(self) -> None:
-        """Check that each client that was ended was the oldest one of a source with the most."""
+        """Check that each ended client was the oldest one of a source with the most clients."""
         for source, sock in self.crowd.take_ended():
             assert sock.recv(1) == b""
             most = max(map(len, self._waiting.values()))
@@ -220,7 +220,7 @@ class FullRelay:
             self.ended += 1
 
     def join(self, source: str, marker: Marker) -> None:
-        """Let a client join, and check who was ended for it."""
+        """Connect a client, and check which client was ended for it."""
         sock = self.crowd.join(source)
         marker.settle()
         self.check_ended()
@@ -228,18 +228,19 @@ class FullRelay:
 
 
 def many_sources(port: int, count: int) -> Found:
-    """Clients of many sources, one after the other. All of them wait, in a relay that is soon full.
+    """Clients of many sources, one after the other. All of them wait, and the relay is soon full.
 
-    For each newcomer the relay ends a client. The number of these is printed at the end.
+    Then it ends a client for each newcomer. The number of ended clients is printed at the end.
     """
     sources = [f"10.{n >> 8}.{n & 255}.1" for n in range(count // SOURCE_CLIENTS)]
     newcomers = [*sources * SOURCE_CLIENTS]
     random.Random(1).shuffle(newcomers)
     relay, marker = FullRelay(port, sources), Marker(port, SOURCE)
-    for source in newcomers:
+    for number, source in enumerate(newcomers):
+        print_progress(number, "clients")
         relay.join(source, marker)
     assert relay.ended, "the relay has room for all"
-    wait_for_end()
+    wait_at_peak()
     relay.check_ended()
     ended, more = relay.ended, 0
     while relay.ended == ended:  # the log line of this end has the number of those before it
@@ -285,7 +286,7 @@ def segments(port: int, count: int) -> Found:
                     if not missing[fd]:
                         del missing[fd]
                         epoll.unregister(fd)
-    wait_for_end()
+    wait_at_peak()
     for one, other in pairs:
         one.close()
         other.close()
@@ -296,7 +297,7 @@ def stalled(port: int, count: int) -> Found:
     """Pairs whose receivers read nothing, while the senders send all that is accepted."""
     pairs = [make_pair(port, STALL_BYTES) for _ in range(count)]
     sent = upload([one for one, _ in pairs])
-    wait_for_end()
+    wait_at_peak()
     for _, other in pairs:
         other.close()
     for one, _ in pairs:
@@ -328,12 +329,12 @@ def upload(senders: Sequence[socket.socket]) -> list[int]:
 
 
 def proxy_header(source: str) -> bytes:
-    """Return a PROXY header, version 1, that tells an IPv4 address."""
+    """Return a PROXY header, version 1, with an IPv4 address."""
     return f"PROXY TCP4 {source} 127.0.0.1 1 1\r\n".encode()
 
 
 def connect(port: int, buffer_bytes: int | None = None, source: str | None = None) -> socket.socket:
-    """Return a connection. `source`: the address that its PROXY header tells."""
+    """Return a connection. `source`: the address in its PROXY header; None: it sends none."""
     sock = clients.connect(port, buffer_bytes)
     if source is not None:
         sock.send(proxy_header(source))
@@ -357,9 +358,8 @@ def pairs(port: int, count: int) -> Found:
     """Short pairs, one after the other: each passes a byte. "peak" after the first tenth."""
     for number in range(count // AT_ONCE):
         if number == count // AT_ONCE // 10:
-            wait_for_end()
-        if number % 100 == 0:
-            print(number * AT_ONCE, "pairs", flush=True)
+            wait_at_peak()
+        print_progress(number * AT_ONCE, "pairs")
         made = []
         for _ in range(AT_ONCE):
             token = clients.new_token()
@@ -374,27 +374,37 @@ def pairs(port: int, count: int) -> Found:
             assert clients.receive_exactly(other, 4) == b"ok\nx"
             assert other.recv(1) == b""
             other.close()
-    wait_for_end()
+    wait_at_peak()
     return [("happy", 1, 1, count // AT_ONCE * AT_ONCE)]
 
 
-def close_newest_first(flood: list[socket.socket]) -> None:
-    """Close all."""
-    while flood:
-        flood.pop().close()
+def close_newest_first(flood: Sequence[socket.socket]) -> None:
+    """Close all, the newest one first."""
+    for sock in reversed(flood):
+        sock.close()
+
+
+def print_progress(number: int, what: str) -> None:
+    """Print a number from time to time."""
+    if number % PROGRESS_CLIENTS == 0:
+        print(number, what, flush=True)
 
 
 FLOODS: dict[str, Callable[[int, int], Found]] = {
-    flood.__name__: flood
-    for flood in (
-        *(silent, silent_told, slow, bad, same_token, random_tokens, one_source, many_sources),
-        *(segments, stalled, pairs),
-    )
+    "silent_behind_proxy": partial(silent, source=SOURCE),
+    **{
+        flood.__name__: flood
+        for flood in (
+            *(silent, slow, bad, same_token, random_tokens, one_source, many_sources),
+            *(segments, stalled, pairs),
+        )
+    },
 }
 
 
 def main(name: str, port: str, count: str) -> None:
     """Run a flood."""
+    end_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

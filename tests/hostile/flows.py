@@ -1,12 +1,12 @@
-"""Flows under a rate, in a process of their own: they count what arrives.
+"""Flows of bytes under a rate, in a process of their own. The bytes that arrive are counted.
 
     flows.py PORT [--pairs N] [--first N] [--paced N --pace BYTES] [--both-ways]
 
 "ready" is printed when all pairs are connected and begin to send. SIGUSR1 prints a Sample as JSON.
-The flows do not end: the process must be killed.
+The flows do not end: the process must be killed. It ends with its parent.
 
 The receivers read all that has come, so their kernel buffers are almost empty. They count the bytes
-on the wire. Over WebSocket these are 0.1 % more than the payload.
+on the wire. Over WebSocket these are at most 0.1 % more than the payload.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import socket
 import time
 from typing import NamedTuple
 
-from bystanders import connect
+from bystanders import connect, end_with_parent
 from helpers import DIRECTIONS, Client, handshake
 
 BLOCK_BYTES = 32 * 1024  # the payload of a message, if its flow is not paced
 TICK_SECONDS = 0.02  # from one message of a paced flow to the next
 RECEIVE_BYTES = 2 * 1024 * 1024  # the limit of one recv
 
-_unused = bytearray(RECEIVE_BYTES)  # MSG_TRUNC does not write to it
+_unused = bytearray(RECEIVE_BYTES)  # recv_into needs a buffer; with MSG_TRUNC nothing is written
 
 
 class Sample(NamedTuple):
@@ -64,7 +64,7 @@ class Flow:
 
 
 def couple(address: tuple[str, int], number: int) -> tuple[Client, Client]:
-    """Return a pair. The directions take turns."""
+    """Return a pair. Its encodings depend on `number`."""
     one, other = (connect(address, kind, number) for kind in DIRECTIONS[number % 4])
     for client in (one, other):
         client.send(handshake(f"flows{os.getpid()}x{number}"))
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--pace", type=int, default=0)  # their bytes per second
     parser.add_argument("--both-ways", action="store_true")  # then a pair has two flows
     options = parser.parse_args()
+    end_with_parent()
     numbers = range(options.first, options.first + options.pairs)
     pairs = [couple(("127.0.0.1", options.port), number) for number in numbers]
     flows: list[Flow] = []

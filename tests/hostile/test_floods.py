@@ -1,7 +1,7 @@
 """Floods, bounded in count: honest clients are served, and nothing is lost or left behind.
 
-The attackers have other addresses than the honest clients: see Probes, and HONEST for those that
-PROXY headers tell.
+The attackers have other addresses than the honest clients: see Probes, and HONEST for the addresses
+in PROXY headers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 from flood import MAX_WAITING, Marker
@@ -24,8 +24,9 @@ from watched import (
     HERE,
     MEBIBYTE,
     SERVED_SECONDS,
+    SHARE_SECONDS,
     STALL_RECEIVE_BYTES,
-    STATUS_SECONDS,
+    WATCHED,
     Books,
     Probes,
     Scene,
@@ -35,14 +36,17 @@ from watched import (
     stalling_listener,
 )
 
+from transit_relay import LEAST_QUEUED_BYTES
+
 CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or sends nothing
 LEAK_BYTES = MEBIBYTE
-HONEST = "192.0.2.1"  # no flood tells it
+HONEST = "192.0.2.1"  # no flood uses it
 OTHER_HONEST = "192.0.2.2"
-# A limit is logged more often than once a minute, so that a test can count all of its clients.
-OFTEN_LOGGED = patched(
-    **{"STATUS_SECONDS": STATUS_SECONDS, "Throttle.__init__.__defaults__": (0.3,)}
-)
+# A limit logs how many clients it disconnected, at most once a minute. Here it does so more often,
+# so that a test can add the numbers up.
+LOG_SECONDS = 0.3
+OFTEN_LOGGED = patched(**{**WATCHED, "Throttle.__init__.__defaults__": (LOG_SECONDS,)})
+MEMORY_MESSAGE = b"--max-memory: clients have to wait"
 
 
 class Flood(Child):
@@ -76,7 +80,10 @@ class Flood(Child):
 def flooding(
     scene: Scene, name: str, count: int, port: int | None = None, source: str = Probes.SOURCE
 ) -> Iterator[tuple[Flood, Probes]]:
-    """Flood, with honest pairs of `source` during all of it. At the end the relay is as before."""
+    """Flood, with honest pairs of `source` during all of it.
+
+    Check that they are served in time, and that the relay's open files and CPU time are as before.
+    """
     relay = scene.relay
     share = relay.cpu_share()
     with Probes(relay, scene.books, source) as probes:
@@ -96,8 +103,8 @@ def flooding(
     relay.check_idle(share)
 
 
-def disconnected(scene: Scene, limit: str) -> int:
-    """Return how many clients the messages of a limit count, when the relay has stopped."""
+def count_disconnected(scene: Scene, limit: str) -> int:
+    """Return the sum of the clients in the messages of a limit. The relay has stopped."""
     message = rf"{limit}: a client was disconnected(?: \((\d+) more since the last message\))?$"
     found = re.findall(message, scene.relay.stderr.decode(), re.MULTILINE)
     return sum(1 + int(more or 0) for more in found)
@@ -125,7 +132,7 @@ def test_connections_that_are_held(name: str) -> None:
 def test_more_connections_than_the_limit(name: str) -> None:
     """Those without a handshake make room. No more memory is used than for the limit.
 
-    A honest client can be among those that a burst replaces, so there is a pair after the burst.
+    An honest client can be among those that a burst replaces, so there is a pair after the burst.
     """
     limit = HELD[name] // 5
     options = ["--max-connections", str(limit)]
@@ -147,7 +154,7 @@ def test_silent_connections_behind_a_proxy() -> None:
     """They send a PROXY header, then nothing."""
     count = HELD["silent"]
     with Scene(*HAPROXY) as scene:
-        with flooding(scene, "silent_told", count, scene.relay.haproxy_port, HONEST):
+        with flooding(scene, "silent_behind_proxy", count, scene.relay.haproxy_port, HONEST):
             pass
         assert scene.grown_bytes < BOUND_BYTES + count * CONNECTION_BYTES
 
@@ -160,34 +167,34 @@ def test_one_source_that_waits() -> None:
         with flooding(scene, "one_source", count, scene.relay.haproxy_port, HONEST):
             pass
         assert scene.grown_bytes < BOUND_BYTES + MAX_WAITING * CONNECTION_BYTES
-    assert disconnected(scene, "--max-waiting-per-source") == count + 1 - MAX_WAITING
+    assert count_disconnected(scene, "--max-waiting-per-source") == count + 1 - MAX_WAITING
 
 
 @pytest.mark.needs("--max-connections")
 def test_many_sources_that_wait_in_a_full_relay() -> None:
-    """Only clients of the busiest source are ended. An honest client waits, and pairs are served.
+    """Clients of the busiest source are ended. An honest client waits, and pairs are served.
 
-    The flood checks each end. Newcomers come one after the other: one that has not sent its
-    handshake would be ended for the next one.
+    The flood checks which client is ended. Newcomers come one after the other, because a client
+    that has not sent its handshake would be ended for the next one.
     """
+    assert LOG_SECONDS < SHARE_SECONDS
     count = HELD["random_tokens"]
     options = ["--max-connections", str(count // 3)]
     with Scene(*HAPROXY, *options, program=OFTEN_LOGGED) as scene:
         relay, books = scene.relay, scene.books
-        marker = Marker(relay.port)
         share = relay.cpu_share()
         token = relay.new_token()
-        with relay.client(source=HONEST) as one:
+        with ExitStack() as held, relay.client(source=HONEST) as one:
+            marker = held.enter_context(closing(Marker(relay.port)))
             one.send(handshake(token, "one"))
             marker.settle()
             with Flood("many_sources", relay.haproxy_port, count) as flood:
                 flood.wait_for_peak()
                 served = []
-                held = []  # pairs, so that the relay is full again
                 for _ in range(10):
                     served.append(honest_pair(relay, books, OTHER_HONEST, marker.settle))
-                    marker.settle()  # the two places are free
-                    held.append(Marker(relay.port))
+                    marker.settle()  # the relay has closed the pair
+                    held.enter_context(closing(Marker(relay.port)))  # the relay is full again
                     books.add("happy")
                 with relay.client(source=OTHER_HONEST) as other:
                     other.send(handshake(token, "other"))
@@ -197,17 +204,17 @@ def test_many_sources_that_wait_in_a_full_relay() -> None:
                     other.half_close()
                     assert one.read_to_end() == other.read_to_end() == b""
                 books.add("happy", 11)
-                relay.check_idle(share)  # it takes longer than the pause between two messages
+                relay.check_idle(
+                    share
+                )  # for SHARE_SECONDS: the next end is logged, with the number
                 flood.release()
                 ended = int(flood.lines.until(r"^(\d+) ended$")[1])
                 flood.finish(books)
-                for pair in (*held, marker):
-                    pair.close()
         books.add("happy", marker.passed_bytes)
         worst = max(served)
         print(f"{ended} ended; {len(served)} honest pairs, longest {1000 * worst.seconds:.1f} ms")
         assert worst.seconds < SERVED_SECONDS, f"an honest pair was served too late: {worst}"
-    assert disconnected(scene, "--max-connections") == ended
+    assert count_disconnected(scene, "--max-connections") == ended
 
 
 def test_bad_handshakes() -> None:
@@ -224,25 +231,30 @@ def test_segments_of_one_byte() -> None:
         assert scene.grown_bytes < 2 * BOUND_BYTES
 
 
-@pytest.mark.parametrize("is_limited", [False, True], ids=["default", "max-memory"])
+@pytest.mark.needs("--max-memory")
+@pytest.mark.parametrize("is_limited", [False, True], ids=["unlimited", "limited"])
 def test_stalled_receivers_with_uploading_senders(is_limited: bool) -> None:
-    """What each pair holds is bounded, and what all hold together. The transfers beside them go on.
+    """The memory for each pair is bounded; with --max-memory, also that for all pairs together.
 
     The clients come over a listener whose sockets inherit small buffers, or the kernel holds
-    gigabytes.
+    gigabytes. At the limit, the relay reads LEAST_QUEUED_BYTES if poll reports that the receiver
+    has room. This may be a third of its send buffer, so that must not be smaller than three reads.
     """
     count = shorter(2_000, 200)
-    bound = count * 2 * STALL_RECEIVE_BYTES  # less than the default of --max-memory
-    with stalling_listener() as listener:
+    bound = count * 2 * STALL_RECEIVE_BYTES  # the relay reads at most so much at once
+    send_bytes = 4096
+    if is_limited:
+        bound //= 16
+        send_bytes = 2 * LEAST_QUEUED_BYTES  # which the kernel doubles
+    with stalling_listener(send_bytes) as listener:
         options = ["--port", f"fd:{listener.fileno()}"]
-        if is_limited:
-            bound //= 16
-            options += ["--max-memory", str(bound)]
+        options += ["--max-memory", str(bound) if is_limited else "0"]
         with Scene(*options, pass_fds=[listener.fileno()]) as scene:
             port = listener.getsockname()[1]
             with flooding(scene, "stalled", count, port):
                 pass
             assert scene.grown_bytes < 4 * MEBIBYTE + bound + 2 * count * CONNECTION_BYTES
+        assert (MEMORY_MESSAGE in scene.relay.stderr) == is_limited
 
 
 def test_short_pairs_leak_nothing() -> None:

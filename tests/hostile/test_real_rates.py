@@ -4,7 +4,7 @@ The rates are far below what the machine can relay. The flows are in a process o
 flows.py. This process sends the messages: a ping-pong.
 
 Run it alone: it measures times. A measurement with a wrong result is repeated if other processes
-used the cores meanwhile. A wrong result of the last attempt fails the test.
+used the cores meanwhile. After ATTEMPTS wrong results the test fails in any case.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ RATE = 20_000_000  # bytes per second
 RATE_TOLERANCE = 0.05
 SHARE_TOLERANCE = 0.1
 MANY = 200  # pairs
-PACED = 2  # of 8 pairs: they use less than their shares
+PACED = 2  # how many of 8 pairs use less than their shares
 PACE = 500_000  # bytes per second of each of them
 PING = bytes(64)
 PAUSE_SECONDS = 0.005  # between two round trips
-PING_RATIO = 10  # of the 99th percentiles, with flows and without
-LATE_SECONDS = 0.025  # half of the time between refills: late in any case
-QUIET_SECONDS = 2.0  # of ping-pong without flows
-START_SECONDS = 1.5  # not measured: buffers fill, and the flows use the reserve
-WINDOW_SECONDS = 10.0
+# The p99 of the round trips beside flows must be below both: so many times the p99 without flows,
+# and half of the time between two refills.
+PING_RATIO = 10
+LATE_SECONDS = 0.025
+QUIET_SECONDS = 2.0  # how long the round trips without flows are measured
+START_SECONDS = 1.5  # not measured, because buffers fill, and the flows use the reserve
+WINDOW_SECONDS = shorter(10, 5)
 ATTEMPTS = 3
-DISTURBED_CORES = 0.1  # used by other processes
+DISTURBED_CORES = 0.1  # if other processes use more, a measurement is repeated
 
 
 class State(NamedTuple):
@@ -60,14 +62,14 @@ class Window(NamedTuple):
     rates: list[float]  # bytes per second that the receiver of each flow gets
     pings: list[float]  # the seconds of each round trip
     relay_cores: float  # used by the relay
-    other_cores: float  # used by processes that are not ours
+    other_cores: float  # used by all processes but the relay, the flows and this one
 
 
 class Stage:
     """A relay with flows, and a ping-pong beside them."""
 
     def __init__(self, relay: WatchedRelay, pair: tuple[Client, Client]) -> None:
-        """Measure the ping-pong without flows."""
+        """Measure the round trips of `pair` without flows."""
         self.relay, self._pair = relay, pair
         self._quiet = self._ping_pong(QUIET_SECONDS)
 
@@ -78,7 +80,10 @@ class Stage:
         self._ping_pong(START_SECONDS)
 
     def verify(self, judge: Callable[[Window], list[str]]) -> Window:
-        """Measure until `judge` finds no faults. Fail if it does, unless others used the cores."""
+        """Measure until `judge` finds no faults. Raise AssertionError with its faults.
+
+        If other processes used the cores, there are ATTEMPTS.
+        """
         for _ in range(ATTEMPTS):
             window = self._measure()
             text = self._text(window)
@@ -90,15 +95,19 @@ class Stage:
         return window
 
     def late_pings(self, window: Window) -> list[str]:
-        """Return the fault of the round trips, if there is one."""
+        """Return a message if the round trips were late: see PING_RATIO."""
         quiet, beside = percentile_99(self._quiet), percentile_99(window.pings)
         is_late = beside >= min(PING_RATIO * quiet, LATE_SECONDS)
-        text = f"the p99 of a round trip is {1000 * beside:.1f} ms, quiet {1000 * quiet:.1f} ms"
-        return [text] * is_late
+        if not is_late:
+            return []
+        return [f"the p99 of a round trip is {1000 * beside:.1f} ms, quiet {1000 * quiet:.1f} ms"]
 
     def check_splicing(self) -> None:
-        """Raise AssertionError if the relay could splice and has not."""
-        assert self.relay.pool_bytes() or not affordable_pipes(), "no pipe is open"
+        """Raise AssertionError if the relay has never used a pipe."""
+        if affordable_pipes():
+            assert self.relay.pool_bytes(), "no pipe is open"
+        else:
+            print("not checked: splicing, for which this system has no pipes")
 
     def _measure(self) -> Window:
         before = self._state()
@@ -181,14 +190,15 @@ def staged(*options: str, flows: Sequence[str]) -> Iterator[Stage]:
 
 
 def wrong_sum(rates: Sequence[float], expected: float = RATE) -> list[str]:
-    """Return the fault of a sum of rates, if there is one."""
+    """Return a message if the sum of the rates is not as expected."""
     found = sum(rates)
-    is_wrong = abs(found - expected) > RATE_TOLERANCE * expected
-    return [f"{found:.0f} bytes per second instead of {expected}"] * is_wrong
+    if abs(found - expected) <= RATE_TOLERANCE * expected:
+        return []
+    return [f"{found:.0f} bytes per second instead of {expected}"]
 
 
 def uneven(rates: Sequence[float]) -> list[str]:
-    """Return the fault of the shares, if there is one."""
+    """Return a message if some shares are far from the mean."""
     mean = statistics.mean(rates)
     far = [rate / mean for rate in rates if abs(rate - mean) > SHARE_TOLERANCE * mean]
     return [f"{len(far)} shares of {min(far):.3f} to {max(far):.3f} of the mean"] if far else []
@@ -200,7 +210,7 @@ MIXES = [(1, 0), (8, 0), (MANY, 0), (1, 1), (1, 2), (1, 3)]
 
 @pytest.mark.parametrize(("pairs", "first"), MIXES[: shorter(6, 3)])
 def test_a_rate_for_all(pairs: int, first: int) -> None:
-    """The sum is right, the shares are even, and the ping-pong is hardly slower."""
+    """The sum is right, the shares are even, and the round trips are less than 10 times slower."""
     flows = ("--pairs", str(pairs), "--first", str(first))
     with staged("--max-rate", str(RATE), flows=flows) as stage:
 
@@ -208,7 +218,9 @@ def test_a_rate_for_all(pairs: int, first: int) -> None:
             return wrong_sum(window.rates) + uneven(window.rates) + stage.late_pings(window)
 
         stage.verify(judge)
-        if first == 0 and pairs < MANY:  # the reads of many pairs are too small to be spliced
+        # The reads of many pairs are too small to be spliced. Those of a pair with a WebSocket
+        # never are.
+        if first == 0 and pairs < MANY:
             stage.check_splicing()
 
 

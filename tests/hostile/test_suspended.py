@@ -7,7 +7,7 @@ import time
 
 from helpers import BINARY, PING, PONG, TIMEOUT, WebSocketClient, frame, handshake, stopped
 from processes import patched
-from watched import STATUS_SECONDS, Scene, shorter
+from watched import WATCHED, Scene, shorter
 
 SUSPENDED_SECONDS = shorter(120, 8)
 # In the short form the relay sends Pings sooner: it has to be suspended longer than it waits.
@@ -43,7 +43,7 @@ def test_the_relay_is_suspended() -> None:
     Clients send the rest of their handshakes after the time limit: meanwhile, or afterwards.
     """
     limits = ["--handshake-timeout", str(SUSPENDED_SECONDS // 2)]
-    program = patched(PING_SECONDS=PING_SECONDS, STATUS_SECONDS=STATUS_SECONDS)
+    program = patched(PING_SECONDS=PING_SECONDS, **WATCHED)
     with Scene(*limits, program=program) as scene:
         relay, books = scene.relay, scene.books
         tokens = [relay.new_token() for _ in range(20)]

@@ -19,7 +19,7 @@ from interop import netns
 from interop.children import Child
 from processes import patched
 from test_resets import send_all_that_is_accepted
-from watched import ENVIRONMENT, HERE, STATUS_SECONDS, Bystanders, Scene, eventually, shorter
+from watched import ENVIRONMENT, HERE, WATCHED, Bystanders, Scene, eventually, shorter
 
 from transit_relay import unacknowledged_bytes
 
@@ -60,7 +60,7 @@ class FarRelay:
 @contextmanager
 def far_scene(*options: str, **others: object) -> Iterator[tuple[Scene, FarRelay]]:
     """Yield a scene on the server. Its end checks all."""
-    program = on_server(*patched(**PROBES, STATUS_SECONDS=STATUS_SECONDS))
+    program = on_server(*patched(**PROBES, **WATCHED))
     server = netns.namespace("server")
     with Scene(*options, program=program, namespace=server, **others) as scene:
         yield scene, FarRelay(scene)

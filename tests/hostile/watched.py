@@ -1,7 +1,8 @@
 """A relay that is watched from outside: its records, descriptors, memory and CPU time.
 
-A Scene is one relay, checked transfers beside it, and the Books: what the clients counted. Its end
-compares the relay's records and the counters in its status with the Books, exactly.
+A Scene is one relay, checked transfers beside it, and the Books: what the clients counted. At its
+end the relay's records, and the numbers of ended pairs and relayed bytes in its status, must be
+those of the Books.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from helpers import (
     handshake,
 )
 from interop.children import Child, Lines, Record
-from processes import patched
+from processes import Code, patched
 
-from transit_relay import Snapshot, query_descriptor, status_line
+from transit_relay import Snapshot, count_text, query_descriptor, status_line
 
 IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbers
 HERE = Path(__file__).parent
@@ -60,8 +61,13 @@ SERVED_RATIO = 100  # or so many times the median of a quiet run, if that is lon
 MEBIBYTE = 1 << 20
 STALL_RECEIVE_BYTES = 64 * 1024  # of the kernel, which doubles it: the relay reads so much at once
 
-PROGRAM = patched(STATUS_SECONDS=STATUS_SECONDS)  # the relay
-HAPROXY = ("--port", "haproxy:tcp:0:interface=127.0.0.1")  # for clients that a PROXY header tells
+# The changes of a watched relay: it sends its status often, and with all digits of the bytes.
+WATCHED = {
+    "STATUS_SECONDS": STATUS_SECONDS,
+    "size_text": Code("lambda size: t.count_text(size, 'byte')"),
+}
+PROGRAM = patched(**WATCHED)
+HAPROXY = ("--port", "haproxy:tcp:0:interface=127.0.0.1")  # a port for clients with PROXY headers
 
 
 def shorter(whole: int, short: int) -> int:
@@ -71,8 +77,9 @@ def shorter(whole: int, short: int) -> int:
 
 def has_option(name: str) -> bool:
     """Return whether this relay has an option."""
-    text = subprocess.run([sys.executable, str(RELAY), "--help"], capture_output=True, text=True)
-    return name in text.stdout
+    command = [sys.executable, str(RELAY), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)
+    return name in done.stdout
 
 
 def eventually(is_so: Callable[[], bool], what: str, limit_seconds: float = 4 * TIMEOUT) -> None:
@@ -186,7 +193,7 @@ def rows(database: Path) -> list[Outcome]:
 
 
 class StatusReader(threading.Thread):
-    """A socket for NOTIFY_SOCKET, of which the last message is kept.
+    """Receives the messages to NOTIFY_SOCKET, and keeps the last one.
 
     A thread receives all the time. The kernel queues ten messages (max_dgram_qlen), and the relay
     warns when the queue is full.
@@ -210,7 +217,7 @@ class StatusReader(threading.Thread):
                 self._progress.notify()
 
     def wait_for(self, beginning: str) -> str:
-        """Return the last message, as soon as it has this beginning and is not empty."""
+        """Wait until the last message begins with `beginning`, and return it."""
         with self._progress:
             has_come = self._progress.wait_for(
                 lambda: self._last and self._last.startswith(beginning), 4 * TIMEOUT
@@ -221,7 +228,8 @@ class StatusReader(threading.Thread):
     def close(self) -> None:
         """End the thread, with an empty message."""
         self._socket.sendto(b"", self.path)
-        self.join()
+        self.join(TIMEOUT)
+        assert not self.is_alive(), "the thread has not ended"
         self._socket.close()
         self._folder.cleanup()
 
@@ -229,12 +237,12 @@ class StatusReader(threading.Thread):
 def idle_status(pairs_ended: int, relayed_bytes: int) -> str:
     """Return the status of a relay without clients."""
     nothing = Snapshot(**dict.fromkeys(Snapshot._fields, 0))
-    counted = nothing._replace(pairs_ended=pairs_ended, relayed_bytes=relayed_bytes)
-    return f"STATUS={status_line(counted)}"
+    text, _, _ = status_line(nothing._replace(pairs_ended=pairs_ended)).rpartition(", ")
+    return f"STATUS={text}, {count_text(relayed_bytes, 'byte')} relayed"
 
 
 def check_status(status: str, records: Sequence[Outcome]) -> None:
-    """Raise AssertionError unless the counters in an idle status are those of all records."""
+    """Raise AssertionError unless an idle status has the pairs and the bytes of all records."""
     sizes = [size for mood, size in records if mood == "happy"]
     counted = idle_status(len(sizes), sum(sizes))
     assert status == counted, f"{status!r}, but the records have {counted!r}"
@@ -242,7 +250,7 @@ def check_status(status: str, records: Sequence[Outcome]) -> None:
 
 
 class WatchedRelay(RelayProcess):
-    """A relay with `--log-fd`, NOTIFY_SOCKET, and an endpoint, which takes both encodings."""
+    """A relay with `--log-fd` and NOTIFY_SOCKET. Its endpoint takes both encodings."""
 
     def __init__(
         self,
@@ -253,7 +261,10 @@ class WatchedRelay(RelayProcess):
         pass_fds: Sequence[int] = (),
         log_fd: int | None = None,
     ) -> None:
-        """`host`: where clients connect, from `namespace`. `log_fd`: replaces our own reader."""
+        """`host`: where clients connect, from `namespace`. `log_fd`: for the records.
+
+        None: this object makes a pipe and reads them.
+        """
         read_end, write_end = os.pipe() if log_fd is None else (-1, log_fd)
         endpoint = "tcp:0" if namespace else f"tcp:0:interface={host}"
         self._status = StatusReader()
@@ -264,6 +275,11 @@ class WatchedRelay(RelayProcess):
                 env={**os.environ, "NOTIFY_SOCKET": self._status.path},
                 pass_fds=[write_end, *pass_fds],
             )
+        except BaseException:
+            self._status.close()
+            if log_fd is None:
+                os.close(read_end)
+            raise
         finally:
             os.close(write_end)
         self.host = host
@@ -299,7 +315,8 @@ class WatchedRelay(RelayProcess):
 
     def last_status(self, pairs_ended: int) -> str:
         """Wait for a status without clients and with so many pairs, and return it."""
-        return self._status.wait_for(idle_status(pairs_ended, 0).rpartition(", ")[0])
+        before_bytes, _, _ = idle_status(pairs_ended, 0).rpartition(", ")
+        return self._status.wait_for(before_bytes)
 
     def records(self, number: int | None = None) -> list[Outcome]:
         """Wait for the next `number` records; None: for all that are left when it has stopped."""
@@ -321,21 +338,21 @@ class WatchedRelay(RelayProcess):
     ) -> Client:
         """Return a new client of a kind, tcp or ws.
 
-        `source`: its address; one outside 127.0.0.0/8 is told in a PROXY header. `buffer_bytes`:
-        the size of its kernel buffers.
+        `source`: its address; one outside 127.0.0.0/8 is in a PROXY header. `buffer_bytes`: the
+        size of its kernel buffers.
         """
-        is_told = source is not None and not source.startswith("127.")
+        has_header = source is not None and not source.startswith("127.")
         with in_namespace(namespace or self.namespace):
             sock = socket.socket()
         sock.settimeout(TIMEOUT)
         if buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        if source is not None and not is_told:
+        if source is not None and not has_header:
             sock.bind((source, 0))
-        sock.connect((self.host, self.haproxy_port) if is_told else self.address)
+        sock.connect((self.host, self.haproxy_port) if has_header else self.address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if source is not None and is_told:
+        if source is not None and has_header:
             sock.sendall(proxy_header(source))
         if kind == "tcp":
             return Client(sock)
@@ -447,7 +464,7 @@ def honest_pair(
 ) -> Served:
     """Make a pair, pass bytes both ways, end it in order. Return how long it waited.
 
-    `settle`: called when the first client has sent its handshake. The second one connects later.
+    `settle` is called behind the handshake of the first client, before the second one connects.
     """
     there, back = _chance.randbytes(1_000), _chance.randbytes(1_000)
     began = time.monotonic() - delayed_seconds(relay.pid)
@@ -570,14 +587,15 @@ class Bystanders(Child):
 
 
 @contextmanager
-def stalling_listener() -> Iterator[socket.socket]:
+def stalling_listener(send_bytes: int = 4096) -> Iterator[socket.socket]:
     """Yield a listener for clients that do not read. Its connections have small kernel buffers.
 
-    Otherwise the kernel would hold megabytes for each of them.
+    Otherwise the kernel would hold megabytes for each of them. `send_bytes`: the size of the send
+    buffer, which the kernel doubles.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STALL_RECEIVE_BYTES)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         yield listener
 
 
