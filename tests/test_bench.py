@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import RelayProcess
+from helpers import TIMEOUT, RelayProcess
 
 from transit_relay import LIMIT_OPTIONS, UsageError, make_parser, parse_arguments
 
@@ -162,7 +162,7 @@ def test_each_comparator_has_a_bar_of_its_own(
 
 
 def test_a_spread_is_compared_with_the_bar_of_the_comparator() -> None:
-    rounds = [0.93, 1.01] * 5  # +-4 %
+    rounds = [0.93, 1.01] * 5  # a spread of 4 %: the bars are 5 % and 3 %
     comparisons = table.compare({OURS: rounds, NO_LIMITS: rounds, BEFORE: [1.0] * 10})
     assert compared(comparisons) == ["yes", "inconclusive"]
 
@@ -220,7 +220,8 @@ def test_metrics_without_a_direction_are_not_compared() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the benchmark needs Python 3.11")
 def test_a_comparison_has_three_relays_and_their_order_rotates() -> None:
     options = ["--against", str(BENCH), "--rounds", "6", "--only", "start-up", "--list"]
-    done = subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True)
+    command = [sys.executable, BENCH, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)
     steps = [line.split() for line in done.stdout.splitlines()]
     assert [number for _, number, _ in steps[::3]] == [f"{n}/6" for n in range(1, 7)], done.stderr
     rounds = [tuple(name for _, _, name in steps[start : start + 3]) for start in range(0, 18, 3)]
@@ -242,7 +243,7 @@ def limits_of_parser() -> list[str]:
 
 
 def accepts_zero(option: argparse.Action) -> bool:
-    """Return whether 0 is a value of the option, and a false one."""
+    """Return whether the option accepts 0, and parses it to a false value."""
     assert callable(option.type)
     try:
         return not option.type("0")

@@ -102,7 +102,8 @@ NOT_A_HANDLER = {
     *("Acceptor.__init__", "Acceptor.close"),
     *("BulkQueue.__init__", "BulkQueue.serve"),
     *("Timers.every", "Timers.due_chores"),
-    *("MemoryBudget.__init__", "Connection.release_pipe"),  # see test_memory.py
+    "MemoryBudget.__init__",
+    "Connection.release_pipe",  # see test_a_fault_of_a_release_ends_that_pair_alone
     *("Timers.forget", "TimeLimit.cancel"),  # see test_a_fault_in_the_time_limits
     # After a fault only: a second fault there is tested apart.
     *("Session.abandon", "Rendezvous.expel"),

@@ -484,7 +484,7 @@ def story(pieces: list[bytes], case: Case) -> tuple[Story, list[bytes]]:
 def expected(
     found: Found, code: int | None, waiting: Handshake
 ) -> tuple[str, bytes, bytes, bytes, list[tuple[str, int]]]:
-    """Return the Story of the frames behind an upgrade, without its head: PROTOCOL.md, 1 and 2."""
+    """Return the Story of the frames behind an upgrade, without its head."""
     line, data = b"", b""
     ours: Handshake | None = None
     state = State.WAIT_HANDSHAKE

@@ -255,7 +255,7 @@ def test_what_others_use_of_the_server_is_the_event_loop_protocol() -> None:
 
 
 def test_a_connection_does_not_pass_the_server_on() -> None:
-    """Each use of it is an attribute. So the test above finds all of them."""
+    """Each use of `self._server` is an attribute of it. So the test above finds all of them."""
     nodes = list(ast.walk(class_node("Connection")))
     bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     others = [

@@ -233,7 +233,7 @@ class StandInServer:
 
     def __init__(self) -> None:
         self.chores: list[tuple[float, Callable[[], None]]] = []
-        self.timers = self
+        self.timers = self  # ServiceManager calls server.timers.every
         self.now = snapshot(1, 2, 3, 4, 5)
 
     def every(self, seconds: float, work: Callable[[], None]) -> None:

@@ -396,7 +396,7 @@ def test_records_wait_while_memory_is_short(
     assert sink.written == [RECORD]
 
 
-# The fields of each class that a reload does not carry over: the new program makes them anew.
+# The fields of each class that the planned reload will not carry over: the new program makes them.
 NOT_CARRIED = {
     *("_records_limit", "_changed", "_stopping", "finished", "_gone"),
     *("_failing", "_complained", "_complaints"),

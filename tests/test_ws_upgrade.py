@@ -200,7 +200,7 @@ def test_a_parsed_request() -> None:
 # Requests that are not upgraded, each with the status of the answer.
 
 REJECTED: dict[str, tuple[bytes, int]] = {
-    # PROTOCOL.md, section 2: without `Upgrade: websocket` the other fields are not checked.
+    # docs/protocol.md, "HTTP": without `Upgrade: websocket` the other fields are not checked.
     "GET": (plain("GET / HTTP/1.1", "Host: h"), 200),
     "HEAD": (plain("HEAD / HTTP/1.1", "Host: h"), 200),
     "OPTIONS": (plain("OPTIONS * HTTP/1.1", "Host: h"), 200),

@@ -8,12 +8,14 @@ to stdout, progress to stderr.
 With --against DIR only these run, for more rounds: our relay with its default limits, our relay
 with all limits off, and the relay in DIR ("before"), which gets no options of limits. Each round
 yields a ratio ours / before for each metric; the order rotates. No metric must be worse by more
-than 5 % with the default limits, or by more than 3 % without limits. Where the ratios differ too
-much to decide that, the workload is repeated once, and is then reported as inconclusive. With
---quick both bars are twice as wide, and nothing is repeated.
+than 5 % with the default limits, or by more than 3 % without limits. If the range of the median of
+the ratios contains this bar, and half its width is more than 5 % (or 3 %), the workload is repeated
+once. If that is still so, it is reported as inconclusive. With --quick both bars are twice as wide,
+and nothing is repeated.
 
 The exit code is 1 if our relay misses a bar, or after an error. An unavailable comparator is
-reported; with RELAY_BENCH_REQUIRED=1 it is an error too.
+reported; with RELAY_BENCH_REQUIRED=1 it is an error too, and so is a network that does not permit
+the addresses of --sources.
 """
 
 from __future__ import annotations
@@ -158,8 +160,8 @@ def parse_arguments() -> argparse.Namespace:
         "--sources",
         choices=[LOOPBACK, COUNTED],
         help="the addresses of the clients: of the loopback, which our relay exempts from limits"
-        f" for each source, or of {network.COUNTED_SOURCES}, which it counts (default: {COUNTED}"
-        f" with --against, else {LOOPBACK}; always {LOOPBACK} in the machine's network)",
+        f" for each source, or of {network.COUNTED_SOURCES}, to which these limits apply (default:"
+        f" {COUNTED} with --against, else {LOOPBACK}; always {LOOPBACK} in the machine's network)",
     )
     parser.add_argument(
         "--list", action="store_true", help="list the measurements in their order, and exit"
@@ -203,7 +205,8 @@ def order(names: Sequence[str], number: int) -> list[str]:
     """Return the comparators in their order in a round. The rounds count from 1.
 
     An earlier place may be an advantage, and so may a certain predecessor. So the first place
-    rotates, and every other round reverses the rest: three comparators get all six orders.
+    rotates, and every other round reverses the rest. In six rounds, three comparators have all
+    six orders.
     """
     if not names:
         return []
@@ -299,19 +302,25 @@ def hardware() -> str:
 def enter_network(as_it_is: bool, sources: str) -> str:
     """Enter the network of the run, and return a description of it.
 
-    `sources`: see --sources; the machine's network has the addresses of the loopback alone.
+    `sources`: see --sources; the machine's network has the addresses of the loopback alone. Raise
+    BenchError if it cannot have them, and RELAY_BENCH_REQUIRED is set.
     """
     of_machine = network.congestion_control()
-    which = "in the machine's network"
+    which, is_our_own = "in the machine's network", False
     if not as_it_is:
         try:
             network.enter_our_own()
             which = f"in a separate network namespace (the host uses {of_machine})"
-            if sources == COUNTED:
-                clients.use_counted_sources()
-                which += f"; clients in {network.COUNTED_SOURCES}"
+            is_our_own = True
         except network.NotPermitted as error:
             which = f"in the machine's network ({error})"
+    if sources == COUNTED and is_our_own:
+        clients.use_counted_sources()
+        which += f"; clients in {network.COUNTED_SOURCES}"
+    elif sources == COUNTED:
+        which += f"; no clients in {network.COUNTED_SOURCES}: no limits for each source apply"
+        if REQUIRED:
+            raise BenchError(which)
     return f"TCP with {network.congestion_control()}, {which}"
 
 
@@ -334,9 +343,9 @@ def make_notes(
         notes.append(
             "Ours / before is the median of the ratios of the rounds. The range contains the true"
             f" median with {table.CONFIDENCE * 100:.0f} % confidence. A metric may be worse by so"
-            f" much: {bars}. Inconclusive: the range is wider than ± so much and contains the bar."
+            f" much: {bars}. Inconclusive: the range contains that bar, and half its width is more."
         )
-    if "ours-no-limits" in (options.comparators or []) and "ours-no-limits" not in missing:
+    if "ours-no-limits" in (options.comparators or []):
         notes.append(f"Limits off: {' '.join(relays.options_without_limits())}.")
     if relays.RELAY_CORE == relays.LOAD_CORE:
         notes.append("There is only one core; the relay shares it with the load generator.")

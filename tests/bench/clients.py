@@ -14,6 +14,7 @@ import itertools
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 HOST = "127.0.0.1"
@@ -21,7 +22,7 @@ LIMIT_SECONDS = 20.0  # without progress, then the run fails
 
 # Clients use many source addresses, in turn. One address would run out of ports, because the port
 # of a closed connection is not free for a minute (TIME_WAIT). The 15,000 waiting clients of a
-# workload are fewer than 256 of each address, the default limit of our relay.
+# workload are 235 of each address. Our relay accepts 256 by default.
 SOURCES = 64
 LOOPBACK_SOURCE = "127.0.{}.1"
 COUNTED_SOURCE = "198.18.{}.1"  # for benchmarks, RFC 2544
@@ -32,7 +33,6 @@ BINARY, CLOSE = 2, 8  # opcodes: RFC 6455, 5.2
 CLOSE_NORMAL = struct.pack("!H", 1000)
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
-_sources = itertools.cycle([LOOPBACK_SOURCE.format(number) for number in range(1, SOURCES + 1)])
 _tokens = itertools.count()
 
 
@@ -48,13 +48,22 @@ class Pair(NamedTuple):
         self.second.close()
 
 
-def use_counted_sources() -> None:
-    """Give all later clients addresses that our relay counts. It exempts those of the loopback.
+def addresses(pattern: str) -> Iterator[str]:
+    """Return the addresses of clients, in turn and without end."""
+    return itertools.cycle([pattern.format(number) for number in range(1, SOURCES + 1)])
 
-    The addresses exist only in the network of network.enter_our_own.
+
+_sources = addresses(LOOPBACK_SOURCE)
+
+
+def use_counted_sources() -> None:
+    """Give all later clients addresses to which our relay applies its limits for each source.
+
+    It exempts those of the loopback. The addresses exist only in the network of
+    network.enter_our_own.
     """
     global _sources
-    _sources = itertools.cycle([COUNTED_SOURCE.format(number) for number in range(1, SOURCES + 1)])
+    _sources = addresses(COUNTED_SOURCE)
 
 
 def prepare(sock: socket.socket, buffer_bytes: int | None) -> None:

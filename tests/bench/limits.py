@@ -1,6 +1,6 @@
-"""Find the options that switch the limits of a relay off, in the text of its --help.
+"""Find the options that switch limits off, in the text of --help.
 
-So a comparison includes a new limit without a change here.
+A limit that is added later is found without a change here.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ CONGESTION_CONTROL = "cubic"
 CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.unshare from 3.12 on
 NAME_BYTES = 16  # TCP_CA_NAME_MAX, linux/tcp.h
 BUFFERS = {"tcp_rmem": "4096 131072 6291456", "tcp_wmem": "4096 16384 4194304"}  # tcp(7)
-COUNTED_SOURCES = "198.18.0.0/16"  # of clients.use_counted_sources
+COUNTED_SOURCES = "198.18.0.0/16"  # has the addresses of clients.use_counted_sources
 ROUTES = ("127.0.0.0/8", "127.0.0.1", COUNTED_SOURCES)  # the first two: as the kernel for `lo`
 
 

@@ -202,8 +202,8 @@ BARS = [
 # Comparison with the relay of another checkout
 # ---------------------------------------------------------------------------------------------
 
-# A metric of these comparators may be worse than that of "before" by so much. A larger spread
-# decides nothing by itself.
+# A metric of these comparators may be worse than that of "before" by so much. If the spread is
+# larger, the ratio alone decides nothing.
 TOLERANCES = {"ours": 0.05, "ours-no-limits": 0.03}
 QUICK_FACTOR = 2  # the tolerances are multiplied by it if the rounds are few and short
 NEEDED_SPEEDUPS: dict[str, float] = {}  # required, by workload, instead of no slowdown
@@ -240,9 +240,9 @@ class Comparison(NamedTuple):
 
     @property
     def answer(self) -> Answer:
-        """Judge the whole range where it lies on one side of the bar, else the ratio.
+        """Compare the ratio with the bar.
 
-        The ratio alone decides only if the spread is not larger than the tolerance.
+        It is inconclusive if the range contains the bar, and the spread exceeds the tolerance.
         """
         sides = [(value >= self.needed) == self.is_minimum for value in (self.low, self.high)]
         if self.spread > self.tolerance and sides[0] != sides[1]:

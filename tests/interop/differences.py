@@ -23,46 +23,45 @@ from websocket_scenarios import (
 
 
 class Difference(NamedTuple):
-    row: str  # of PROTOCOL.md
+    row: str  # the rule of this relay, and what the reference does
     ours: Outcome  # exactly
 
 
 DIFFERENCES: dict[tuple[str, Kinds], Difference] = {}
 
 TOO_LONG = (
-    "section 1, `1,024 bytes and no newline yet`: bad handshake, errory; the reference says "
+    "`1,024 bytes and no newline yet`: bad handshake, errory; the reference says "
     "nothing and records empty, from 1,025 bytes without newline and for each longer line"
 )
-NEWEST = "section 1, `A newcomer takes the newest`: arbitrary in the reference"
+NEWEST = "`A newcomer takes the newest`: arbitrary in the reference"
 AFTER_THE_LINE = (
-    "section 1, `Bytes behind the handshake line`: to the reference, a first message that contains "
+    "`Bytes behind the handshake line`: to the reference, a first message that contains "
     "more than the handshake is a bad handshake"
 )
 LINGERING = (
-    "section 1, `Lingering`: the reference closes at once, and a client that is sending or is slow "
+    "`Lingering`: the reference closes at once, and a client that is sending or is slow "
     "loses the bytes that it has not yet read"
 )
-BOTH_ENCODINGS = "section 1, `Every listener takes both encodings`: one kind per port there"
+BOTH_ENCODINGS = "`Every listener takes both encodings`: one kind per port there"
 FIRST_MESSAGE = (
-    "section 2, `Rule`: to the reference the first message is the whole handshake; several "
+    "`Rule`: to the reference the first message is the whole handshake; several "
     "messages or an empty one are a bad handshake, and a later empty one is impatient"
 )
-BORDERS = "section 2, `Message borders mean nothing`: the reference assembles whole messages"
-BAD_FRAME = "section 2, `Close 1003 ... 1002 ... 1007`: the reference drops without Close"
-SAME_CODE = "section 2, `Close with the same code and no reason`: always 1000 there"
+BORDERS = "`Message borders mean nothing`: the reference assembles whole messages"
+BAD_FRAME = "`Close 1003 ... 1002 ... 1007`: the reference drops without Close"
+SAME_CODE = "`Close with the same code and no reason`: always 1000 there"
 REQUEST = (
-    "section 2, `A request without Upgrade` and `An upgrade`: the reference differs in the "
+    "`A request without Upgrade` and `An upgrade`: the reference differs in the "
     "numbers, has no head limit and also takes version 8"
 )
-STOPPING = "section 2, `Relay shutting down`: the reference just ends the TCP connection"
-# PROTOCOL.md does not mark these rows with "differs".
-HTTP_SYNTAX = "section 2, `Not HTTP`: the reference accepts more, or continues to wait"
+STOPPING = "`Relay shutting down`: the reference just ends the TCP connection"
+HTTP_SYNTAX = "`Not HTTP`: the reference accepts more, or continues to wait"
 ANY_ORIGIN = (
-    "section 2, `Accept any path, any Host, any or no Origin. Decline extensions and "
+    "`Accept any path, any Host, any or no Origin. Decline extensions and "
     "subprotocols`: the reference refuses some"
 )
 TCP_ENDED = (
-    "section 1, `Lingering` (over WebSocket the end follows a Close): the reference sends no Close "
+    "`Lingering` (over WebSocket the end follows a Close): the reference sends no Close "
     "to a client that ends its TCP connection without one"
 )
 

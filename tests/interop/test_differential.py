@@ -3,7 +3,7 @@
 The comparison covers every byte that a client received (over WebSocket: its payload), how each
 connection ended, and every usage record (mood, bytes, whether it has a waiting time). Each scenario
 runs over TCP, over WebSocket and over both. Where the two relays may differ, differences.py has the
-result of ours and the row of PROTOCOL.md.
+result of ours and the reason.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def largest_message(relay: Relay, kinds: Kinds) -> int:
 
 @pytest.mark.parametrize("sender", ["tcp", "ws"])
 def test_messages_are_small(sender: str, ours: Relay, reference: Relay) -> None:
-    """PROTOCOL.md, section 2, `binary messages of at most 32 KiB`: the reference sends more."""
+    """docs/protocol.md, "WebSocket": at most 32 KiB. The reference sends longer ones."""
     limit = 32 << 10
     assert largest_message(ours, (sender, "ws")) <= limit
     assert any(largest_message(reference, (sender, "ws")) > limit for _ in range(5))

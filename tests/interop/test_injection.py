@@ -24,7 +24,7 @@ from stage import OK, Client, WebSocketClient, handshake, summary
 MEBIBYTE = 1 << 20
 SIZE = 32 * MEBIBYTE  # more than the kernel and the relay queue for one direction
 LISTENERS = ["--port=tcp:0:interface=127.0.0.1", "--websocket=tcp:0:interface=127.0.0.1"]
-NO_ROOM = ["ENOBUFS", "ENOMEM"]  # PROTOCOL.md, "The end of a pair": "no room now"
+NO_ROOM = ["ENOBUFS", "ENOMEM"]  # docs/protocol.md, "The end of a pair": "no room now"
 DESCRIPTORS, WAITING = 80, 120
 
 

@@ -24,7 +24,7 @@ from children import TIMEOUT, Child, Record, Relay
 from stage import handshake
 
 MEBIBYTE = 1 << 20
-LONGEST_MESSAGE = 1 << 15  # PROTOCOL.md, section 2
+LONGEST_MESSAGE = 1 << 15  # docs/protocol.md, "WebSocket"
 
 LIBRARIES = ["websockets", "autobahn", "ws"]
 CLIENTS = [*LIBRARIES, "tcp"]
