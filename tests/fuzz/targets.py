@@ -515,7 +515,7 @@ def head_seeds() -> Iterator[bytes]:
 
 
 # Frames. The first byte of an input selects whether the frames are masked, and whether the word
-# "filler" is replaced by a payload that needs more than one step of unmasking.
+# "filler" is replaced by a payload of more than TRANSLATED_BYTES, which is unmasked by translation.
 
 IS_MASKED, HAS_PAYLOAD = 1, 2
 CODES = (1000, 1004, 1006, 1014, 3000, 4999)  # at these, the codes that may be sent begin or end
@@ -638,7 +638,7 @@ def check_other_client(stream: bytes, case: test_fuzz.Case, result: test_fuzz.St
         assert result.partner_payload == b"" and ("lonely", 0) in result.records
         assert all(size == 0 for _, size in result.records)
     if case.role is Role.WEBSOCKET and not stream.startswith(b"please relay "):
-        assert result.head[:4] in (b"", b"HTTP"), "a proxy expects HTTP"
+        assert result.head[:4] in (b"", b"HTTP"), "an answer that is not HTTP"
 
 
 def client_seeds() -> Iterator[bytes]:
@@ -664,7 +664,7 @@ def check_size(data: bytes) -> str:
         assert str(error).startswith(repr(text)) and "\n" not in str(error)
     else:
         assert size == expected and type(size) is int and size >= 0
-        if size < 10**15:
+        if size < 10**15:  # a number may have 15 digits
             assert parse_size(str(size)) == parse_size(f"{size}B") == size
             assert size >= 10**15 // 8 or parse_size(f"{size * 8}bit") == size
     of_rate = readings.size_reading(text[:-2] if text.endswith("/s") else text)

@@ -43,7 +43,7 @@ PING_RATIO = 10
 LATE_SECONDS = 0.025
 QUIET_SECONDS = 2.0  # how long the round trips without flows are measured
 START_SECONDS = 1.5  # not measured, because buffers fill, and the flows use the reserve
-WINDOW_SECONDS = shorter(10, 5)
+WINDOW_SECONDS = shorter(10.0, 5.0)
 ATTEMPTS = 3
 DISTURBED_CORES = 0.1  # if other processes use more, a measurement is repeated
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import bystanders
 from bystanders import delayed_seconds
@@ -46,12 +46,12 @@ from processes import Code, patched
 
 from transit_relay import Snapshot, count_text, query_descriptor, status_line
 
+Number = TypeVar("Number", int, float)
 IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbers
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{RELAY.parent}"}
 CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.setns from 3.12 on
 POLL_SECONDS = 0.05  # how often a state of the relay is read that has no event
-SHARE_SECONDS = 1.0  # of real time, in which a share of the CPU is measured
 STATUS_SECONDS = 0.5  # how often these relays send their status: tests wait for it
 IDLE_SHARE = 0.02  # of a core, at most, without work
 IDLE_RATIO = 2  # with transfers: at most so many times the share before
@@ -70,9 +70,12 @@ PROGRAM = patched(**WATCHED)
 HAPROXY = ("--port", "haproxy:tcp:0:interface=127.0.0.1")  # a port for clients with PROXY headers
 
 
-def shorter(whole: int, short: int) -> int:
+def shorter(whole: Number, short: Number) -> Number:
     """Return a number for the whole form of a test, or for the short form."""
     return short if IS_SHORT else whole
+
+
+SHARE_SECONDS = shorter(1.0, 0.5)  # of real time, in which a share of the CPU is measured
 
 
 def has_option(name: str) -> bool:
