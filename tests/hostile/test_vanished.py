@@ -7,6 +7,7 @@ beside it are on the server itself.
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -203,5 +204,7 @@ def test_transfers_over_a_long_way_that_loses_packets(nft: str) -> None:
         lost = lost_packets(nft)
         print(f"{len(result.rounds)} rounds, {sum(result.sent_bytes)} bytes, {lost} packets lost")
         assert lost > 0
-        # Each round crosses the way twice.
-        assert min(seconds for _, seconds in result.rounds[1:]) > 1.5 * DELAY_SECONDS
+        # Each round crosses the way twice. A round in which a process waited for a core can seem
+        # shorter, because that time is subtracted.
+        median = statistics.median(seconds for _, seconds in result.rounds[1:])
+        assert median > 1.5 * DELAY_SECONDS
