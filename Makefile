@@ -106,7 +106,7 @@ hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SH
 	cat $(patsubst %,build/hostile-%.log,$(hostile_runs)); \
 	$(hostile_pytest) $(hostile_alone) || status=1; exit $$status
 
-rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 75 seconds
+rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 50 seconds
 	@$(find_pytest); $(hostile_pytest) tests/hostile/test_real_rates.py
 
 MINUTES = 10
