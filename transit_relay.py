@@ -7,7 +7,7 @@ relay then passes bytes between them until a client leaves or the relay stops. I
 it is used, without addresses, tokens or sides.
 
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
-beside it, which implements WebSocket frames, every listener accepts WebSocket clients as well.
+beside it, every listener accepts WebSocket clients as well, and can expect PROXY headers.
 
 The file is divided into sections. At run time a section uses names of the sections above it. Five
 kinds of calls go to a later section: to the methods in the section Interfaces, from a Session to
@@ -25,7 +25,7 @@ service and of a stop.
     Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
-    Framing              the encodings: raw bytes, HTTP, WebSocket messages
+    Framing              the encoding of a client: its detection, and raw bytes
     Connection           one socket: its backlog, its interest, its phases
     Accepting            listeners in the loop, and the pauses when resources run out
     Signals and stops    how signals reach the loop; what a stop waits for
@@ -126,15 +126,7 @@ OK = b"ok\n"
 BAD_HANDSHAKE = b"bad handshake\n"
 IMPATIENT = b"impatient\n"
 MAX_LINE_BYTES = 1024  # MAX_LENGTH of the reference relay; the longest handshake line has 104
-
-# The first bytes of a client and the role of its listener decide its encoding.
 RAW_BEGINNING = b"please relay "
-HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
-# The body of the answer to an HTTP request that asks for no WebSocket, such as a health check.
-HTTP_TEXT = """\
-This is transit-relay, the relay server of Magic Wormhole.
-Magic Wormhole clients connect to it over TCP or WebSocket. It has no pages.
-"""
 
 STANDARD_FDS = 3  # descriptors 0, 1 and 2
 F_SETPIPE_SZ = 1031  # fcntl.h of Linux; Python has a name for it from 3.10 on
@@ -167,16 +159,7 @@ IGNORED_SIGNALS = {
 }
 
 READ_BYTES = 256 * 1024  # the largest read that is copied
-FRAMED_READ_BYTES = 64 * 1024  # the largest WebSocket read; 30 ms of work if of empty frames
-FRAMES_PER_READ = 1_000  # a read is sized for this many, if they are as dense as the last ones
-COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the next one waits in the bulk queue
-FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
-MAX_MESSAGE_BYTES = 32 * 1024  # sent to a WebSocket; a client library in Go refuses larger ones
-PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
-FRAME_HEADERS_BYTES = 1024  # headers of the messages made from one read, and a Close
-# The largest backlog that is not in a pipe and was not taken out of one. It follows from
-# backpressure, and the tests assert it.
-MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
+FIRST_READ_BYTES = 4 * 1024  # a read while the encoding of the client is unknown
 BULK_BYTES = 64 * 1024  # after a read of this size (or the largest) the next one is queued as bulk
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
@@ -190,7 +173,6 @@ PRESSED_READ_BYTES = 16 * 1024  # a read when --max-memory is used up, and the l
 LEAST_MEMORY_BYTES = 1_000_000  # a smaller --max-memory is probably a mistake in the unit
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
 FEW_BYTES = 64  # so few unacknowledged bytes may be Pings, and do not make a pair busy
-MAX_UNANSWERED_PINGS = 3  # then a waiting client is closed
 KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
 KEEPALIVE_PROBES = 4  # without an answer, before the kernel ends the connection
 ACCEPTS_PER_WAKEUP = 64  # per listener and turn, so that a flood does not starve the pairs
@@ -1143,18 +1125,19 @@ class Addresses:
 # Interfaces ----------------------------------------------------------------------------------
 # Names that several sections use, and the methods that earlier sections call on later ones: those
 # of a Connection that a Session, a Pair and a Framing use, and those of the Server that its own
-# objects use. Each of the two Protocols has one implementation in the relay.
+# objects use. Each of the two Protocols has one implementation in the relay. The type of all
+# framings is a Protocol of ws_frames. Only annotations name it, so the module may be missing.
 
 
 class Role(enum.Enum):
     """The encoding that a listener expects of its clients."""
 
-    PORT = "port"  # --port: raw, unless the first bytes are one of HTTP_BEGINNINGS
+    PORT = "port"  # --port: raw, unless the first bytes are one of ws_frames.HTTP_BEGINNINGS
     WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
 
 
 class Reason(enum.Enum):
-    """Why the relay ends a connection. A WebSocket Close has a code for it."""
+    """Why the relay ends a connection. ws_frames has a Close code for each value."""
 
     ENDED = "ended"  # any other end: a client left or broke a rule, a time limit, a fault
     REFUSED = "refused"  # for a limit other than a time limit; a later attempt may succeed
@@ -1207,12 +1190,12 @@ class ServerPhase(enum.Enum):
 class Transport(Protocol):
     """What a Session, a Pair and a Framing use of a Connection, which describes the methods."""
 
-    framing: Framing  # a Framing assigns its successor here
+    framing: ws_frames.Framing  # a Framing assigns its successor here
 
     def send(self, data: Bytes) -> None: ...
     def write(self, data: Bytes, *more: Bytes) -> None: ...
     def queued_bytes(self) -> int: ...
-    def is_behind(self) -> bool: ...
+    def is_behind(self, most: int) -> bool: ...
     def session_changed(self) -> None: ...
     def note_activity(self) -> None: ...
     def finish(self, reason: Reason) -> None: ...
@@ -1261,7 +1244,6 @@ class State(enum.Enum):
     DONE = "done"
 
 
-BEFORE_HANDSHAKE = (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
 # The mood of a client that `client_ended` ends in this state. In the others it has no record.
 MOODS_OF_ENDED = {State.WAIT_HANDSHAKE: "empty", State.WAIT_PARTNER: "lonely"}
 
@@ -1293,7 +1275,7 @@ class Session:
     --------------  ---------  --------------  ---------  ----------------
     wait_upgrade    opened     wait_handshake  -          -
     wait_upgrade    end        done            -          -
-    wait_handshake  http       wait_upgrade    -          -
+    wait_handshake  postponed  wait_upgrade    -          -
     wait_handshake  handshake  wait_partner    -          -
     wait_handshake  junk       done            errory     bad handshake\n
     wait_handshake  limited    done            lonely     too many waiting\n
@@ -1309,7 +1291,7 @@ class Session:
 
     limited: a handshake from a client that a limit refuses, here `--max-waiting-per-source`.
     full: the relay is full, and the first bytes have come.
-    An HTTP client has no byte stream, and no record, before its upgrade to WebSocket.
+    postponed: the byte stream, and so the record, begins after an upgrade or a PROXY header.
     The record of a pair (mood happy) is written in `end_sent` of the client that stayed. After a
     fault, `Rendezvous.expel` may write it.
     """
@@ -1345,15 +1327,41 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session {self.state.value}>"
 
+    @property
+    def expects_http(self) -> bool:
+        """Whether an upgrade must precede the byte stream. Meaningless within a PROXY header."""
+        return self.state is State.WAIT_UPGRADE
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client waits for a partner."""
+        return self.state is State.WAIT_PARTNER
+
+    @property
+    def is_over(self) -> bool:
+        """Whether later bytes of the client have no effect."""
+        return self.state is State.DONE
+
     # Events.
 
-    def peer_known(self, peer: Peer) -> None:
-        """Note where the client comes from: at its accept, and when a proxy tells it."""
+    def peer_known(self, peer: Peer | None) -> None:
+        """Note where the client comes from, if it is known: at its accept, or from a proxy."""
+        if peer is None:
+            return
         self.source, self.is_trusted = peer.source, peer.is_trusted
         if self.refused_by is not Limit.CONNECTIONS:
             self.refused_by = None if peer.is_allowed else Limit.ALLOW
 
-    def http_detected(self) -> None:
+    def proxy_told(self, address: str) -> None:
+        """Note the address of the client that a PROXY header tells."""
+        self.peer_known(self.rendezvous.addresses.judge_told(address))
+
+    def forwarded_for(self, values: Sequence[str]) -> None:
+        """Note the values of X-Forwarded-For. Only those of a trusted proxy count."""
+        if self.is_trusted:
+            self.peer_known(self.rendezvous.addresses.judge_forwarded(values))
+
+    def stream_postponed(self) -> None:
         """Note that the byte stream begins later: after an upgrade, or after a PROXY header."""
         assert self.state is State.WAIT_HANDSHAKE, self
         self.state = State.WAIT_UPGRADE
@@ -1385,6 +1393,13 @@ class Session:
         """Refuse a client before its handshake, because the relay is full."""
         assert self.state is State.WAIT_HANDSHAKE, self
         self._refuse(Limit.CONNECTIONS, "empty")
+
+    def refuse_upgrade(self) -> str | None:
+        """Return why this client must not be upgraded, if so, and count it as refused."""
+        if self.refused_by is not Limit.CONNECTIONS:
+            return None
+        self.rendezvous.limit_reached(Limit.CONNECTIONS)
+        return REFUSALS[Limit.CONNECTIONS].decode().strip()
 
     def _refuse(self, limit: Limit, mood: str) -> None:
         self.rendezvous.limit_reached(limit)
@@ -1668,17 +1683,15 @@ class Rendezvous:
 
 # Framing -------------------------------------------------------------------------------------
 # A Framing decodes and encodes one client's byte stream, which is one line and then data. Raw
-# clients send the stream as it is. WebSocket clients send it as the payload of messages. A
-# connection begins with DetectFraming. Behind a proxy that sends PROXY headers it begins with
-# ProxyFraming. A Framing replaces itself with the next one:
+# clients send the stream as it is. WebSocket clients send it as the payload of messages. A Framing
+# replaces itself with the next one. Those in brackets are in ws_frames. The first one is only for
+# listeners behind a proxy that sends PROXY headers:
 #
-#     DetectFraming --+--> RawFraming                          a line, then data
-#                     +--> HttpFraming --> WebSocketFraming    the same, in messages
+#     [ProxyFraming] --> DetectFraming --+--> RawFraming
+#                                        +--> [HttpFraming] --> [WebSocketFraming]
 #
 # When the Connection finishes, DISCARD replaces the last Framing. A Framing keeps its position in
-# the stream in named fields (CARRIED), so that a reload, which is planned, can carry them. It
-# writes an HTTP answer, a Ping or a Pong to its Transport, already encoded; `closing_bytes` returns
-# a WebSocket's Close.
+# the stream in named fields (CARRIED), so that a reload, which is planned, can carry them.
 
 
 class Framing:
@@ -1702,8 +1715,8 @@ class Framing:
         """Return the encoding of `data` in parts, which are valid until `data` changes."""
         return (data,)
 
-    def closing_bytes(self, reason: Reason) -> bytes:
-        """Return the bytes to send before the end of the connection."""
+    def closing_bytes(self, reason: str) -> bytes:
+        """Return the bytes to send before the end of the connection. `reason`: of a Reason."""
         return b""
 
     def backlog_sent(self) -> None:
@@ -1761,42 +1774,6 @@ class RawFraming(Framing):
         self._session.line_received(line)
 
 
-class ProxyFraming(Framing):
-    """Reads the PROXY header of a connection, behind which the client's bytes begin."""
-
-    __slots__ = ("_expects_http", "_reader")
-    CARRIED = __slots__
-
-    max_read_bytes = FIRST_READ_BYTES
-
-    def __init__(self, session: Session, transport: Transport) -> None:
-        super().__init__(session, transport)
-        self._expects_http = session.state is State.WAIT_UPGRADE
-        if not self._expects_http:
-            session.http_detected()  # without a header, there is no record either
-        self._reader = ws_frames.ProxyReader()
-
-    def receive(self, data: memoryview) -> None:
-        """Install the next Framing once the header is whole."""
-        session, transport = self._session, self._transport
-        try:
-            read = self._reader.receive(data)
-        except ws_frames.ProxyError:
-            session.client_ended()
-            return
-        if read is None:
-            return
-        told, rest = read
-        peer = None if told is None else session.rendezvous.addresses.judge_told(told)
-        if peer is not None:
-            session.peer_known(peer)
-        if not self._expects_http:
-            session.stream_opened()
-        transport.framing = DetectFraming(session, transport)
-        if rest:
-            transport.framing.receive(memoryview(rest))
-
-
 class DetectFraming(Framing):
     """Reads the first bytes of a client and selects its Framing: raw or HTTP."""
 
@@ -1812,153 +1789,24 @@ class DetectFraming(Framing):
     def receive(self, data: memoryview) -> None:
         """Install the next Framing once the first bytes are unambiguous."""
         session, transport = self._session, self._transport
-        expects_http = session.state is State.WAIT_UPGRADE
-        unexpected = (RAW_BEGINNING,) if expects_http else HTTP_BEGINNINGS if ws_frames else ()
+        http = ws_frames.HTTP_BEGINNINGS if ws_frames else ()
+        unexpected = (RAW_BEGINNING,) if session.expects_http else http
         start = self._start + data[: len(RAW_BEGINNING)]
         if start.startswith(unexpected):
-            (session.stream_opened if expects_http else session.http_detected)()
+            (session.stream_opened if session.expects_http else session.stream_postponed)()
         elif any(beginning.startswith(start) for beginning in unexpected):
             self._start = start
             return
-        is_http = session.state is State.WAIT_UPGRADE
-        transport.framing = (HttpFraming if is_http else RawFraming)(session, transport)
-        if session.refused_by is Limit.CONNECTIONS and not is_http:
-            session.relay_full()
+        stream = RawFraming(session, transport)
+        if session.expects_http:  # the stream begins later, in messages
+            transport.framing = ws_frames.HttpFraming(session, transport, stream)
+        else:
+            transport.framing = stream
+            if session.refused_by is Limit.CONNECTIONS:
+                session.relay_full()
         if self._start:
             transport.framing.receive(memoryview(self._start))
         transport.framing.receive(data)
-
-
-class HttpFraming(Framing):
-    """Answers one HTTP request: for an upgrade to WebSocket, or from a health check."""
-
-    __slots__ = ("_reader",)
-    CARRIED = ("_reader",)
-
-    max_read_bytes = FIRST_READ_BYTES  # frames may follow the head in the same read
-
-    def __init__(self, session: Session, transport: Transport) -> None:
-        super().__init__(session, transport)
-        self._reader = ws_frames.RequestReader()
-
-    def receive(self, data: memoryview) -> None:
-        """Answer the request when its head is complete, or cannot become valid."""
-        try:
-            read = self._reader.receive(data)
-            if read is None:
-                return
-            request, rest = read
-            self._learn_peer(request.fields.get("x-forwarded-for", ()))
-            is_upgrade = request.wants_websocket
-            answer = request.accept() if is_upgrade else request.answer(HTTP_TEXT)
-            if is_upgrade and self._session.refused_by is Limit.CONNECTIONS:
-                self._session.rendezvous.limit_reached(Limit.CONNECTIONS)
-                raise ws_frames.UpgradeRejected(503, REFUSALS[Limit.CONNECTIONS].decode().strip())
-        except ws_frames.UpgradeRejected as refusal:
-            is_upgrade, answer = False, refusal.answer
-        self._transport.write(answer)
-        if is_upgrade:
-            self._session.stream_opened()
-            self._transport.framing = WebSocketFraming(self._session, self._transport)
-            self._transport.framing.receive(memoryview(rest))
-        else:
-            self._session.client_ended()
-
-    def _learn_peer(self, forwarded_for: Sequence[str]) -> None:
-        """Learn from a trusted proxy where the client comes from."""
-        if self._session.is_trusted:
-            peer = self._session.rendezvous.addresses.judge_forwarded(forwarded_for)
-            if peer is not None:
-                self._session.peer_known(peer)
-
-
-class WebSocketFraming(Framing):
-    """Carries the byte stream in binary messages, and answers control frames."""
-
-    __slots__ = ("_protocol", "_stream", "_unanswered_pings", "is_costly", "max_read_bytes")
-    CARRIED = __slots__
-
-    is_raw = False
-
-    def __init__(self, session: Session, transport: Transport) -> None:
-        super().__init__(session, transport)
-        self._stream = RawFraming(session, transport)  # the content of the messages
-        self._protocol = ws_frames.ServerProtocol()
-        self._unanswered_pings = 0  # since the last byte from the client
-        self.max_read_bytes = FIRST_READ_BYTES
-        self.is_costly = False
-
-    def receive(self, data: memoryview) -> None:
-        """Pass on the payload of the frames in `data`, and answer control frames."""
-        self._unanswered_pings = 0
-        self._transport.note_activity()
-        payload: list[Bytes] = []
-        for event in self._protocol.receive(data):
-            payload.append(event.payload)
-            if self._session.pair is None:  # each piece can change the state
-                self._pass_on(payload)
-                if event.is_last:
-                    self._stream.message_ended()
-                if self._session.state is State.DONE:
-                    return
-        self._pass_on(payload)  # while relaying, all of the read in one piece
-        # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
-        # one: up to four times its size, but FIRST_READ_BYTES at least.
-        events = self._protocol.events_read + 1  # to avoid a division by zero
-        growth = min(4, FRAMES_PER_READ // events)
-        self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
-        self.is_costly = events > COSTLY_FRAMES
-        if self._protocol.close_frame:
-            self._session.client_ended()
-
-    def _pass_on(self, payload: list[Bytes]) -> None:
-        """Send the Pongs, pass the payload to the Session, and empty the list."""
-        pongs = self._protocol.new_pongs(self._transport.is_behind())
-        if pongs:
-            self._transport.write(pongs)
-        data = payload[0] if len(payload) == 1 else b"".join(payload)
-        if data:
-            self._stream.receive(data)
-        payload.clear()
-
-    def encode(self, data: Bytes) -> Sequence[Bytes]:
-        """Return binary messages of at most MAX_MESSAGE_BYTES: header, slice, header, slice."""
-        self._transport.note_activity()
-        if len(data) <= MAX_MESSAGE_BYTES:
-            return (ws_frames.frame_header(ws_frames.BINARY, len(data)), data)
-        return ws_frames.split_message(data, MAX_MESSAGE_BYTES)
-
-    def closing_bytes(self, reason: Reason) -> bytes:
-        """Return the waiting Pong and a Close, which answers the client or tells the `reason`."""
-        close = self._protocol.close_frame or ws_frames.build_close(CLOSE_CODES[reason])
-        return self._protocol.waiting_pong() + close
-
-    def backlog_sent(self) -> None:
-        """Send the waiting Pong."""
-        pong = self._protocol.waiting_pong()
-        if pong:
-            self._transport.write(pong)
-        self._transport.note_activity()
-
-    def keep_alive(self) -> None:
-        """Send a Ping, so that proxies keep the connection open.
-
-        A waiting client that has not answered MAX_UNANSWERED_PINGS is ended. Pings are counted,
-        not seconds, because a relay that was suspended has sent none. A paired client is not
-        ended here, because the relay may not be reading it. No Ping is sent before the handshake
-        or behind a backlog.
-        """
-        waits = self._session.state is State.WAIT_PARTNER
-        if waits and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
-            self._session.client_ended()
-            return
-        if self._session.state not in BEFORE_HANDSHAKE and not self._transport.queued_bytes():
-            self._transport.write(ws_frames.build_frame(ws_frames.PING))
-            self._unanswered_pings += 1
-        self._transport.note_activity()
-
-
-CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013}  # RFC 6455, 7.4
 
 
 # Connection ----------------------------------------------------------------------------------
@@ -1967,7 +1815,7 @@ CLOSE_CODES = {Reason.ENDED: 1000, Reason.STOPPING: 1001, Reason.REFUSED: 1013} 
 # of its partner whenever one of these fields changes.
 #
 # A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
-# one read, plus the Pongs of a WebSocket (MAX_BACKLOG_BYTES), or the content of one pipe, which may
+# one read and the Pongs of a WebSocket, or the content of one pipe, which may
 # have been moved to memory (PIPE_BYTES). When all backlogs together have used up --max-memory, a
 # paired client is read only while its partner's socket is writable (see `backlog`).
 #
@@ -2015,8 +1863,9 @@ class Connection:
         self.fd = sock.fileno()
         self._server = server
         self.session = Session(self, server.rendezvous, server.wallclock(), role, peer)
-        first_framing = ProxyFraming if has_proxy_header else DetectFraming
-        self.framing: Framing = first_framing(self.session, self)
+        self.framing: ws_frames.Framing = DetectFraming(self.session, self)
+        if has_proxy_header:
+            self.framing = ws_frames.ProxyFraming(self.session, self, self.framing)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
@@ -2113,9 +1962,9 @@ class Connection:
         """Return the size of the backlog."""
         return len(self.backlog or ())
 
-    def is_behind(self) -> bool:
-        """Return whether so much is queued that only the newest Pong is kept."""
-        return self.queued_bytes() > min(PONG_BACKLOG_BYTES, self._server.memory.max_read_bytes)
+    def is_behind(self, most: int) -> bool:
+        """Return whether more than `most` bytes are queued, or more than memory allows."""
+        return self.queued_bytes() > min(most, self._server.memory.max_read_bytes)
 
     def session_changed(self) -> None:
         """Start the time limit of a client that waits, or compute the interest again."""
@@ -2132,7 +1981,7 @@ class Connection:
         """Queue the closing bytes and enter the phase `flushing`. Nothing can be sent later."""
         if self.phase is not Phase.OPEN:
             return
-        closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
+        closing_bytes, self.framing = self.framing.closing_bytes(reason.value), DISCARD
         self.phase = Phase.FLUSHING
         if self.backlog is not None and not len(self.backlog):
             self._set_backlog(None)
@@ -2721,8 +2570,8 @@ class BulkQueue:
 
 # Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: that is counted and logged, and the client is ended.
-# (--max-memory and the rates slow clients.) Session, HttpFraming and Connection report to
-# `LimitEnforcer.note`, as `Rendezvous.limit_reached`.
+# (--max-memory and the rates slow clients.) Session and Connection report to `LimitEnforcer.note`,
+# as `Rendezvous.limit_reached`.
 
 
 class LimitEnforcer:
@@ -2871,7 +2720,7 @@ class LimitEnforcer:
 
 def is_before_handshake(conn: Connection) -> bool:
     """Return whether a client has not sent a whole handshake."""
-    return conn.session.state in BEFORE_HANDSHAKE
+    return conn.session.state in (State.WAIT_UPGRADE, State.WAIT_HANDSHAKE)
 
 
 # Server --------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 
 The module has no socket, clock, randomness or log. The caller reads from its own socket, in
 pieces of any size, passes the bytes to a reader, and sends the bytes that the builders return.
-The numbers at the checks are sections of RFC 6455, unless they name another RFC.
+The framings do that for the relay, whose Session and Transport they use through Protocols. The
+numbers at the checks are sections of RFC 6455, unless they name another RFC.
 
     Before it            ProxyReader                    server, behind a proxy
     Opening handshake    RequestReader, Request         server
                          upgrade_request, AnswerReader  client
     Received frames      FrameParser, Event             both; `must_be_masked` sets the role
     Frames to send       frame_header, build_frame      both; a client passes a masking key
-    An open WebSocket    ServerProtocol                 server: payload, and the answers to send
+    Clients of a relay   ProxyFraming, HttpFraming      server: what precedes the byte stream
+                         WebSocketFraming               server: the byte stream in messages
 
 The module supports no extension, no subprotocol and no text messages. FrameParser does not
 assemble messages: it returns payload in pieces, so its memory does not depend on the length of a
@@ -19,8 +21,8 @@ payload of a control frame (125 bytes).
 
 The state of a reader is a few named fields. `place` returns them and `resume` puts them into
 another reader; both work between any two bytes. They are for a reload of the relay, which is
-planned. The joined payload, the control events and the error do not depend on how the stream is
-cut into pieces.
+planned. The CARRIED fields of a framing are for it too. The joined payload, the control events and
+the error do not depend on how the stream is cut into pieces.
 
 The type of an error tells its cause:
 
@@ -37,8 +39,8 @@ from __future__ import annotations
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Union
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, Union
 
 Bytes = Union[bytes, bytearray, memoryview]
 Place = Mapping[str, Union[bytes, int, "Place"]]
@@ -78,6 +80,7 @@ GOING_AWAY = 1001
 PROTOCOL_ERROR = 1002
 UNSUPPORTED_DATA = 1003
 INVALID_DATA = 1007
+TRY_AGAIN_LATER = 1013  # of the registry of IANA
 
 # Limits of a head, line ends included. nginx passes on heads of 24 kB.
 MAX_HEAD_BYTES = 32 * 1024
@@ -729,58 +732,287 @@ def split_message(data: Bytes, max_bytes: int) -> list[Bytes]:
     return parts
 
 
-# An open WebSocket of a server ---------------------------------------------------------------
-# ServerProtocol reads the frames of a client and collects the Pongs and the Close that answer them.
+# The framings of the relay -------------------------------------------------------------------
+# A framing decodes and encodes one client of transit_relay. It tells the Session what has arrived,
+# and the Session decides what follows. It writes HTTP answers, Pings and Pongs to the Transport;
+# `closing_bytes` returns the Close. transit_relay shows how the framings follow each other.
+#
+# transit_relay can run as `__main__`, so this module cannot import it. Protocols name what the
+# framings use of it. Its classes Session, Framing, RawFraming (a Stream) and Connection (a
+# Transport) describe the members.
+
+# A client whose first bytes are one of these speaks HTTP.
+HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
+FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
+FRAMED_READ_BYTES = 64 * 1024  # the largest read; 30 ms of work if of empty frames
+FRAMES_PER_READ = 1_000  # a read is sized for this many, if they are as dense as the last ones
+COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the relay lets the next one wait
+MAX_MESSAGE_BYTES = 32 * 1024  # to a client; a client library in Go refuses larger ones
+PONG_BACKLOG_BYTES = 64 * 1024  # behind a longer backlog only the newest Pong is kept
+MAX_UNANSWERED_PINGS = 3  # then a waiting client is ended
+# By the relay's reason for the end of a connection.
+CLOSE_CODES = {"ended": NORMAL, "refused": TRY_AGAIN_LATER, "stopping": GOING_AWAY}
+# The body of the answer to an HTTP request that asks for no WebSocket, such as a health check.
+HTTP_TEXT = """\
+This is transit-relay, the relay server of Magic Wormhole.
+Magic Wormhole clients connect to it over TCP or WebSocket. It has no pages.
+"""
 
 
-class ServerProtocol(Reader):
-    """The server's end of an open WebSocket."""
+class Session(Protocol):
+    """What a framing uses of the Session of its client."""
 
-    CARRIED = ("_parser", "_pong", "close_frame")
-    __slots__ = (*CARRIED, "_pongs", "events_read")
+    @property
+    def pair(self) -> object: ...  # None: there is no partner
+    @property
+    def expects_http(self) -> bool: ...
+    @property
+    def is_waiting(self) -> bool: ...
+    @property
+    def is_over(self) -> bool: ...
+    def proxy_told(self, address: str) -> None: ...
+    def forwarded_for(self, values: Sequence[str]) -> None: ...
+    def stream_postponed(self) -> None: ...
+    def refuse_upgrade(self) -> str | None: ...
+    def stream_opened(self) -> None: ...
+    def client_ended(self) -> None: ...
 
-    def __init__(self) -> None:
+
+class Framing(Protocol):
+    """The decoder and encoder of one client: a framing of this module or of transit_relay."""
+
+    is_raw: bool
+    max_read_bytes: int
+    is_costly: bool
+
+    def receive(self, data: memoryview) -> None: ...
+    def encode(self, data: Bytes) -> Sequence[Bytes]: ...
+    def closing_bytes(self, reason: str) -> bytes: ...
+    def backlog_sent(self) -> None: ...
+    def keep_alive(self) -> None: ...
+
+
+class Transport(Protocol):
+    """What a framing uses of the Connection of its client."""
+
+    framing: Framing  # a framing assigns its successor here
+
+    def write(self, data: Bytes) -> None: ...
+    def queued_bytes(self) -> int: ...
+    def is_behind(self, most: int) -> bool: ...
+    def note_activity(self) -> None: ...
+
+
+class Stream(Protocol):
+    """What a framing uses of the byte stream in the messages of its client."""
+
+    def receive(self, data: Bytes) -> None: ...
+    def message_ended(self) -> None: ...
+
+
+class Opening:
+    """The framing of a client before its byte stream begins. It is sent no data meanwhile."""
+
+    __slots__ = ("_session", "_transport")
+
+    is_raw = True
+    max_read_bytes = FIRST_READ_BYTES  # frames may follow in the same read
+    is_costly = False
+
+    def __init__(self, session: Session, transport: Transport) -> None:
+        self._session = session
+        self._transport = transport
+
+    def encode(self, data: Bytes) -> Sequence[Bytes]:
+        """Return `data` as it is."""
+        return (data,)
+
+    def closing_bytes(self, reason: str) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def backlog_sent(self) -> None:
+        """Do nothing."""
+
+    def keep_alive(self) -> None:
+        """Do nothing."""
+
+
+class ProxyFraming(Opening):
+    """Reads the PROXY header of a connection, behind which the client's bytes begin."""
+
+    __slots__ = ("_expects_http", "_reader", "_successor")
+    CARRIED = __slots__
+
+    def __init__(self, session: Session, transport: Transport, successor: Framing) -> None:
+        """`successor`: for the bytes behind the header."""
+        super().__init__(session, transport)
+        self._expects_http = session.expects_http
+        if not self._expects_http:
+            session.stream_postponed()  # without a header, there is no record either
+        self._reader = ProxyReader()
+        self._successor = successor
+
+    def receive(self, data: memoryview) -> None:
+        """Install the successor once the header is whole."""
+        session = self._session
+        try:
+            read = self._reader.receive(data)
+        except ProxyError:
+            session.client_ended()
+            return
+        if read is None:
+            return
+        address, rest = read
+        if address is not None:
+            session.proxy_told(address)
+        if not self._expects_http:
+            session.stream_opened()
+        self._transport.framing = self._successor
+        if rest:
+            self._successor.receive(memoryview(rest))
+
+
+class HttpFraming(Opening):
+    """Answers one HTTP request: for an upgrade to WebSocket, or from a health check."""
+
+    __slots__ = ("_reader", "_stream")
+    CARRIED = __slots__
+
+    def __init__(self, session: Session, transport: Transport, stream: Stream) -> None:
+        """`stream`: for the content of the messages after an upgrade."""
+        super().__init__(session, transport)
+        self._reader = RequestReader()
+        self._stream = stream
+
+    def receive(self, data: memoryview) -> None:
+        """Answer the request when its head is complete, or cannot become valid."""
+        session, transport = self._session, self._transport
+        try:
+            read = self._reader.receive(data)
+            if read is None:
+                return
+            request, rest = read
+            session.forwarded_for(request.fields.get("x-forwarded-for", ()))
+            is_upgrade = request.wants_websocket
+            answer = request.accept() if is_upgrade else request.answer(HTTP_TEXT)
+            refusal = session.refuse_upgrade() if is_upgrade else None
+            if refusal is not None:
+                raise UpgradeRejected(503, refusal)
+        except UpgradeRejected as rejection:
+            is_upgrade, answer = False, rejection.answer
+        transport.write(answer)
+        if not is_upgrade:
+            session.client_ended()
+            return
+        session.stream_opened()
+        transport.framing = WebSocketFraming(session, transport, self._stream)
+        transport.framing.receive(memoryview(rest))
+
+
+class WebSocketFraming:
+    """Carries the byte stream in binary messages, and answers control frames."""
+
+    CARRIED = (
+        *("_close_frame", "_parser", "_pong", "_stream", "_unanswered_pings"),
+        *("is_costly", "max_read_bytes"),
+    )
+    __slots__ = (*CARRIED, "_session", "_transport")
+
+    is_raw = False
+
+    def __init__(self, session: Session, transport: Transport, stream: Stream) -> None:
+        """`stream`: for the content of the messages."""
+        self._session = session
+        self._transport = transport
+        self._stream = stream
         self._parser = FrameParser(must_be_masked=True)
         self._pong = b""  # the newest Pong, while the client leaves much unread
-        self.close_frame = b""  # the answer to the client's Close, or to its error
-        self._pongs: list[bytes] = []  # to be taken; empty between two reads
-        self.events_read = 0  # in the last call of `receive` that was exhausted
+        self._close_frame = b""  # the answer to the client's Close, or to its error
+        self._unanswered_pings = 0  # since the last byte from the client
+        self.max_read_bytes = FIRST_READ_BYTES
+        self.is_costly = False
 
-    def receive(self, data: memoryview) -> Iterator[Event]:
-        """Yield the pieces of binary messages in `data`, the next bytes of the stream.
-
-        Exhaust the iterator before `data` changes. If `close_frame` is set afterwards, the client
-        has sent a Close or broken a rule: do not call `receive` again.
-        """
-        events = 0
+    def receive(self, data: memoryview) -> None:
+        """Pass on the payload of the frames in `data`, and answer control frames."""
+        self._unanswered_pings = 0
+        self._transport.note_activity()
+        payload: list[Bytes] = []
+        pongs: list[bytes] = []
+        events = 1  # one too many, to avoid a division by zero
         try:
             for event in self._parser.receive(data):
                 events += 1
                 if event.opcode == BINARY:
-                    yield event
+                    payload.append(event.payload)
+                    if self._session.pair is None:  # each piece can change the state
+                        self._pass_on(payload, pongs)
+                        if event.is_last:
+                            self._stream.message_ended()
+                        if self._session.is_over:
+                            return
                 elif event.opcode == PING:
-                    self._pongs.append(build_frame(PONG, event.payload))
+                    pongs.append(build_frame(PONG, event.payload))
                 elif event.opcode == CLOSE:  # 5.5.1: echo its code
-                    self.close_frame = build_frame(CLOSE, event.payload[:2])
+                    self._close_frame = build_frame(CLOSE, event.payload[:2])
                     break
         except ProtocolError as error:
-            self.close_frame = build_close(error.code)
-        self.events_read = events
+            self._close_frame = build_close(error.code)
+        self._pass_on(payload, pongs)  # while relaying, all of the read in one piece
+        # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
+        # one: up to four times its size, but FIRST_READ_BYTES at least.
+        growth = min(4, FRAMES_PER_READ // events)
+        self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
+        self.is_costly = events > COSTLY_FRAMES
+        if self._close_frame:
+            self._session.client_ended()
 
-    def new_pongs(self, is_behind: bool) -> bytes:
-        """Return the Pongs for the Pings that were received since the last call.
+    def _pass_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
+        """Send the Pongs, pass the payload to the stream, and empty both lists."""
+        if pongs:
+            if self._transport.is_behind(PONG_BACKLOG_BYTES):  # 5.5.3: the newest is enough
+                self._pong = pongs[-1]
+            else:
+                self._pong = b""
+                self._transport.write(b"".join(pongs))
+            pongs.clear()
+        data = payload[0] if len(payload) == 1 else b"".join(payload)
+        if data:
+            self._stream.receive(data)
+        payload.clear()
 
-        `is_behind`: the client leaves much unread. Then only the newest Pong is kept, for
-        `waiting_pong`, and nothing is returned: 5.5.3.
-        """
-        if not self._pongs:
-            return b""
-        self._pong = self._pongs[-1] if is_behind else b""
-        pongs = b"" if is_behind else b"".join(self._pongs)
-        self._pongs.clear()
-        return pongs
+    def encode(self, data: Bytes) -> Sequence[Bytes]:
+        """Return binary messages of at most MAX_MESSAGE_BYTES: header, slice, header, slice."""
+        self._transport.note_activity()
+        if len(data) <= MAX_MESSAGE_BYTES:
+            return (frame_header(BINARY, len(data)), data)
+        return split_message(data, MAX_MESSAGE_BYTES)
 
-    def waiting_pong(self) -> bytes:
-        """Return the Pong that was kept, if there is one, and forget it."""
+    def closing_bytes(self, reason: str) -> bytes:
+        """Return the waiting Pong and a Close, which answers the client or tells the `reason`."""
+        return self._pong + (self._close_frame or build_close(CLOSE_CODES[reason]))
+
+    def backlog_sent(self) -> None:
+        """Send the waiting Pong."""
         pong, self._pong = self._pong, b""
-        return pong
+        if pong:
+            self._transport.write(pong)
+        self._transport.note_activity()
+
+    def keep_alive(self) -> None:
+        """Send a Ping, so that proxies keep the connection open.
+
+        A waiting client that has not answered MAX_UNANSWERED_PINGS is ended. Pings are counted,
+        not seconds, because a relay that was suspended has sent none. A paired client is not
+        ended here, because the relay may not be reading it. No Ping is sent before the handshake
+        or behind a backlog.
+        """
+        session, transport = self._session, self._transport
+        if session.is_waiting and self._unanswered_pings >= MAX_UNANSWERED_PINGS:
+            session.client_ended()
+            return
+        is_past_handshake = session.is_waiting or session.pair is not None
+        if is_past_handshake and not transport.queued_bytes():
+            transport.write(build_frame(PING))
+            self._unanswered_pings += 1
+        transport.note_activity()

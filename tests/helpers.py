@@ -474,10 +474,12 @@ class Loop:
         )
         self.server.start()
 
-    def connect(self, tcp: bool = False, role: Role = Role.PORT) -> socket.socket:
+    def connect(
+        self, tcp: bool = False, role: Role = Role.PORT, has_proxy_header: bool = False
+    ) -> socket.socket:
         """Return the socket of a new client. Over TCP there are resets.
 
-        `role`: of the listener that accepts it.
+        `role` and `has_proxy_header`: of the listener that accepts it.
         """
         ours, its = tcp_pair() if tcp else socket.socketpair()
         ours.settimeout(TIMEOUT)
@@ -485,7 +487,7 @@ class Loop:
         if tcp:
             self._over_tcp.append((ours, its))
             set_options(its, socket_options(Limits().keepalive_seconds))
-        self.server.admit(its, role)
+        self.server.admit(its, role, has_proxy_header=has_proxy_header)
         return ours
 
     def connect_both(

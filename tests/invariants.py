@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from transit_relay import (
-    MAX_BACKLOG_BYTES,
     MAX_IDLE_PIPES,
     PIPE_BYTES,
+    READ_BYTES,
     Limit,
     Phase,
     Pipe,
@@ -19,6 +19,12 @@ from transit_relay import (
     State,
     query_descriptor,
 )
+from ws_frames import FRAMED_READ_BYTES, PONG_BACKLOG_BYTES
+
+FRAME_HEADERS_BYTES = 1024  # headers of the messages made from one read, and a Close
+# The largest backlog that is not in a pipe and was not taken out of one. It follows from
+# backpressure.
+MAX_BACKLOG_BYTES = READ_BYTES + FRAME_HEADERS_BYTES + PONG_BACKLOG_BYTES + FRAMED_READ_BYTES
 
 
 def check_pipe(pipe: Pipe) -> None:

@@ -8,19 +8,24 @@ from helpers import BINARY, CLOSE, FakeTransport, frame, handshake
 
 from transit_relay import (
     DISCARD,
-    PONG_BACKLOG_BYTES,
     Bytes,
     DetectFraming,
-    Framing,
+    RawFraming,
     Reason,
     Rendezvous,
     Role,
     Session,
     State,
     UsageRecord,
+)
+from ws_frames import (
+    FrameParser,
+    Framing,
+    HttpFraming,
+    ProtocolError,
+    ProxyFraming,
     WebSocketFraming,
 )
-from ws_frames import FrameParser, ProtocolError
 
 LINE = handshake("token", "side")
 UPGRADE = (
@@ -154,7 +159,7 @@ class FramedTransport(FakeTransport):
         self.journal.append((self, written))
 
     def finish(self, reason: Reason) -> None:
-        closing_bytes, self.framing = self.framing.closing_bytes(reason), DISCARD
+        closing_bytes, self.framing = self.framing.closing_bytes(reason.value), DISCARD
         if closing_bytes:
             self.write(closing_bytes)
         super().finish(reason)
@@ -162,8 +167,8 @@ class FramedTransport(FakeTransport):
     def queued_bytes(self) -> int:
         return self.queued
 
-    def is_behind(self) -> bool:
-        return self.queued > PONG_BACKLOG_BYTES
+    def is_behind(self, most: int) -> bool:
+        return self.queued > most
 
     def note_activity(self) -> None:
         self.activities += 1
@@ -171,6 +176,20 @@ class FramedTransport(FakeTransport):
     def frames(self) -> list[tuple[int, bytes]]:
         """Return the frames that a WebSocket client was sent."""
         return read_frames(self.sent)
+
+
+# The Framing that the relay gives to another one.
+PARTS_OF: dict[type, tuple[type, ...]] = {
+    ProxyFraming: (DetectFraming,),
+    HttpFraming: (RawFraming,),
+    WebSocketFraming: (RawFraming,),
+}
+
+
+def new_framing(kind: type[Framing], client: FramedTransport) -> Framing:
+    """Return a Framing of this kind, as the relay makes it."""
+    parts = [part(client.session, client) for part in PARTS_OF.get(kind, ())]
+    return kind(client.session, client, *parts)
 
 
 def read_frames(sent: bytes) -> list[tuple[int, bytes]]:
@@ -206,7 +225,7 @@ class Room:
         """Return a WebSocket client whose upgrade is done."""
         client = self.client(role=Role.WEBSOCKET)
         client.session.stream_opened()
-        client.framing = WebSocketFraming(client.session, client)
+        client.framing = new_framing(WebSocketFraming, client)
         return client
 
     def pair(self) -> tuple[FramedTransport, FramedTransport]:

@@ -34,17 +34,16 @@ from transit_relay import (
     DetectFraming,
     Endpoint,
     Framing,
-    HttpFraming,
     Listener,
     Phase,
     RawFraming,
     Reason,
     Session,
     State,
-    WebSocketFraming,
     unacknowledged_bytes,
     unread_bytes,
 )
+from ws_frames import HttpFraming, ProxyFraming, WebSocketFraming
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
 BOTH = EVENT_READ | EVENT_WRITE
@@ -414,7 +413,9 @@ NOT_CARRIED: dict[type, set[str]] = {
     },
     **{
         framing: {"_session", "_transport"}
-        for framing in (Framing, RawFraming, DetectFraming, HttpFraming, WebSocketFraming)
+        for framing in (
+            *(Framing, RawFraming, DetectFraming, ProxyFraming, HttpFraming, WebSocketFraming),
+        )
     },
 }
 

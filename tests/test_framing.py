@@ -22,26 +22,30 @@ from helpers import (
     parse_head,
     splits,
 )
-from streams import LINE, SWITCHED, UPGRADE, FramedTransport, Room, read_frames
+from streams import LINE, SWITCHED, UPGRADE, FramedTransport, Room, new_framing, read_frames
 
 import transit_relay
 from transit_relay import (
     DISCARD,
     FIRST_READ_BYTES,
-    FRAMED_READ_BYTES,
-    FRAMES_PER_READ,
     MAX_LINE_BYTES,
     DetectFraming,
-    Framing,
-    HttpFraming,
     RawFraming,
     Reason,
     Role,
     Session,
     State,
+)
+from ws_frames import (
+    CLOSE_CODES,
+    FRAMED_READ_BYTES,
+    FRAMES_PER_READ,
+    Framing,
+    HttpFraming,
+    ProxyFraming,
+    Reader,
     WebSocketFraming,
 )
-from ws_frames import Reader
 
 # RawFraming.
 
@@ -636,6 +640,14 @@ def test_the_end_of_a_client_without_a_partner(
         assert room.moods() == [mood], pieces
 
 
+def test_each_reason_has_a_close_code() -> None:
+    assert {Reason(name): code for name, code in CLOSE_CODES.items()} == {
+        Reason.ENDED: 1000,
+        Reason.STOPPING: 1001,
+        Reason.REFUSED: 1013,
+    }
+
+
 @pytest.mark.parametrize("line", [b"", LINE], ids=["empty", "lonely"])
 @pytest.mark.parametrize(("reason", "code"), [(Reason.ENDED, 1000), (Reason.STOPPING, 1001)])
 def test_the_relay_ends_a_client(room: Room, line: bytes, reason: Reason, code: int) -> None:
@@ -795,7 +807,7 @@ def test_a_raw_client_is_sent_nothing_but_its_data(room: Room) -> None:
         framing = client.framing
         framing.keep_alive()
         framing.backlog_sent()
-        assert framing.closing_bytes(Reason.ENDED) == framing.closing_bytes(Reason.STOPPING) == b""
+        assert {framing.closing_bytes(reason.value) for reason in Reason} == {b""}
         assert list(framing.encode(b"data")) == [b"data"]
         assert client.sent == b"" and client.activities == 0
 
@@ -822,14 +834,18 @@ def test_discard_writes_and_reports_nothing(room: Room, kind: str) -> None:
         client.framing.backlog_sent()
         client.framing.keep_alive()
         assert observed() == before and client.framing is DISCARD
-    assert DISCARD.closing_bytes(Reason.ENDED) == DISCARD.closing_bytes(Reason.STOPPING) == b""
+    assert {DISCARD.closing_bytes(reason.value) for reason in Reason} == {b""}
     assert list(DISCARD.encode(b"data")) == [b"data"]
 
 
 # The position in the stream.
 
 
-@pytest.mark.parametrize("kind", [RawFraming, DetectFraming, HttpFraming, WebSocketFraming])
+KINDS = [RawFraming, ProxyFraming, DetectFraming, HttpFraming, WebSocketFraming]
+PARTS = (transit_relay.Framing, *KINDS)  # a part of a Framing can be another one
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_of_a_framing_is_carried_or_a_link(kind: type[Framing]) -> None:
     slots = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
     assert slots == {*kind.CARRIED, "_session", "_transport"}
@@ -840,7 +856,7 @@ def take_out(framing: Framing) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name in type(framing).CARRIED:
         value = getattr(framing, name)
-        if isinstance(value, Framing):
+        if isinstance(value, PARTS):
             fields[name] = take_out(value)
         elif isinstance(value, Reader):
             fields[name] = dict(value.place())
@@ -854,7 +870,7 @@ def put_back(framing: Framing, fields: dict[str, Any]) -> None:
     """Set the carried fields of a new Framing."""
     for name, value in fields.items():
         part = getattr(framing, name)
-        if isinstance(part, Framing):
+        if isinstance(part, PARTS):
             put_back(part, value)
         elif isinstance(part, Reader):
             part.resume(value)
@@ -867,7 +883,7 @@ def carry(client: FramedTransport) -> None:
     old = client.framing
     if old is DISCARD:
         return
-    new = type(old)(client.session, client)
+    new = new_framing(type(old), client)
     put_back(new, marshal.loads(marshal.dumps(take_out(old))))
     assert take_out(new) == take_out(old)
     client.framing = new
@@ -911,6 +927,24 @@ def test_a_carried_framing_continues_where_the_old_one_was(stream: bytes, role: 
         partner.session.connection_lost()
         client.session.connection_lost()
         outcomes.append((state, client.sent, partner.sent, room.records))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1]
+
+
+@pytest.mark.parametrize("role", list(Role), ids=["--port", "--websocket"])
+@pytest.mark.parametrize("stream", [STREAMS["raw"], STREAMS["a WebSocket"]], ids=["raw", "ws"])
+def test_a_carried_framing_continues_behind_a_proxy_header(stream: bytes, role: Role) -> None:
+    """The outcome is that of the stream without the header."""
+    outcomes = []
+    for header in (b"", b"PROXY TCP4 192.0.2.7 192.0.2.1 50000 4001\r\n"):
+        room = Room()
+        partner, client = room.partner(), room.client(role)
+        if header:
+            client.framing = new_framing(ProxyFraming, client)
+        for byte in header + stream:
+            client.feed(bytes([byte]))
+            carry(client)
+        outcomes.append((client.session.state, client.sent, partner.sent))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1]
 

@@ -43,7 +43,6 @@ from streams import (
 
 from transit_relay import (
     ENDPOINT_FIELDS,
-    HTTP_TEXT,
     Endpoint,
     Handshake,
     RawFraming,
@@ -57,6 +56,7 @@ from transit_relay import (
     parse_handshake,
 )
 from ws_frames import (
+    HTTP_TEXT,
     MAX_HEAD_BYTES,
     MAX_HEAD_LINE_BYTES,
     TRANSLATED_BYTES,

@@ -199,16 +199,16 @@ def test_ws_frames_is_imported_once_at_the_start() -> None:
 # The calls that go down the file.
 
 
-def class_node(name: str) -> ast.ClassDef:
-    """Return the definition of a class of the program."""
-    (found,) = (node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == name)
+def class_node(name: str, tree: ast.Module = TREE) -> ast.ClassDef:
+    """Return the definition of a class of a module."""
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     return found
 
 
-def members(name: str) -> set[str]:
-    """Return the public methods, properties and attributes of a class of the program."""
+def members(name: str, tree: ast.Module = TREE) -> set[str]:
+    """Return the public methods, properties and attributes of a class of a module."""
     found = set()
-    for node in ast.walk(class_node(name)):
+    for node in ast.walk(class_node(name, tree)):
         if isinstance(node, ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -275,16 +275,39 @@ TRANSPORT_USERS = ("Session", "Rendezvous", "Framing", "Connection")
 def test_what_sessions_and_framings_use_of_a_connection_is_the_transport_protocol() -> None:
     """Every member is used, none is missing, and the Connection has all of them."""
     nodes = [node for name in TRANSPORT_USERS for node in statements(section(name))]
+    nodes += WS_FRAMES.body
     assert attributes_of({"transport", "_transport"}, nodes) == members("Transport")
     slots = set(transit_relay.Connection.__slots__)
     assert members("Transport") <= members("Connection") | slots
+
+
+PROTOCOLS = {
+    "Session": {"session", "_session"},
+    "Transport": {"transport", "_transport"},
+    "Stream": {"_stream"},
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_ws_frames_uses_of_the_relay_is_in_its_protocols(protocol: str) -> None:
+    """Every member is used, and none is missing. mypy checks that the relay has them."""
+    used = attributes_of(PROTOCOLS[protocol], WS_FRAMES.body)
+    assert used == members(protocol, WS_FRAMES)
+
+
+def test_what_a_connection_uses_of_a_framing_is_the_framing_protocol() -> None:
+    """Every member is used, and none is missing."""
+    users = ("Rendezvous", "Framing", "Connection", "Server")
+    nodes = [node for name in users for node in statements(section(name))]
+    used = attributes_of({"framing"}, [*nodes, *WS_FRAMES.body])
+    assert used == members("Framing", WS_FRAMES)
 
 
 # Names of a section below that annotations mention: the objects that are handed up.
 HANDED_UP = {
     "Rates": {"Pair"},
     "Timers": {"Connection"},
-    "Interfaces": {"Framing", "Connection", "Rendezvous", "BulkQueue"},
+    "Interfaces": {"Connection", "Rendezvous", "BulkQueue"},
     "Session": {"Pair", "Rendezvous"},
     "Accepting": {"Listener"},
     "Server": {"Listener", "Recorder"},

@@ -19,7 +19,6 @@ from transit_relay import (
     COMPLAINT_SECONDS,
     PIPE_BYTES,
     PIPE_HOLD_SECONDS,
-    PONG_BACKLOG_BYTES,
     PRESSED_READ_BYTES,
     READ_BYTES,
     Connection,
@@ -29,6 +28,7 @@ from transit_relay import (
     Phase,
     Pipe,
 )
+from ws_frames import PONG_BACKLOG_BYTES
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
 CHUNK = random.Random(1).randbytes(1 << 16)

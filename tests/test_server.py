@@ -28,13 +28,12 @@ from helpers import (
     handshake,
     read_to_end,
 )
-from invariants import check_server
+from invariants import MAX_BACKLOG_BYTES, check_server
 
 import transit_relay
 from transit_relay import (
     ACCEPT_RETRY_SECONDS,
     IGNORED_SIGNALS,
-    MAX_BACKLOG_BYTES,
     MEMORY_RESERVE_BYTES,
     PING_SECONDS,
     RESERVED_FDS,

@@ -91,7 +91,7 @@ def match(session: Session, other: Session) -> None:
 
 # The inputs, by their names in the table ...
 INPUTS: dict[str, Callable[[Setup, Session], object]] = {
-    "http": lambda setup, session: session.http_detected(),
+    "postponed": lambda setup, session: session.stream_postponed(),
     "opened": lambda setup, session: session.stream_opened(),
     "handshake": lambda setup, session: session.line_received(LINE),
     "junk": lambda setup, session: session.line_received(b"GET / HTTP/1.1\r"),
@@ -113,15 +113,15 @@ STEPS = INPUTS | {
 PATHS: dict[str, tuple[State, list[str]]] = {
     "accepted": (State.WAIT_HANDSHAKE, []),
     "accepted, HTTP expected": (State.WAIT_UPGRADE, []),
-    "HTTP": (State.WAIT_UPGRADE, ["http"]),
-    "HTTP, upgraded": (State.WAIT_HANDSHAKE, ["http", "opened"]),
+    "HTTP": (State.WAIT_UPGRADE, ["postponed"]),
+    "HTTP, upgraded": (State.WAIT_HANDSHAKE, ["postponed", "opened"]),
     "opened": (State.WAIT_HANDSHAKE, ["opened"]),
     "waiting": (State.WAIT_PARTNER, ["handshake"]),
     "waited": (State.RELAYING, ["handshake", "partner"]),
     "met a waiting client": (State.RELAYING, ["partner", "handshake"]),
     "errory": (State.DONE, ["junk"]),
     "empty": (State.DONE, ["end"]),
-    "HTTP answer": (State.DONE, ["http", "end"]),
+    "HTTP answer": (State.DONE, ["postponed", "end"]),
     "impatient": (State.DONE, ["handshake", "bytes"]),
     "redundant": (State.DONE, ["handshake", "displaced"]),
     "lonely": (State.DONE, ["handshake", "end"]),

@@ -32,7 +32,8 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import COSTLY_FRAMES, Role, ServerPhase, State
+from transit_relay import Role, ServerPhase, State
+from ws_frames import COSTLY_FRAMES
 
 LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}

@@ -14,13 +14,14 @@ import pytest
 from helpers import BINARY, PING, frame, handshake, parse_head, splits
 from streams import FramedTransport, Room
 
-from transit_relay import HttpFraming, Role, State
+from transit_relay import Role, State
 from ws_frames import (
     CHECKED_START_BYTES,
     MAX_HEAD_BYTES,
     MAX_HEAD_LINE_BYTES,
     METHODS,
     AnswerReader,
+    HttpFraming,
     Request,
     RequestReader,
     UpgradeFailed,
