@@ -2415,7 +2415,8 @@ class Faults:
     def _end(self, conn: Connection) -> None:
         """End a connection in the ordinary way if it is open and consistent. Else close it."""
         try:
-            if conn.phase is Phase.OPEN and is_consistent(conn):  # else it would be a second fault
+            # The ordinary end of an inconsistent connection would be a second fault.
+            if conn.phase is Phase.OPEN and is_consistent(conn):
                 conn.session.client_ended()
                 return
         except Exception:
@@ -3003,7 +3004,7 @@ class Server:
         self._keep_pairs_only()
 
     def stop(self) -> None:
-        """Begin to stop: end the clients without a partner, and the pairs that are read."""
+        """Begin to stop: end clients without a partner, and pairs whose arrived bytes are read."""
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self.clock() + STOP_FLUSH_SECONDS
         self._keep_pairs_only()
@@ -3106,7 +3107,7 @@ class Sink(threading.Thread):
     # Called by the loop.
 
     def put(self, record: UsageRecord) -> None:
-        """Queue a record, without waiting, or count it as dropped (not after SinkGone)."""
+        """Queue a record, without waiting, or count it as dropped. After SinkGone, do neither."""
         with self._changed:
             if self._gone:
                 return
@@ -3462,7 +3463,7 @@ class UsageDatabase(Sink):
     def __init__(self, path: str, quota: Quota | None = None) -> None:
         """Import sqlite3, but touch no file. Raises StartupError."""
         super().__init__("--usage-db")
-        self._quota = quota  # loaded from its table and written to it, with each `current`
+        self._quota = quota  # loaded at the first write; its row is written with each `current`
         try:
             import sqlite3
         except ImportError:
@@ -3635,7 +3636,10 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints. Three names tell the role, or a PROXY header."""
+        """Return all sockets as endpoints.
+
+        The names websocket, haproxy and haproxy-websocket set the role and the PROXY header.
+        """
         found = []
         for n in range(self.total):
             name = self.names[n] if n < len(self.names) else ""
@@ -3801,7 +3805,7 @@ class Listener:
 
     @property
     def bound(self) -> tuple[int, object, bool]:
-        """Return family, address and IPv6-only flag, which are equal for two spellings of one."""
+        """Return family, address and IPv6-only flag, equal for all spellings of one address."""
         address = self.sock.getsockname()
         if isinstance(address, str):  # of a unix socket
             address = os.path.realpath(address)
@@ -3848,7 +3852,7 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
             if fd is not None and fd in adopted:
                 raise StartupError(f"{endpoint.text}: this socket is given twice")
             try:
-                # Another endpoint listens on all of IPv4, on the same port.
+                # True if another endpoint listens on all of IPv4, on the same port.
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
                 opened = open_endpoint(endpoint, fd, ipv6_only)
             except OSError as error:
@@ -3968,12 +3972,15 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder until the returned descriptor is closed. Return None if it cannot be opened."""
+    """Lock a folder, if that succeeds in time. Closing the returned descriptor releases the lock.
+
+    Return None if the folder cannot be opened.
+    """
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    # Afterwards go on without the lock: a relay would have released it by then.
+    # After the deadline go on without the lock: a relay would have released it by then.
     deadline = time.monotonic() + FOLDER_LOCK_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -3993,7 +4000,10 @@ def require_socket(endpoint: Endpoint) -> None:
 
 
 def _remove_stale_socket(endpoint: Endpoint) -> None:
-    """Remove the socket of a dead relay. Raises OSError (in use) and StartupError (no socket)."""
+    """Remove the socket file of a dead relay.
+
+    Raises OSError if a program listens on it, and StartupError if it is another kind of file.
+    """
     require_socket(endpoint)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -4249,7 +4259,7 @@ class ServiceManager:
         return extension + status
 
     def notify(self, message: str, must_arrive: bool = False) -> None:
-        """Send variables, one a line. If the queue is full, repeat those that `must_arrive`."""
+        """Send variables, one a line. After an error, repeat those that `must_arrive` later."""
         if not self._address:
             return
         message = self._unsent + message
@@ -4690,7 +4700,7 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         option, value = match.groups()
         if option in ("check", "config", "help", "version"):
             parser.error(f"{option} is for the command line only")
-        # As if the line stood alone on the command line.
+        # Parse the line as if it stood alone on the command line.
         parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
         reset_empty_options(found, set(), parser)
     parser.place = ""
@@ -4873,7 +4883,7 @@ def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None])
         except Exception:
             log.exception("unexpected fault; please report it")
             failed = True
-    if failed:  # write the records that exist all the same
+    if failed:  # write the queued records nevertheless
         server.recorder.stop()
         server.recorder.join(STOP_RECORD_SECONDS)
     lost = server.recorder.lost()

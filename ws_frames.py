@@ -45,7 +45,7 @@ from typing import NamedTuple, Protocol, Union
 Bytes = Union[bytes, bytearray, memoryview]
 Place = Mapping[str, Union[bytes, int, "Place"]]
 
-# The address of a WebSocket: 3. Without a user and without a fragment.
+# A WebSocket URL: 3, without a user and without a fragment.
 URL = re.compile(
     r"(?i:wss?)://(?:[0-9A-Za-z._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:[/?][!\"$-~]*)?"
 )
@@ -744,7 +744,7 @@ def split_message(data: Bytes, max_bytes: int) -> list[Bytes]:
 # A client whose first bytes are one of these speaks HTTP.
 HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
-FRAMED_READ_BYTES = 64 * 1024  # the largest read; 30 ms of work if of empty frames
+FRAMED_READ_BYTES = 64 * 1024  # the largest read; one of empty frames takes 30 ms
 FRAMES_PER_READ = 1_000  # a read is sized for this many, if they are as dense as the last ones
 COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the relay lets the next one wait
 MAX_MESSAGE_BYTES = 32 * 1024  # to a client; a client library in Go refuses larger ones
