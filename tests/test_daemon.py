@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import RELAY, TIMEOUT, RelayProcess, fill_pipe, read_to_end
+from helpers import ENTRY, RELAY, TIMEOUT, RelayProcess, fill_pipe, read_to_end
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -48,12 +48,15 @@ from transit_relay import (
 LOCAL = ("--port", "tcp:0:interface=127.0.0.1")
 
 
-def kill_relay(pidfile: Path) -> None:
-    """Kill the daemon of a pidfile, but no other process."""
+def kill_relay(pidfile: Path) -> bool:
+    """Kill the daemon of a pidfile, but no other process. Return whether it was there."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pidfile.read_text())
-        if bytes(RELAY) in Path(f"/proc/{pid}/cmdline").read_bytes():
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if bytes(RELAY) in command or bytes(ENTRY) in command:
             os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 class Daemon(RelayProcess):
@@ -157,7 +160,7 @@ def test_named_files(tmp_path: Path) -> None:
             assert relay.wait() == 0
         assert sorted(os.listdir(tmp_path)) == ["a.log", "a.pid"]
     finally:
-        kill_relay(tmp_path / "a.pid")
+        assert kill_relay(tmp_path / "a.pid")
 
 
 def test_busy_port_is_reported_and_leaves_no_pidfile(tmp_path: Path) -> None:
