@@ -190,7 +190,7 @@ SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one p
 FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
-EXTEND_SECONDS = 30  # a drain asks systemd for this time with each status line
+EXTEND_SECONDS = 60  # the most that a drain asks systemd for with each status line
 MAX_CONFIG_CHARACTERS = 1024 * 1024
 MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can contain user input
 COMPLAINT_SECONDS = 60  # a throttled warning is logged at most this often
@@ -202,7 +202,7 @@ RETRY_SECONDS = 1  # how often a failed sink tries again
 SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
 STOP_RECORD_SECONDS = 10  # a stop then waits this long for the sinks
-STOP_GRANT_SECONDS = 15  # what a drain asks systemd to grant the stop after it, with a margin
+STOP_GRANT_SECONDS = 15  # for the stop after a drain: 12 s and a margin
 STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
@@ -1178,10 +1178,10 @@ class Phase(enum.Enum):
 
 
 class ServerPhase(enum.Enum):
-    """The phases of a Server, in their order. Each stop phase has a deadline."""
+    """The phases of a Server, in their order. All but the first and the last have a deadline."""
 
     SERVING = "serving"
-    DRAINING = "draining"  # pairs run on, and all other clients are ended; with --drain alone
+    DRAINING = "draining"  # pairs run on, and all other clients are ended; only with --drain
     STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
     STOPPING_RECORDS = "stopping: records"  # all connections are closed
     OVER = "over"
@@ -1701,8 +1701,9 @@ class Framing:
     CARRIED: tuple[str, ...] = ()  # the fields that hold the position in the stream
 
     is_raw = True  # data is sent as it is
+    direct_read_bytes = READ_BYTES  # the largest read that is not queued as bulk
     max_read_bytes = READ_BYTES  # for one read
-    is_costly = False  # the last read took long, for its size
+    is_costly = False  # the next read may take long, for its size
 
     def __init__(self, session: Session, transport: Transport) -> None:
         self._session = session
@@ -1848,7 +1849,7 @@ class Connection:
 
     # The planned reload will carry these fields. The others are links, or follow from these.
     CARRIED = (
-        *("_is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
+        *("is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
         *("backlog", "fd", "phase", "read_bytes", "sent_bytes"),
     )
     __slots__ = (
@@ -1874,7 +1875,7 @@ class Connection:
         self.counted_bytes = 0  # of the backlog, in the server's MemoryBudget
         self.mask = 0  # the registered events; only Server.update_interest sets this
         self.is_unpolled = False  # in the bulk queue, and not in the selector
-        self._is_bulk = False  # the last read was large or costly: the next one is queued
+        self.is_bulk = False  # the last read was large or costly: the next one is queued
         self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
         # Set when all is seen to be acknowledged, or at once if the system does not report that.
@@ -1922,10 +1923,10 @@ class Connection:
             else:
                 self.drain()
         if mask & self.mask & EVENT_READ:
-            if self._is_bulk:
+            if self.is_bulk:
                 bulk |= EVENT_READ
             else:
-                self.receive()
+                self.receive(self.framing.direct_read_bytes)
         if bulk:
             self._server.bulk.add(self, bulk)
 
@@ -1992,8 +1993,8 @@ class Connection:
 
     # How bytes move.
 
-    def receive(self) -> int:
-        """Read once, and pass the bytes on. Return how many bytes came."""
+    def receive(self, largest: int = PIPE_BYTES) -> int:
+        """Read once, at most `largest` bytes, and pass them on. Return how many came."""
         memory, pair = self._server.memory, self.session.pair
         most, bulk_bytes = memory.max_read_bytes, memory.bulk_bytes
         if not most:
@@ -2010,11 +2011,11 @@ class Connection:
                 return 0
         if pair is not None and not pair.is_direct:
             pair = None
-        if pair is not None and self._is_bulk and (count := self._splice(pair, most)):
+        if pair is not None and self.is_bulk and (count := self._splice(pair, most)):
             return count
         buffer = self._server.buffer
         try:
-            count = self.sock.recv_into(buffer, min(self.framing.max_read_bytes, most))
+            count = self.sock.recv_into(buffer, min(self.framing.max_read_bytes, most, largest))
         except BlockingIOError:
             return 0
         except OSError:  # a reset or a timeout; all earlier bytes have been read
@@ -2033,7 +2034,7 @@ class Connection:
             pair.partner_of(self.session).transport.write(buffer[:count])
         else:
             self.framing.receive(buffer[:count])
-        self._is_bulk = count >= bulk_bytes or self.framing.is_costly
+        self.is_bulk = count >= bulk_bytes or self.framing.is_costly
         return count
 
     def _splice(self, pair: Pair, most: int) -> int:
@@ -2047,7 +2048,7 @@ class Connection:
             count = pipe.fill(self.sock, most)
             if count:
                 self.read_bytes += count
-                self._is_bulk = count >= self._server.memory.bulk_bytes
+                self.is_bulk = count >= self._server.memory.bulk_bytes
                 pair.count(count)
                 if pair.allowance is not None:
                     self._server.rates.spend(pair, count)
@@ -2662,6 +2663,11 @@ class LimitEnforcer:
     def refill_rates(self, now: float) -> None:
         """Let pairs that wait for an allowance go on."""
         for pair in self._loop.rates.refill(now):
+            if pair.allowance is not None and pair.allowance < BULK_BYTES:
+                # A direct read of one client could spend it before a queued read of the other.
+                for session in pair.sessions:
+                    assert isinstance(session.transport, Connection)
+                    session.transport.is_bulk = False
             self.allowance_changed(pair)
 
     def allowance_changed(self, pair: Pair) -> None:
@@ -2755,7 +2761,7 @@ class Server:
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: 0: bulk
         is copied. `max_open`: connections that have descriptors, refused ones included.
-        `drain_seconds`: how long pairs may run on at a signal; 0: it stops at once.
+        `drain_seconds`: how long pairs may run on after the first stop signal; 0: no drain.
         """
         self._max_open = max_open
         self.clock = AwakeClock(clock)
@@ -2790,7 +2796,8 @@ class Server:
         for number in STOP_SIGNALS:
             self.signals.actions[number] = partial(self._stop_signalled, number)
         self._drain_seconds = drain_seconds
-        self._stop_signals = 0  # that have come
+        self._stop_signals = 0  # how many have come
+        self._keeps_pairs_only = False  # a drain or a stop has ended all others without a fault
         self._deadline = float("inf")  # of the current phase
         self._stop_progress: StopProgress | None = None  # set when a stop begins
 
@@ -2858,8 +2865,11 @@ class Server:
     def _timeout(self) -> float:
         """Return how long the select may wait (seconds)."""
         due = min(self.timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
-        timeout = max(0.0, due - self.clock())
-        return timeout if self.phase is ServerPhase.SERVING else min(timeout, STOP_POLL_SECONDS)
+        if self.phase is ServerPhase.DRAINING and self._keeps_pairs_only:
+            due = min(due, self._deadline)
+        elif self.phase is not ServerPhase.SERVING:
+            due = min(due, self.clock() + STOP_POLL_SECONDS)
+        return max(0.0, due - self.clock())
 
     def _run_timers(self, now: float) -> None:
         self.limits.run(now)
@@ -2999,8 +3009,9 @@ class Server:
 
     def drain(self) -> None:
         """Begin to drain: close listeners, end clients without a partner, and let pairs run on."""
-        self.phase = ServerPhase.DRAINING
         self._deadline = self.clock() + self._drain_seconds
+        self.phase = ServerPhase.DRAINING
+        self._stop_signals = 1
         self._keep_pairs_only()
 
     def stop(self) -> None:
@@ -3012,10 +3023,12 @@ class Server:
         self._end_pairs(self._stop_progress.finished_leavers(self.connections))
 
     def _keep_pairs_only(self) -> None:
+        faults_before = self.faults.count
         self.faults.guard(self._acceptor.close)
         for conn in tuple(self.connections):
             if conn.session.pair is None:
                 self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
+        self._keeps_pairs_only = self.faults.count == faults_before
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
@@ -3033,7 +3046,7 @@ class Server:
         elif self.phase is ServerPhase.SERVING:
             log.info("%s: stopping", name)
             self.stop()
-        elif self._drain_seconds and self._stop_signals == 2:  # for a drain that has just ended
+        elif self._drain_seconds and self._stop_signals == 2:  # meant for the drain
             log.info("%s: stopping already", name)
         else:
             log.info("%s: ending at once", name)
@@ -3046,6 +3059,8 @@ class Server:
     def _continue_stop(self, now: float) -> None:
         """Enter the next phase of the stop, if this one is complete or its deadline passed."""
         if self.phase is ServerPhase.DRAINING:
+            if not self._keeps_pairs_only:
+                self._keep_pairs_only()
             if self.rendezvous.pairs and now < self._deadline:
                 return
             self._end_drain("time is up" if self.rendezvous.pairs else "all pairs have ended")
@@ -3377,7 +3392,7 @@ def open_usage_database(path: str, dry_run: bool = False) -> sqlite3.Connection:
 
     Raises sqlite3.Error, OSError or UnusableDatabase. On an error, an existing database keeps its
     content, and a file that this call created is removed if it is still empty, unless the error is
-    SQLITE_BUSY. A dry run creates and changes no file, and its database can only be read.
+    SQLITE_BUSY. A dry run creates and changes no file.
     """
     import sqlite3
 
@@ -3388,7 +3403,8 @@ def open_usage_database(path: str, dry_run: bool = False) -> sqlite3.Connection:
     if dry_run:
         # immutable=1: SQLite takes no lock, makes no file, and ignores a log and a journal.
         folder = os.path.join(os.path.dirname(path), ".")
-        is_empty = os.path.isdir(folder) if is_new else os.path.getsize(target) == 0
+        folders = (folder, os.path.dirname(target))
+        is_empty = all(map(os.path.isdir, folders)) if is_new else os.path.getsize(target) == 0
         uri = "file:" + "".join(f"%{byte:02x}" for byte in os.fsencode(target))
         skip = is_empty or path == ":memory:" or os.path.exists(target + "-journal")
         path = ":memory:" if skip else f"{uri}?mode=ro&immutable=1"
@@ -4247,7 +4263,7 @@ class ServiceManager:
         self.notify("READY=1", must_arrive=True)
 
     def stopping(self, now: Snapshot) -> None:
-        """Report that a stop has begun, which may begin with a drain."""
+        """Report that a stop or a drain has begun."""
         self._status_prefix = "stopping; "
         self.notify(f"STOPPING=1\n{self._state(now)}", must_arrive=True)
 
@@ -4565,9 +4581,9 @@ HELP = {
     " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
     "user": "open sockets, pidfile and log file as root, then run as this user, who must be able to"
     " write the usage database and its directory; names or numbers (default: do not change)",
-    "drain": "at the first signal to stop, accept no more clients, end those without a partner, and"
-    " let pairs run on for at most this many seconds; a second signal ends that; 0: stop at the"
-    " first signal (default: %(default)g s)",
+    "drain": "at the first stop signal, accept no more clients, end those without a partner, and"
+    " let pairs run on for at most this many seconds; a second signal ends the drain; 0: stop at"
+    " the first signal (default: %(default)g s)",
     "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
     " moves bulk data between TCP clients with splice; needs Linux and Python 3.10)",
     "check": "check the options, and what a start needs besides free ports, privileges and writable"
@@ -4814,7 +4830,7 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check what a start needs, but open no socket and change no file. Raises StartupError."""
+    """Check what a start needs, but listen nowhere and change no file. Raises StartupError."""
     paths = {"pidfile": options.pidfile, "logfile": options.logfile}
     files = {f"{name} {path}": path for name, path in paths.items() if path}
     # The sockets of `systemd:` and `fd:`, and `--log-fd`, are open in a running relay only.
@@ -4901,7 +4917,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_arguments(arguments)
         if options.check:
             check(options)
-            print("check ok")
+            print("check ok", flush=True)
             return 0
         if options.log_fd == 2:
             stream = sys.stdout

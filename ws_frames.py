@@ -744,6 +744,7 @@ def split_message(data: Bytes, max_bytes: int) -> list[Bytes]:
 # A client whose first bytes are one of these speaks HTTP.
 HTTP_BEGINNINGS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ")
 FIRST_READ_BYTES = 4 * 1024  # a read while the size of the client's frames is unknown
+DIRECT_READ_BYTES = 2 * 1024  # the largest read that does not wait for its turn: 1 ms of work
 FRAMED_READ_BYTES = 64 * 1024  # the largest read; one of empty frames takes 30 ms
 FRAMES_PER_READ = 1_000  # a read is sized for this many, if they are as dense as the last ones
 COSTLY_FRAMES = 100  # after a read with so many (0.3 ms) the relay lets the next one wait
@@ -782,6 +783,7 @@ class Framing(Protocol):
     """The decoder and encoder of one client: a framing of this module or of transit_relay."""
 
     is_raw: bool
+    direct_read_bytes: int
     max_read_bytes: int
     is_costly: bool
 
@@ -816,7 +818,7 @@ class Opening:
     __slots__ = ("_session", "_transport")
 
     is_raw = True
-    max_read_bytes = FIRST_READ_BYTES  # frames may follow in the same read
+    direct_read_bytes = max_read_bytes = FIRST_READ_BYTES  # frames may follow in the same read
     is_costly = False
 
     def __init__(self, session: Session, transport: Transport) -> None:
@@ -920,6 +922,7 @@ class WebSocketFraming:
     __slots__ = (*CARRIED, "_session", "_transport")
 
     is_raw = False
+    direct_read_bytes = DIRECT_READ_BYTES
 
     def __init__(self, session: Session, transport: Transport, stream: Stream) -> None:
         """`stream`: for the content of the messages."""
@@ -963,7 +966,8 @@ class WebSocketFraming:
         # one: up to four times its size, but FIRST_READ_BYTES at least.
         growth = min(4, FRAMES_PER_READ // events)
         self.max_read_bytes = min(max(growth * len(data), FIRST_READ_BYTES), FRAMED_READ_BYTES)
-        self.is_costly = events > COSTLY_FRAMES
+        # The next read may be full of empty frames, however many bytes the last frames had.
+        self.is_costly = events > COSTLY_FRAMES or len(data) >= DIRECT_READ_BYTES
         if self._close_frame:
             self._session.client_ended()
 

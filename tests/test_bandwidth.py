@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import socket
 
@@ -94,6 +95,23 @@ def test_a_pair_that_wants_little_is_not_slowed(loop: Loop) -> None:
             flow.read()
     found = rates(loop, flows, 3)
     assert 0.93 * 1_000_000 <= sum(found) <= 1.05 * 1_000_000
+
+
+@pytest.mark.parametrize("limits", [Limits(max_rate=1_000_000), Limits(max_pair_rate=1_000_000)])
+def test_both_directions_of_a_pair_get_their_parts(loop: Loop, limits: Limits) -> None:
+    """Also the one whose last read was bulk, when the share of a refill is smaller than that."""
+    loop.restart(limits=limits._replace(stall_seconds=0))
+    flow = Flow(loop, ("unix", "unix"))
+    back = copy.copy(flow)
+    back.sender, back.receiver = flow.receiver, flow.sender
+    flow.sender.sock.send(bytes(100_000))
+    loop.advance(STEP_SECONDS)
+    flow.read()
+    loop.advance(1)
+    run(loop, [back], 6 * STEP_SECONDS)
+    found = rates(loop, [flow, back], 3)
+    assert 0.95 * 1_000_000 <= sum(found) <= 1.05 * 1_000_000, found
+    assert min(found) >= 0.8 * max(found), found
 
 
 @pytest.mark.parametrize("bulk_from_newcomer", [False, True])

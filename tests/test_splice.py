@@ -379,7 +379,7 @@ class Senders:
         self.begun = [conn.read_bytes for conn in self.conns]
         for client, conn in zip(self.clients, self.conns):
             client.sendall(b"something")
-            conn._is_bulk = True
+            conn.is_bulk = True
         self.loop.wait_for_arrivals()
 
     def moved(self) -> list[Connection]:
@@ -391,7 +391,7 @@ class Senders:
 def test_small_reads_do_not_wait_for_all_bulk(loop: Loop) -> None:
     senders = Senders(loop, 9)
     small = senders.conns[-1]
-    small._is_bulk = False
+    small.is_bulk = False
     loop.server.run_once(0)
     moved = senders.moved()
     assert small in moved and len(moved) == 1 + 2

@@ -384,7 +384,7 @@ def drain_snapshot(seconds: float) -> Snapshot:
 
 
 @pytest.mark.parametrize(
-    ("left", "granted"), [(3_600, "30000000"), (15, "30000000"), (5, "20000000"), (0.5, "15500000")]
+    ("left", "granted"), [(3_600, "60000000"), (15, "30000000"), (5, "20000000"), (0.5, "15500000")]
 )
 def test_a_drain_asks_for_time_and_not_for_more_than_it_needs(
     manager: Manager, left: float, granted: str
@@ -420,7 +420,7 @@ def test_systemd_is_asked_for_time_while_pairs_run_on(manager: Manager) -> None:
             manager.until("READY=1")
             relay.process.send_signal(signal.SIGTERM)
             extension = (
-                r"EXTEND_TIMEOUT_USEC=30000000\nSTATUS=stopping; draining, at most 3\d+ s left"
+                r"EXTEND_TIMEOUT_USEC=60000000\nSTATUS=stopping; draining, at most 3\d+ s left"
             )
             assert re.match(rf"STOPPING=1\n{extension}; 1 pair, 0 ", manager.until("STOPPING=1"))
             for _ in range(2):

@@ -32,8 +32,8 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import Role, ServerPhase, State
-from ws_frames import COSTLY_FRAMES
+from transit_relay import PIPE_BYTES, Connection, Role, ServerPhase, State
+from ws_frames import COSTLY_FRAMES, DIRECT_READ_BYTES
 
 LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
@@ -1073,4 +1073,28 @@ def test_after_a_costly_read_the_next_one_waits_in_the_bulk_queue(loop: Loop) ->
     for count, is_bulk in ((1, False), (COSTLY_FRAMES + 1, True), (1, False)):
         one.send_wire(b"".join(frame for _ in range(count) for frame in one.encode(b"x")))
         assert other.receive(count) == b"x" * count
-        assert one.conn._is_bulk is is_bulk
+        assert one.conn.is_bulk is is_bulk
+
+
+def test_a_read_that_is_not_queued_is_short(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a burst of empty frames from many clients does not make one turn long."""
+    one, other = loop.meet("ws-unix", "ws-unix")
+    for _ in range(3):  # cheap reads, after which the next ones may be larger
+        one.send_wire(frame(PONG, bytes(125)) * 14)
+        loop.pump()
+    assert one.conn is not None and one.conn.framing.max_read_bytes > DIRECT_READ_BYTES
+    direct: list[int] = []
+    receive = Connection.receive
+
+    def noted(self: Connection, largest: int = PIPE_BYTES) -> int:
+        count = receive(self, largest)
+        if self is one.conn and largest != PIPE_BYTES:
+            direct.append(count)
+        return count
+
+    monkeypatch.setattr(Connection, "receive", noted)
+    one.send_wire(frame(BINARY, b"") * 5_000)
+    loop.pump()
+    assert direct and max(direct) <= DIRECT_READ_BYTES
+    one.send(b"data")
+    assert other.receive(4) == b"data"

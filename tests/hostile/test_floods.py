@@ -36,7 +36,7 @@ from watched import (
     stalling_listener,
 )
 
-from transit_relay import LEAST_QUEUED_BYTES
+from transit_relay import PRESSED_READ_BYTES
 
 CONNECTION_BYTES = 4096  # of the relay's memory, for each connection that waits or sends nothing
 LEAK_BYTES = MEBIBYTE
@@ -237,7 +237,7 @@ def test_stalled_receivers_with_uploading_senders(is_limited: bool) -> None:
     """The memory for each pair is bounded; with --max-memory, also that for all pairs together.
 
     The clients come over a listener whose sockets inherit small buffers, or the kernel holds
-    gigabytes. At the limit, the relay reads LEAST_QUEUED_BYTES if poll reports that the receiver
+    gigabytes. At the limit, the relay reads PRESSED_READ_BYTES if poll reports that the receiver
     has room. This may be a third of its send buffer, so that must not be smaller than three reads.
     """
     count = shorter(2_000, 200)
@@ -245,7 +245,7 @@ def test_stalled_receivers_with_uploading_senders(is_limited: bool) -> None:
     send_bytes = 4096
     if is_limited:
         bound //= 16
-        send_bytes = 2 * LEAST_QUEUED_BYTES  # which the kernel doubles
+        send_bytes = 2 * PRESSED_READ_BYTES  # which the kernel doubles
     with stalling_listener(send_bytes) as listener:
         options = ["--port", f"fd:{listener.fileno()}"]
         options += ["--max-memory", str(bound) if is_limited else "0"]
