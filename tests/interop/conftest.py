@@ -10,13 +10,16 @@ import base64
 import hashlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import netns
 import pytest
 import tools
+from transfers import mailbox_server
 
 Tool = TypeVar("Tool")
 REQUIRED = os.environ.get("RELAY_INTEROP_REQUIRED") == "1"
@@ -142,6 +145,32 @@ def npm_ws() -> Path:
 def our_relay() -> list[str]:
     """Return the command that runs our relay, without options."""
     return [sys.executable, str(tools.ROOT / "transit_relay.py")]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[None]:
+    """Create the three hosts. Remove them also if SIGTERM stops this test run."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with netns.three_hosts():
+            yield
+    except netns.Unavailable as error:
+        _missing(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def mailbox(
+    hosts: None, python_tools: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Run a mailbox server on the server, and return its URL."""
+    with mailbox_server(python_tools, tmp_path_factory.mktemp("mailbox")) as url:
+        yield url
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

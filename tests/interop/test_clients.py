@@ -8,49 +8,21 @@ the Go client has no option for another relay.
 from __future__ import annotations
 
 import itertools
-import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NoReturn
 
 import netns
 import pytest
 from children import Child, Record, Relay
-from transfers import MEBIBYTE, PROGRAMS, Program, Transfer, client_programs, mailbox_server
+from transfers import MEBIBYTE, PROGRAMS, Program, Transfer, client_programs
 
 
 @pytest.fixture(scope="module")
 def programs(python_tools: Path, go_client: Path) -> Mapping[str, Program]:
     return client_programs(python_tools, go_client)
-
-
-@pytest.fixture(scope="module")
-def hosts(missing: Callable[[str], NoReturn]) -> Iterator[None]:
-    """Create the three hosts. Remove them also if SIGTERM stops this test run."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with netns.three_hosts():
-            yield
-    except netns.Unavailable as error:
-        missing(str(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture(scope="module")
-def mailbox(
-    hosts: None, python_tools: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Run a mailbox server on the server, and return its URL."""
-    with mailbox_server(python_tools, tmp_path_factory.mktemp("mailbox")) as url:
-        yield url
 
 
 class OurRelay(Relay):
