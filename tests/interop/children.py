@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+TIMEOUT_FACTOR = float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))
 # Seconds. Only a test that fails waits this long.
-TIMEOUT = 60.0 * float(os.environ.get("RELAY_TEST_TIMEOUT_FACTOR", "1"))
+TIMEOUT = 60.0 * TIMEOUT_FACTOR
 
 
 class Lines:
@@ -158,7 +159,9 @@ class Record(NamedTuple):
 class Relay(Child):
     """A running relay, ours or the reference, with its ports and its usage records."""
 
-    def __init__(self, argv: Sequence[str], *announcements: str) -> None:
+    def __init__(
+        self, argv: Sequence[str], *announcements: str, pass_fds: Sequence[int] = ()
+    ) -> None:
         """Start the relay, and wait until it listens.
 
         `announcements` are patterns for the lines that it then prints, in their order. The groups
@@ -166,7 +169,7 @@ class Relay(Child):
         """
         read_end, write_end = os.pipe()
         try:
-            super().__init__([*argv, f"--log-fd={write_end}"], pass_fds=[write_end])
+            super().__init__([*argv, f"--log-fd={write_end}"], pass_fds=[write_end, *pass_fds])
         finally:
             os.close(write_end)
         self._records = Lines(open(read_end, encoding="ascii"))
