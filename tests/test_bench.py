@@ -77,6 +77,18 @@ def test_a_maximum_of_a_number(
     assert table.exit_code(verdicts) == code
 
 
+@pytest.mark.parametrize(
+    ("ratio", "quick", "answer"),
+    [(0.6, True, "no"), (0.4, True, "no: fails"), (0.6, False, "no: fails")],
+)
+def test_a_bar_beside_a_comparator_that_waits_for_the_disk(
+    ratio: float, quick: bool, answer: str
+) -> None:
+    bar = TWICE_TWISTED._replace(waits_for_disk=True)
+    verdicts = table.judge([bar], {OURS: ratio, TWISTED: 1.0}, quick)
+    assert answered(verdicts) == [answer]
+
+
 def test_a_bar_without_a_measurement_does_not_fail_the_run() -> None:
     verdicts = table.judge([TWICE_TWISTED], {OURS: 1.0}, quick=False)
     assert answered(verdicts) == ["not measured"]

@@ -332,7 +332,8 @@ def make_notes(
     if options.quick and not options.against:
         notes.append(
             "One short round: a bar fails only where it is missed by a factor of"
-            f" {table.QUICK_SLACK}; bars on memory have no such slack."
+            f" {table.QUICK_SLACK}, or {table.QUICK_DISK_SLACK} with a database, where the Twisted"
+            " relay waits for the disk at each record; bars on memory have no such slack."
         )
     if options.against:
         bars = ", ".join(
