@@ -178,7 +178,7 @@ def test_the_log_reader_is_stopped_and_continued(tmp_path: Path) -> None:
 # Memory.
 
 ROOM_BYTES = 4 * MEBIBYTE  # of address space, beyond what the relay has with its clients
-STALLED = 200  # pairs whose backlogs need more
+STALLED = 600  # pairs whose backlogs need much more: the heap can have free room
 
 
 def test_a_memory_limit_is_hit() -> None:
