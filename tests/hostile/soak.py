@@ -36,7 +36,7 @@ LIMITS = {
     "--max-wait": "60",
     "--max-connections": "1000",
     "--max-waiting-per-source": "100",
-    "--max-memory": "256KiB",
+    "--max-memory": "1MB",
     "--max-rate": "2GB",
     "--max-pair-rate": "1GB",
 }
