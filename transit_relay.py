@@ -870,17 +870,17 @@ class TimeLimit:
 
     def __init__(self, seconds: float) -> None:
         """`seconds`: the limit; 0 switches it off."""
-        self.seconds = seconds
+        self._seconds = seconds
         self._since: OrderedDict[Connection, float] = OrderedDict()
         self._earliest = float("inf")  # a lower bound of `next_due`
 
     def start(self, conn: Connection, now: float) -> None:
         """Start the limit for `conn` at `now`, or start it again."""
-        if self.seconds:
+        if self._seconds:
             self._since[conn] = now
             self._since.move_to_end(conn)
-            if self._earliest > now + self.seconds:
-                self._earliest = now + self.seconds
+            if self._earliest > now + self._seconds:
+                self._earliest = now + self._seconds
 
     def cancel(self, conn: Connection) -> None:
         """Remove `conn`, if it is in the queue."""
@@ -888,7 +888,7 @@ class TimeLimit:
 
     def next_due(self) -> float:
         """Return when the first entry expires; infinity if there is none."""
-        return next(iter(self._since.values()), float("inf")) + self.seconds
+        return next(iter(self._since.values()), float("inf")) + self._seconds
 
     def take_expired(self, now: float) -> list[Connection]:
         """Remove and return the connections whose limit has expired."""
@@ -1297,9 +1297,7 @@ class Session:
     """
 
     # The planned reload will carry these fields. The others are links to other objects.
-    CARRIED = (
-        *("accepted", "handshake", "is_trusted", "refused_by", "source", "started", "state"),
-    )
+    CARRIED = ("accepted", "handshake", "is_trusted", "refused_by", "source", "started", "state")
     __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
     def __init__(
@@ -1816,9 +1814,9 @@ class DetectFraming(Framing):
 # of its partner whenever one of these fields changes.
 #
 # A connection is not read while its partner has a backlog. So a backlog is at most the encoding of
-# one read and the Pongs of a WebSocket, or the content of one pipe, which may
-# have been moved to memory (PIPE_BYTES). When all backlogs together have used up --max-memory, a
-# paired client is read only while its partner's socket is writable (see `backlog`).
+# one read and the Pongs of a WebSocket, or the content of one pipe (PIPE_BYTES), which may have
+# been moved to memory. When all backlogs together have used up --max-memory, a paired client is
+# read only while its partner's socket is writable (see `backlog`).
 #
 # After a failed write the relay still reads and delivers what has arrived from this client. After
 # our FIN it goes on reading: to close a socket with unread input sends a reset, which can destroy
