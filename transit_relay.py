@@ -2402,14 +2402,22 @@ class Faults:
 
     def contain(self, served: object) -> None:
         """Note the exception that is being handled, and end the connection that was served."""
-        self._note_exception()
         self.need_repair = True
+        self._note_exception()
         if isinstance(served, Connection):
             self._end(served)
         elif isinstance(served, ListenerHandler):  # it would be ready again at once
             self.guard(partial(served.acceptor.pause, "accepting failed", may_end_early=False))
         elif isinstance(served, Acceptor):  # it could not resume
             served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
+
+    def shed_backlog(self) -> None:
+        """Note a MemoryError of the loop itself. Close the connection with the largest backlog."""
+        self.contain(None)
+        conn = max(self._loop.connections, key=Connection.queued_bytes, default=None)
+        if conn is not None:
+            self.guard(conn.session.client_ended, conn)
+            self.guard(conn.doom, conn)
 
     def _end(self, conn: Connection) -> None:
         """End a connection in the ordinary way if it is open and consistent. Else close it."""
@@ -2438,12 +2446,13 @@ class Faults:
         of a turn, when all ordinary ends are complete.
         """
         loop = self._loop
-        self.need_repair = False
         for conn in loop.connections:
             conn.counted_bytes = conn.queued_bytes()
         queued_bytes = sum(conn.counted_bytes for conn in loop.connections)
         loop.memory.change(queued_bytes - loop.memory.queued_bytes)
-        for conn in tuple(loop.connections):
+        connections = tuple(loop.connections)
+        self.need_repair = False  # from here on all is guarded
+        for conn in connections:
             if conn.backlog is not None and not len(conn.backlog):
                 self.guard(partial(conn._set_backlog, None))
             self.guard(conn.advance)
@@ -2454,7 +2463,7 @@ class Faults:
                     self.guard(session.abandon)
             if len(pair.sessions) == 1 and pair.sessions[0].pair is pair:
                 self.guard(partial(pair.sessions[0].partner_left, Reason.ENDED))
-        for conn in tuple(loop.connections):
+        for conn in connections:
             if conn.phase is Phase.LINGERING:
                 self.guard(conn.session.end_sent)
                 self.guard(partial(conn.check_linger, loop.clock()))
@@ -2477,6 +2486,11 @@ class Faults:
         assert error is not None
         if isinstance(error, MemoryError):
             self._memory_reserve = None
+        with contextlib.suppress(MemoryError):  # then the log lacks it
+            self._describe(error)
+
+    def _describe(self, error: BaseException) -> None:
+        """Count an exception by its place, and log it with its traceback."""
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{frames[-1].name}, line {frames[-1].lineno}"
         lines = "".join(traceback.format_list(frames))
@@ -2812,10 +2826,17 @@ class Server:
         self.signals.install()
         ready()
         while self.phase is ServerPhase.SERVING:
-            self.run_once(self._timeout())
+            self._run_turn()
         self.faults.guard(stopping)
         while self.phase is not ServerPhase.OVER:
+            self._run_turn()
+
+    def _run_turn(self) -> None:
+        try:
             self.run_once(self._timeout())
+        except MemoryError:  # in the loop itself; the next turn goes on with what this one left
+            self.faults.shed_backlog()
+            self.faults.guard(self._end_turn)
 
     def run_once(self, timeout: float) -> None:
         """Run one turn: wait at most `timeout` seconds, then work."""
@@ -2837,6 +2858,9 @@ class Server:
                 partial(self._end_pairs, self._stop_progress.finished_leavers(served))
             )
         self._run_timers(self.clock())
+        self._end_turn()
+
+    def _end_turn(self) -> None:
         self._reap()
         if self.faults.need_repair:
             self.faults.repair()

@@ -732,6 +732,14 @@ class RelayProcess:
             if stream == "stderr":
                 self.stderr += more
 
+    def read_messages(self) -> str:
+        """Return all messages on stderr up to now."""
+        assert self.process.stderr is not None
+        fd = self.process.stderr.fileno()
+        while select.select([fd], [], [], 0)[0] and (more := os.read(fd, 1 << 16)):
+            self.stderr += more
+        return self.stderr.decode()
+
     def started(self) -> RelayProcess:
         """Wait until the relay listens."""
         self.wait_for("Transit starting on")

@@ -6,6 +6,7 @@ The handlers are found by introspection, so a new one is tested or the test fail
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import random
@@ -920,6 +921,34 @@ def test_a_fault_of_bulk_that_is_not_polled(loop: Loop, monkeypatch: pytest.Monk
     one.close()
     loop.pump()
     assert one.conn not in loop.server.connections
+    assert loop.recorder.moods() == ["happy"]
+
+
+@pytest.mark.parametrize("place", ["select", "repair"])
+def test_the_loop_has_no_memory(loop: Loop, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection with the largest backlog is closed in that turn. The relay goes on."""
+    stalled, other = loop.meet("unix", "unix")
+    assert other.conn is not None
+    stalled.sock.setblocking(False)
+    while other.conn.backlog is None:
+        with contextlib.suppress(BlockingIOError):
+            stalled.sock.send(bytes(65536))
+        loop.server.run_once(0)
+    first, second = loop.meet("unix", "unix")
+    with monkeypatch.context() as patch:
+        if place == "select":
+            patch.setattr(loop.server._selector, "select", FaultyWork(MemoryError, 1))
+        else:
+            patch.setattr(loop.server.faults, "repair", FaultyWork(MemoryError, 1))
+            loop.server.faults.need_repair = True
+        loop.server._run_turn()
+    assert other.conn.sock.fileno() < 0
+    assert loop.server.faults.count == 1
+    first.send(b"data")
+    loop.pump()
+    assert second.receive(4) == b"data"
+    stalled.close()
+    loop.pump()
     assert loop.recorder.moods() == ["happy"]
 
 

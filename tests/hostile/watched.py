@@ -642,6 +642,8 @@ class Scene:
         with self._resources:
             if kind is None:
                 self._check()
+            else:
+                print(f"the relay's messages:\n{self.relay.read_messages()}")
 
     def checkpoint(self) -> None:
         """Check the records and the descriptors so far, while the transfers go on."""
