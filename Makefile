@@ -17,8 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
 .PHONY: help pytest test test-in-process test-processes fuzz fuzz-venv fuzz-guided interop hostile \
-	rates soak check-packaging bench bench-quick bench-against lint install uninstall onefile sdist \
-	check-sdist deb clean
+	rates reload-load soak check-packaging bench bench-quick bench-against lint install uninstall \
+	onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
 # The tests that start many relays as processes. They wait for much of their time.
-process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli daemon endings hostile kill systemd))
+process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli daemon hostile kill reload systemd))
 # One log for each Python: CI tests two of them at the same time.
 process_log = build/test-processes-$(python_name).log
 
@@ -96,6 +96,15 @@ hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
 hostile_runs = suspended stalled vanished resets+resources
 hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 
+# The files whose tests run a Server in the process of the tests.
+reload_files = $(addprefix tests/test_,$(addsuffix .py,addresses backpressure bandwidth connection \
+	endings framing fuzz handshake limits memory rates rendezvous room server splice walk websocket))
+
+reload-test: pytest ## the tests of the loop, with a reload before each turn, 10 minutes
+	@$(find_pytest); PYTHONPATH=tests:. RELAY_ENDINGS=$${RELAY_ENDINGS:-100} \
+		RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-500} "$$python" -m pytest -q -p reload_plugin \
+		-o faulthandler_timeout=0 $(reload_files)
+
 hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SHORT=1: 3; needs root
 	@mkdir -p build; $(find_pytest); status=0; runs=; \
 	for run in $(hostile_runs); do \
@@ -108,6 +117,9 @@ hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SH
 
 rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 50 seconds
 	@$(find_pytest); $(hostile_pytest) tests/hostile/test_real_rates.py
+
+reload-load: pytest ## reloads under load, 3 minutes; RELAY_RELOAD_SHORT=1: 1
+	@$(find_pytest); $(hostile_pytest) tests/reload
 
 MINUTES = 10
 

@@ -9,38 +9,39 @@ it is used, without addresses, tokens or sides.
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
 beside it, every listener accepts WebSocket clients as well, and can expect PROXY headers.
 
-The file is divided into sections. At run time a section uses names of the sections above it. Five
-kinds of calls go to a later section: to the methods in the section Interfaces, from a Session to
-its Pair and the Rendezvous, from a Connection to the BulkQueue, from the Acceptor to the listeners,
-and from the Server to the Recorder. Functions that a later section registered are called too: for a
-record, a reached limit, a changed allowance, a lack of pipes, a signal, a chore, and the start of
-service and of a stop.
+The file is divided into sections. At run time a section uses names of the sections above it. Some
+calls go to a later section: from a Session, a Pair and a Framing to the Connection, from a Session
+to its Pair and the Rendezvous, from the objects of the Server to the Server, from a Connection to
+the BulkQueue, from the Acceptor to the listeners, and from the Server to the Recorder. Functions
+that a later section registered are called too: for a record, a reached limit, a changed allowance,
+a lack of pipes, a signal, a chore, the steps of a reload, and the start of service and of a stop.
 
-    Constants, errors    numbers with their reasons; an exception for each kind of failure
-    Records              the records of connections and pairs, and a snapshot of the relay
+    Constants, errors    numbers with their reasons; roles, limits and phases; exceptions
+    Records              the records of connections and pairs; a snapshot of the relay, its text
+    Carried state        what a reload carries of each object
     Kernel               socket options, acknowledgements, pipes for splice
     Rates                how much a pair may read now; the bytes of a month
     Timers               time limits of connections, and periodic tasks
     Addresses            where a client comes from: its peer, or what a proxy tells
-    Interfaces           the methods that earlier sections call on later ones
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
     Framing              the encoding of a client: its detection, and raw bytes
     Connection           one socket: its backlog, its interest, its phases
     Accepting            listeners in the loop, and the pauses when resources run out
-    Signals and stops    how signals reach the loop; what a stop waits for
+    Signals and stops    how signals reach the loop; the phases of the end
     Faults               contained exceptions: counted, logged, without data of a client
     Bulk                 the queue of large reads and writes: small messages do not wait for them
     Limits               what ends, refuses or slows clients, and how the relay makes room
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
-    Status text          texts about a running relay
     Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
     Listeners            open the sockets of endpoints, or adopt those that are open
     Messages             stderr, stdout or the log file
     Daemon               pidfile, log file, user, background, systemd
     Command line         options, and the configuration file
+    State                the format of what a reload carries: how it is written and read
+    Reload               replaces the running program by the one on disk; clients stay
     Start and stop       the order of a start
 
 The path of a byte from client A to its partner B:
@@ -92,10 +93,11 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TextIO, Union
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, Union, cast
 
 if TYPE_CHECKING:
     import sqlite3
@@ -200,10 +202,69 @@ GATHER_SECONDS = 0.5  # one fsync for the records of this time; a kill loses wha
 QUOTA_SECONDS = 5  # how often the bytes of the month are compared with the quota
 RETRY_SECONDS = 1  # how often a failed sink tries again
 SINK_WAIT_SECONDS = 0.5  # the longest single wait of a sink for a lock or a reader
+RELOAD_POLL_SECONDS = 0.005  # how often a reload asks its child and the sinks
 STOP_FLUSH_SECONDS = 2  # a stop waits this long for queued bytes
 STOP_RECORD_SECONDS = 10  # a stop then waits this long for the sinks
 STOP_GRANT_SECONDS = 15  # for the stop after a drain: 12 s and a margin
 STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
+
+
+class Role(enum.Enum):
+    """The encoding that a listener expects of its clients."""
+
+    PORT = "port"  # --port: raw, unless the first bytes are one of ws_frames.HTTP_BEGINNINGS
+    WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
+
+
+class Reason(enum.Enum):
+    """Why the relay ends a connection. ws_frames has a Close code for each value."""
+
+    ENDED = "ended"  # any other end: a client left or broke a rule, a time limit, a fault
+    REFUSED = "refused"  # for a limit other than a time limit; a later attempt may succeed
+    STOPPING = "stopping"  # the relay stops
+
+
+class Limit(enum.Enum):
+    """A limit that ends, refuses or slows clients, by its option or its resource."""
+
+    HANDSHAKE = "--handshake-timeout"
+    WAIT = "--max-wait"
+    IDLE = "--idle-timeout"
+    STALL = "--stall-timeout"
+    CONNECTIONS = "--max-connections"
+    DESCRIPTORS = "no free file descriptor"
+    SOURCE = "--max-waiting-per-source"
+    ALLOW = "--allow"
+    QUOTA = "--monthly-quota"
+    MEMORY = "--max-memory"  # slows clients, and ends none
+
+
+# What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
+REFUSALS = {
+    Limit.CONNECTIONS: b"relay full\n",
+    Limit.SOURCE: b"too many waiting\n",
+    Limit.ALLOW: b"not allowed\n",
+    Limit.QUOTA: b"quota used up\n",
+}
+
+
+class Phase(enum.Enum):
+    """The phases of a Connection. The table is in its docstring."""
+
+    OPEN = "open"
+    FLUSHING = "flushing"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
+class ServerPhase(enum.Enum):
+    """The phases of a Server, in their order. All but the first and the last have a deadline."""
+
+    SERVING = "serving"
+    DRAINING = "draining"  # pairs run on, and all other clients are ended; only with --drain
+    STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
+    STOPPING_RECORDS = "stopping: records"  # all connections are closed
+    OVER = "over"
 
 
 class Limits(NamedTuple):
@@ -277,25 +338,6 @@ class Throttle:
         return True
 
 
-class Tally:
-    """Counts events by kind, and logs each kind at most once per COMPLAINT_SECONDS."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._throttles: dict[str, Throttle] = {}
-        self._unlogged: dict[str, int] = {}
-
-    def note(self, kind: str, now: float, level: int, message: str) -> None:
-        """Count an event, and log `message` unless that was done within the last minute."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if self._throttles.setdefault(kind, Throttle()).take(now):
-            unlogged = self._unlogged.pop(kind, 0)
-            more = f" ({unlogged} more since the last message)" if unlogged else ""
-            log.log(level, "%s%s", message, more)
-        else:
-            self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
-
-
 # Records -------------------------------------------------------------------------------------
 # The record of a connection without a partner, the record of a pair, and the state of the relay at
 # one moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
@@ -366,6 +408,104 @@ def blur_size(size: int) -> int:
     return size // 100_000_000 * 100_000_000
 
 
+def status_line(now: Snapshot) -> str:
+    """Return one line for `systemctl status`."""
+    drain = f"draining, at most {now.drain_seconds:.0f} s left; " if now.drain_seconds else ""
+    return (
+        f"{drain}{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
+        f" {count_text(now.connections, 'connection')}; since the start"
+        f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
+    )
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural unless the count is 1."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes in a decimal unit, with three digits at most, except for TB."""
+    if size < 1000:
+        return count_text(size, "byte")
+    value = float(size)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+# Carried state -------------------------------------------------------------------------------
+# A reload (see there) carries the state of all objects into the new program. Each class names the
+# fields that it carries. The others are links to other objects, follow from carried fields, or are
+# made anew.
+
+
+Parsers = Mapping[str, Callable[[Any], object]]
+
+
+class Carried:
+    """An object whose state a reload carries."""
+
+    __slots__: tuple[str, ...] = ()
+    CARRIED: tuple[str, ...] = ()  # the fields; each can itself be a Carried
+    PARSERS: ClassVar[Parsers] = {}  # of fields that are not plain values
+
+    def place(self) -> dict[str, Any]:
+        """Return the carried fields by name, as plain values (see `plain`)."""
+        return {name: plain(getattr(self, name)) for name in self.CARRIED}
+
+    def resume(self, place: Mapping[str, Any]) -> None:
+        """Set the fields that `place` of an object of this class returned.
+
+        A field that is missing keeps its value. Raises ValueError for an unknown field.
+        """
+        unknown = ", ".join(sorted(place.keys() - {*self.CARRIED}))
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no {unknown}")
+        for name, value in place.items():
+            field = getattr(self, name)
+            if hasattr(field, "resume"):
+                field.resume(value)
+            else:
+                is_plain = value is None or name not in self.PARSERS
+                setattr(self, name, value if is_plain else self.PARSERS[name](value))
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as numbers, str, bytes, tuples and dicts, for a state without objects."""
+    if hasattr(value, "place"):  # also a Reader of ws_frames
+        return value.place()
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, bytearray):
+        return bytes(value)
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple, deque)) else value
+
+
+class Tally(Carried):
+    """Counts events by kind, and logs each kind at most once per COMPLAINT_SECONDS."""
+
+    CARRIED = ("counts",)
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._throttles: dict[str, Throttle] = {}
+        self._unlogged: dict[str, int] = {}
+
+    def note(self, kind: str, now: float, level: int, message: str) -> None:
+        """Count an event, and log `message` unless that was done within the last minute."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if self._throttles.setdefault(kind, Throttle()).take(now):
+            unlogged = self._unlogged.pop(kind, 0)
+            more = f" ({unlogged} more since the last message)" if unlogged else ""
+            log.log(level, "%s%s", message, more)
+        else:
+            self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
+
+
 # Kernel --------------------------------------------------------------------------------------
 # Kernel calls other than plain reads and writes: socket options, how much the peer has
 # acknowledged, and pipes for bulk. With splice(2) bulk moves from a socket into a pipe and from
@@ -420,10 +560,7 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
-    """Return whether poll(2) reports `fd` as writable, or an error. Wait up to `seconds`.
-
-    A writable pipe has room for PIPE_BUF bytes.
-    """
+    """Wait for `fd` to be writable (a pipe: PIPE_BUF bytes) or in error. Return whether it is."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
@@ -541,10 +678,7 @@ class PipePool:
         return pipe
 
     def _make(self) -> Pipe | None:
-        """Return a large pipe: a new one, or one that `when_scarce` released.
-
-        None: all are lent, or the system refused one within PIPES_PAUSE_SECONDS.
-        """
+        """Return a large pipe, or None: a new one, or one that `when_scarce` released."""
         now = self._clock()
         if self._lent >= self._max_pipes:
             if self._max_pipes and self._scarcities.take(now):
@@ -589,12 +723,8 @@ def affordable_pipes() -> int:
 
 
 def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
-    """Return how many connections, and how many pipes, fit into `limit` descriptors.
-
-    `open_now`: descriptors that are in use. RESERVED_FDS are kept for other purposes. A pipe has
-    two descriptors; pipes get at most an eighth of the limit. At least one connection is allowed.
-    """
-    pipes = min(affordable_pipes(), limit // 16)
+    """Return how many connections, and how many pipes, `limit` allows beside `open_now`."""
+    pipes = min(affordable_pipes(), limit // 16)  # of two descriptors each: at most an eighth
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
 
 
@@ -624,10 +754,7 @@ QUOTA_PERCENTS = (80, 95, 100)  # of a monthly quota: each is reported
 
 
 def parse_size(text: str, least: int = 0) -> int:
-    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError.
-
-    It must be 0, or at least `least`.
-    """
+    """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError."""
     match = SIZE.fullmatch(text)
     if not match:
         units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
@@ -646,11 +773,16 @@ def parse_rate(text: str) -> int:
     return parse_size(text[:-2] if text.endswith("/s") else text, LEAST_RATE)
 
 
-class Rates:
+class Rates(Carried):
     """Divides a rate among the pairs, and limits the rate of each pair.
 
     `Pair.allowance` is None without a rate, 0 while the pair waits, and positive otherwise.
     """
+
+    CARRIED = (
+        *("_rate", "_pair_rate", "_refilled_at", "_level", "_pool"),
+        *("_spare", "_sharers", "_is_late"),
+    )
 
     def __init__(
         self, max_rate: int, max_pair_rate: int, clock: Callable[[], float] = time.monotonic
@@ -684,6 +816,31 @@ class Rates:
         """Give a pair its first allowance."""
         pair.allowance = self._least if self._is_on else None
         pair.level_used = self._level - self._pair_rate * BUCKET_SECONDS
+
+    def place_pairs(self, pairs: Sequence[Pair]) -> tuple[object, ...]:
+        """Return which pairs wait or read, by their numbers in `pairs`."""
+        number = {pair: n for n, pair in enumerate(pairs)}
+        groups = (group.items() for group in (self._waiting, self._sharing, self._beginning))
+        return tuple(
+            tuple((number[pair], size) for pair, size in group if pair in number)
+            for group in (*groups, self._releases)
+        )
+
+    def resume_pairs(
+        self, place: Mapping[str, Any], numbered: Sequence[Any], pairs: Sequence[Pair]
+    ) -> None:
+        """Go on with the state of Rates that had the same rates. Else let all `pairs` join.
+
+        `numbered`: as from `place_pairs`.
+        """
+        if (place["_rate"], place["_pair_rate"]) != (self._rate, self._pair_rate):
+            for pair in pairs:
+                self.join(pair)
+            return
+        self.resume(place)
+        groups = [[(pairs[n], size) for n, size in group] for group in numbered]
+        self._waiting, self._sharing, self._beginning = map(dict, groups[:3])
+        self._releases = deque(groups[3])
 
     def leave(self, pair: Pair) -> None:
         """Forget a pair, if it is known."""
@@ -791,7 +948,7 @@ class Rates:
         self._waiting = waiting
 
 
-class Quota:
+class Quota(Carried):
     """Counts the bytes that are relayed in a calendar month (UTC).
 
     The month does not go back when the clock does. The loop calls `count`, the thread of the
@@ -831,6 +988,10 @@ class Quota:
         reached = [one for one in QUOTA_PERCENTS if self._reported < one <= percent]
         self._reported = max((self._reported, *reached))
         return reached
+
+    def skip(self, relayed_bytes: int) -> None:
+        """Leave out the bytes that were relayed without a quota, before a reload."""
+        self._relayed_bytes = relayed_bytes
 
     @property
     def is_used_up(self) -> bool:
@@ -913,9 +1074,15 @@ class TimeLimit:
         """Yield the connections for which the limit runs, the earliest first."""
         return iter(self._since)
 
+    def place(self) -> tuple[tuple[int, float], ...]:
+        """Return the descriptor of each connection, and when its limit began."""
+        return tuple((conn.fd, since) for conn, since in self._since.items())
 
-class AwakeClock:
+
+class AwakeClock(Carried):
     """A monotonic clock that leaves out the time in which the process was seen to be suspended."""
+
+    CARRIED = ("suspended_seconds",)
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.monotonic = clock  # seconds
@@ -948,6 +1115,20 @@ class Sweep:
         del self._left[-self._share :]
         return taken
 
+    def place(self, names: Mapping[object, int]) -> tuple[Any, ...]:
+        """Return the state, with the names of connections and pairs."""
+        seen = (
+            {names[key]: value for key, value in values.items() if key in names}
+            for values in (self._seen, self._seen_again)
+        )
+        return (*seen, tuple(names[conn] for conn in self._left if conn in names), self._share)
+
+    def resume(self, place: Sequence[Any], keys: Mapping[int, Any]) -> None:
+        """Go on with the state that `place` returned. The keys of `keys` are names."""
+        *seen, left, self._share = place
+        self._seen, self._seen_again = ({keys[n]: value for n, value in v.items()} for v in seen)
+        self._left = [keys[name] for name in left]
+
     def unchanged_seconds(self, key: object, value: int, now: float) -> float:
         """Return for how long `value` of `key` is known to be the same (seconds)."""
         seen = self._seen_again.get(key) or self._seen.get(key)
@@ -960,13 +1141,15 @@ class Sweep:
 class Timers:
     """The queues of the time limits, and the chores."""
 
+    QUEUES = ("handshaking", "waiting", "linger_polls", "silent")
+
     def __init__(self, limits: Limits) -> None:
         # A connection stays in these two queues when it has gone on. LimitEnforcer.run checks that.
         self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
         self.waiting = TimeLimit(limits.wait_seconds)
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
-        self._queues = (self.handshaking, self.waiting, self.linger_polls, self.silent)
+        self._queues: tuple[TimeLimit, ...] = tuple(getattr(self, name) for name in self.QUEUES)
         self._chores: list[tuple[Throttle, Callable[[], None]]] = []
         self._chores_due = float("inf")
 
@@ -991,6 +1174,16 @@ class Timers:
         """Remove a closed connection from all queues."""
         for queue in self._queues:
             queue.cancel(conn)
+
+    def place(self) -> dict[str, object]:
+        """Return the entries of the queues."""
+        return {name: getattr(self, name).place() for name in self.QUEUES}
+
+    def resume(self, place: Mapping[str, Any], connections: Mapping[int, Connection]) -> None:
+        """Go on with the entries that `place` returned, for connections by descriptor."""
+        for name, entries in place.items():
+            for fd, since in entries:
+                getattr(self, name).start(connections[fd], since)
 
 
 # Addresses -----------------------------------------------------------------------------------
@@ -1060,10 +1253,10 @@ def is_in(networks: Sequence[Network], address: bytes) -> bool:
     return any(first <= address <= last for first, last in networks)
 
 
-class Addresses:
+class Addresses(Carried):
     """Judges where clients come from. It keeps networks and a key, and no client's address."""
 
-    CARRIED = ("_key",)  # by the planned reload: the sources of open connections stay the same
+    CARRIED = ("_key",)  # so the sources of open connections stay the same
 
     def __init__(
         self,
@@ -1072,10 +1265,7 @@ class Addresses:
         key: bytes = b"",
         needs_sources: bool = True,
     ) -> None:
-        """Take the networks of the two options, and the key of the hashes. b"": make a key.
-
-        `needs_sources`: a limit depends on them.
-        """
+        """`trusted`: those of proxies. `key`: of the hashes. `needs_sources`: for a limit."""
         self._allow = allow
         self._trusted = trusted
         self._needs_sources = needs_sources
@@ -1122,113 +1312,10 @@ class Addresses:
         return Peer(digest.digest(), is_allowed, is_trusted)
 
 
-# Interfaces ----------------------------------------------------------------------------------
-# Names that several sections use, and the methods that earlier sections call on later ones: those
-# of a Connection that a Session, a Pair and a Framing use, and those of the Server that its own
-# objects use. Each of the two Protocols has one implementation in the relay. The type of all
-# framings is a Protocol of ws_frames. Only annotations name it, so the module may be missing.
-
-
-class Role(enum.Enum):
-    """The encoding that a listener expects of its clients."""
-
-    PORT = "port"  # --port: raw, unless the first bytes are one of ws_frames.HTTP_BEGINNINGS
-    WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
-
-
-class Reason(enum.Enum):
-    """Why the relay ends a connection. ws_frames has a Close code for each value."""
-
-    ENDED = "ended"  # any other end: a client left or broke a rule, a time limit, a fault
-    REFUSED = "refused"  # for a limit other than a time limit; a later attempt may succeed
-    STOPPING = "stopping"  # the relay stops
-
-
-class Limit(enum.Enum):
-    """A limit that ends, refuses or slows clients, by its option or its resource."""
-
-    HANDSHAKE = "--handshake-timeout"
-    WAIT = "--max-wait"
-    IDLE = "--idle-timeout"
-    STALL = "--stall-timeout"
-    CONNECTIONS = "--max-connections"
-    DESCRIPTORS = "no free file descriptor"
-    SOURCE = "--max-waiting-per-source"
-    ALLOW = "--allow"
-    QUOTA = "--monthly-quota"
-    MEMORY = "--max-memory"  # slows clients, and ends none
-
-
-# What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
-REFUSALS = {
-    Limit.CONNECTIONS: b"relay full\n",
-    Limit.SOURCE: b"too many waiting\n",
-    Limit.ALLOW: b"not allowed\n",
-    Limit.QUOTA: b"quota used up\n",
-}
-
-
-class Phase(enum.Enum):
-    """The phases of a Connection. The table is in its docstring."""
-
-    OPEN = "open"
-    FLUSHING = "flushing"
-    LINGERING = "lingering"
-    CLOSED = "closed"
-
-
-class ServerPhase(enum.Enum):
-    """The phases of a Server, in their order. All but the first and the last have a deadline."""
-
-    SERVING = "serving"
-    DRAINING = "draining"  # pairs run on, and all other clients are ended; only with --drain
-    STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
-    STOPPING_RECORDS = "stopping: records"  # all connections are closed
-    OVER = "over"
-
-
-class Transport(Protocol):
-    """What a Session, a Pair and a Framing use of a Connection, which describes the methods."""
-
-    framing: ws_frames.Framing  # a Framing assigns its successor here
-
-    def send(self, data: Bytes) -> None: ...
-    def write(self, data: Bytes, *more: Bytes) -> None: ...
-    def queued_bytes(self) -> int: ...
-    def is_behind(self, most: int) -> bool: ...
-    def session_changed(self) -> None: ...
-    def note_activity(self) -> None: ...
-    def finish(self, reason: Reason) -> None: ...
-
-
-class EventLoop(Protocol):
-    """What the objects that the Server owns use of it. The Server has the descriptions."""
-
-    buffer: memoryview
-    bulk: BulkQueue
-    pipes: PipePool
-    rates: Rates
-    memory: MemoryBudget
-    timers: Timers
-    rendezvous: Rendezvous
-    connections: set[Connection]
-    doomed: OrderedDict[Connection, None]  # those that this turn closes
-    wallclock: Callable[[], float]  # seconds since the epoch
-
-    @property
-    def clock(self) -> Callable[[], float]: ...  # monotonic seconds, without those of suspensions
-    def update_interest(self, conn: Connection) -> None: ...
-    def doom(self, conn: Connection) -> None: ...
-    def admit(
-        self, sock: socket.socket, role: Role, peer: Peer, has_proxy_header: bool
-    ) -> None: ...
-    def free_descriptor(self) -> bool: ...
-
-
 # Session -------------------------------------------------------------------------------------
 # The state machine of one client. It has no socket, and of the stream it stores the handshake only.
 # Framing, Connection, Rendezvous, Server, Faults, LimitEnforcer and the partner's Session report
-# events to it. It calls its Transport (in the relay: its Connection).
+# events to it. It calls its Connection, as `transport`.
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
@@ -1265,7 +1352,7 @@ def parse_handshake(line: bytes) -> Handshake | None:
     return Handshake(match[1], match[2]) if match else None
 
 
-class Session:
+class Session(Carried):
     r"""The state machine of one client, from accept to the end.
 
     tests/test_session.py executes this table. In the state `done`, a line, bytes and `end` have no
@@ -1296,13 +1383,17 @@ class Session:
     fault, `Rendezvous.expel` may write it.
     """
 
-    # The planned reload will carry these fields. The others are links to other objects.
     CARRIED = ("accepted", "handshake", "is_trusted", "refused_by", "source", "started", "state")
+    PARSERS: ClassVar[Parsers] = {
+        "handshake": lambda fields: Handshake(**fields),
+        "refused_by": Limit,
+        "state": State,
+    }
     __slots__ = (*CARRIED, "ended_pair", "pair", "rendezvous", "transport")
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Connection,
         rendezvous: Rendezvous,
         started: float,
         role: Role = Role.PORT,
@@ -1487,14 +1578,17 @@ class Session:
 # their record needs.
 
 
-class Pair:
+class Pair(Carried):
     """Two matched sessions, until their record is written.
 
     The record does not use the sessions. When a client has left, the pair drops its session.
     """
 
-    CARRIED = ("accepted", "is_direct", "started", "total_bytes", "waiting_time")
-    __slots__ = (*CARRIED, "allowance", "level_used", "sessions")
+    CARRIED = (
+        *("accepted", "allowance", "is_direct", "level_used", "started"),
+        *("total_bytes", "waiting_time"),
+    )
+    __slots__ = (*CARRIED, "sessions")
 
     def __init__(self, one: Session, other: Session) -> None:
         first, second = (one, other) if one.accepted <= other.accepted else (other, one)
@@ -1529,12 +1623,14 @@ class Pair:
         return UsageRecord(self.started, total_time, self.waiting_time, self.total_bytes, "happy")
 
 
-class Rendezvous:
+class Rendezvous(Carried):
     """The clients that wait, by token, and the pairs that are not yet recorded.
 
     The clients that wait under one token have the same side, or there is one client without a
     side: other clients would have been matched. So a newcomer matches all of them or none.
     """
+
+    CARRIED = ("_ended_bytes", "addresses", "pairs_ended")
 
     def __init__(
         self,
@@ -1670,6 +1766,24 @@ class Rendezvous:
             else:
                 self.pair_ended(pair)
 
+    def resume_waiting(self, session: Session) -> None:
+        """Let a client wait again, after a reload. The order of the calls is the order of age."""
+        assert session.handshake is not None
+        self._add(session.handshake.token, session)
+
+    def resume_pair(self, place: Mapping[str, Any], sessions: Sequence[Session]) -> Pair:
+        """Return a pair again, after a reload. With one session, the partner's client has left."""
+        pair = Pair(sessions[0], sessions[-1])
+        pair.resume(place)
+        pair.sessions = tuple(sessions)
+        for session in sessions:
+            if len(sessions) == 1:
+                session.ended_pair = pair
+            else:
+                session.pair = pair
+        self.pairs.add(pair)
+        return pair
+
     def incomplete_bytes(self) -> int:
         """Return the bytes of all pairs that are not yet recorded."""
         return sum(pair.total_bytes for pair in self.pairs)
@@ -1688,22 +1802,23 @@ class Rendezvous:
 #     [ProxyFraming] --> DetectFraming --+--> RawFraming
 #                                        +--> [HttpFraming] --> [WebSocketFraming]
 #
-# When the Connection finishes, DISCARD replaces the last Framing. A Framing keeps its position in
-# the stream in named fields (CARRIED), so that a reload, which is planned, can carry them.
+# When the Connection finishes, DISCARD replaces the last Framing.
 
 
-class Framing:
-    """The decoder and encoder of one client. This base class discards all input."""
+class Framing(Carried):
+    """The decoder and encoder of one client. This base class discards all input.
+
+    The carried fields hold the position in the stream.
+    """
 
     __slots__ = ("_session", "_transport")
-    CARRIED: tuple[str, ...] = ()  # the fields that hold the position in the stream
 
     is_raw = True  # data is sent as it is
     direct_read_bytes = READ_BYTES  # the largest read that is not queued as bulk
     max_read_bytes = READ_BYTES  # for one read
     is_costly = False  # the next read may take long, for its size
 
-    def __init__(self, session: Session, transport: Transport) -> None:
+    def __init__(self, session: Session, transport: Connection) -> None:
         self._session = session
         self._transport = transport
 
@@ -1734,7 +1849,7 @@ class RawFraming(Framing):
     __slots__ = ("_line", "_past_line")
     CARRIED = ("_line", "_past_line")
 
-    def __init__(self, session: Session, transport: Transport) -> None:
+    def __init__(self, session: Session, transport: Connection) -> None:
         super().__init__(session, transport)
         self._line = b""  # the received start of the first line
         self._past_line = False
@@ -1781,7 +1896,7 @@ class DetectFraming(Framing):
 
     max_read_bytes = FIRST_READ_BYTES
 
-    def __init__(self, session: Session, transport: Transport) -> None:
+    def __init__(self, session: Session, transport: Connection) -> None:
         super().__init__(session, transport)
         self._start = b""  # the first bytes, while they are ambiguous
 
@@ -1823,7 +1938,7 @@ class DetectFraming(Framing):
 # bytes in flight to the peer.
 
 
-class Connection:
+class Connection(Carried):
     """One client's socket. It carries out the calls of its Session and reports events to it.
 
     tests/test_connection.py executes this table. Other events do not change the phase. (In
@@ -1845,18 +1960,18 @@ class Connection:
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
-    # The planned reload will carry these fields. The others are links, or follow from these.
     CARRIED = (
         *("is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
-        *("backlog", "fd", "phase", "read_bytes", "sent_bytes"),
+        *("fd", "phase", "read_bytes", "sent_bytes", "session"),
     )
+    PARSERS: ClassVar[Parsers] = {"phase": Phase}
     __slots__ = (
-        *CARRIED,
-        *("counted_bytes", "_server", "framing", "is_unpolled", "mask", "session", "sock"),
+        *(*CARRIED, "backlog", "framing"),  # see place_connection
+        *("_server", "counted_bytes", "is_unpolled", "mask", "sock"),
     )
 
     def __init__(
-        self, sock: socket.socket, server: EventLoop, role: Role, peer: Peer, has_proxy_header: bool
+        self, sock: socket.socket, server: Server, role: Role, peer: Peer, has_proxy_header: bool
     ) -> None:
         self.sock = sock
         self.fd = sock.fileno()
@@ -1893,11 +2008,7 @@ class Connection:
     def partner(self) -> Connection | None:
         """Return the connection of the partner, while relaying."""
         pair = self.session.pair
-        if pair is None:
-            return None
-        partner = pair.partner_of(self.session).transport
-        assert isinstance(partner, Connection)
-        return partner
+        return None if pair is None else pair.partner_of(self.session).transport
 
     # Readiness.
 
@@ -1928,7 +2039,7 @@ class Connection:
         if bulk:
             self._server.bulk.add(self, bulk)
 
-    # Orders of the Session and the Framing: see Transport.
+    # Orders of the Session and the Framing.
 
     def send(self, data: Bytes) -> None:
         """Encode and send `data`, now or later. The caller may then reuse its buffer."""
@@ -2175,11 +2286,13 @@ class ListenerHandler(NamedTuple):
         self.acceptor.accept(self.listener)
 
 
-class Acceptor:
+class Acceptor(Carried):
     """Accepts the newcomers of all listeners, or pauses."""
 
+    CARRIED = ("_may_end_early", "retry_at")
+
     def __init__(
-        self, loop: EventLoop, listeners: Sequence[Listener], keepalive_seconds: float
+        self, loop: Server, listeners: Sequence[Listener], keepalive_seconds: float
     ) -> None:
         self._loop = loop
         self._listeners = list(listeners)
@@ -2193,11 +2306,18 @@ class Acceptor:
         self._complaints = Throttle()
 
     def start(self, selector: selectors.BaseSelector) -> None:
-        """Begin to accept. Raises OSError if the selector refuses a listener."""
+        """Begin to accept, or go on with a pause. Raises OSError if the selector refuses one."""
         self._selector = selector
         for listener in self._listeners:
             set_options(listener.sock, self._options)
-            selector.register(listener.fd, EVENT_READ, ListenerHandler(self, listener))
+        if self.retry_at == float("inf"):  # else a reload carried a pause
+            self._register()
+
+    def _register(self) -> None:
+        assert self._selector is not None
+        for listener in self._listeners:
+            handler = ListenerHandler(self, listener)
+            self._selector.register(listener.fd, EVENT_READ, handler)
         self.is_accepting = bool(self._listeners)
 
     def accept(self, listener: Listener) -> None:
@@ -2247,15 +2367,14 @@ class Acceptor:
         if self._complaints.take(now):
             log.warning("newcomers have to wait: %s", why)
 
-    def resume(self, now: float) -> None:
+    def end_pause(self, now: float) -> None:
         """End a pause, if its time is over or if it may end earlier."""
         if self.is_accepting or (now < self.retry_at and not self._may_end_early):
             return
-        assert self._selector is not None
-        self.retry_at = now + ACCEPT_RETRY_SECONDS  # if `start` fails
+        self.retry_at = now + ACCEPT_RETRY_SECONDS  # if `_register` fails
         self._unregister()
         try:
-            self.start(self._selector)
+            self._register()
         except OSError as error:
             self.is_accepting = True
             self.pause(error_text(error), may_end_early=False)
@@ -2280,8 +2399,9 @@ class Acceptor:
 
 
 # Signals and stops ---------------------------------------------------------------------------
-# A signal handler notes the signal and wakes the loop, which acts on it. `StopProgress` checks
-# whether a stop has delivered everything. A drain, which may precede a stop, waits for pairs only.
+# A signal handler notes the signal and wakes the loop, which acts on it. A stop signal begins the
+# Ending. `StopProgress` checks whether a stop has delivered everything. A drain, which may precede
+# a stop, waits for pairs only.
 
 
 class Signals:
@@ -2305,6 +2425,7 @@ class Signals:
         signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
         for number in IGNORED_SIGNALS - set(self.actions):
             signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid finds no child
         for number in self.actions:
             signal.signal(number, lambda number, _: self._noted.append(number))
         # The parent process may have blocked them.
@@ -2319,6 +2440,11 @@ class Signals:
         """Yield the action of each noted signal."""
         while self._noted:
             yield self.actions[self._noted.popleft()]
+
+    @property
+    def has_noted(self) -> bool:
+        """Return whether a signal waits for its action."""
+        return bool(self._noted)
 
     def close(self) -> None:
         """Close the sockets. Signals do not wake the loop any more."""
@@ -2372,16 +2498,127 @@ def is_delivered(conn: Connection) -> bool:
     return conn.phase is Phase.CLOSED
 
 
+class Ending:
+    """The end of the relay, which stop signals begin: a drain, if one is wanted, and then a stop.
+
+    It owns the phase of the Server.
+    """
+
+    def __init__(self, loop: Server, drain_seconds: float) -> None:
+        """`drain_seconds`: how long pairs may run on after the first signal; 0: no drain."""
+        self._loop = loop
+        self._drain_seconds = drain_seconds
+        self.phase = ServerPhase.SERVING
+        self._signals = 0  # how many have come
+        self._keeps_pairs_only = False  # a drain or a stop has ended all others without a fault
+        self._deadline = float("inf")  # of the current phase
+        self._progress: StopProgress | None = None  # set when a stop begins
+
+    @property
+    def drain_seconds_left(self) -> float:
+        """Return for how long pairs may run on, if the relay drains; else 0."""
+        is_draining = self.phase is ServerPhase.DRAINING
+        return max(0.0, self._deadline - self._loop.clock()) if is_draining else 0.0
+
+    def next_due(self) -> float:
+        """Return when `go_on` is due; infinity while the relay serves."""
+        if self.phase is ServerPhase.SERVING:
+            return float("inf")
+        is_waiting = self.phase is ServerPhase.DRAINING and self._keeps_pairs_only
+        return self._deadline if is_waiting else self._loop.clock() + STOP_POLL_SECONDS
+
+    def signalled(self, number: int) -> None:
+        """Begin a drain or a stop, or end what is under way."""
+        name = signal.Signals(number).name
+        self._signals += 1
+        if self.phase is ServerPhase.DRAINING:
+            self._end_drain(name)
+        elif self.phase is ServerPhase.SERVING and self._drain_seconds:
+            pairs = len(self._loop.rendezvous.pairs)
+            log.info("%s: draining for at most %g s; pairs: %d", name, self._drain_seconds, pairs)
+            self.drain()
+        elif self.phase is ServerPhase.SERVING:
+            log.info("%s: stopping", name)
+            self.stop()
+        elif self._drain_seconds and self._signals == 2:  # meant for the drain
+            log.info("%s: stopping already", name)
+        else:
+            log.info("%s: ending at once", name)
+            self.phase = ServerPhase.OVER
+
+    def drain(self) -> None:
+        """Begin to drain: close listeners, end clients without a partner, and let pairs run on."""
+        self._deadline = self._loop.clock() + self._drain_seconds
+        self.phase = ServerPhase.DRAINING
+        self._signals = 1
+        self._keep_pairs_only()
+
+    def _end_drain(self, why: str) -> None:
+        log.info("%s: the drain ends; pairs left: %d", why, len(self._loop.rendezvous.pairs))
+        self.stop()
+
+    def stop(self) -> None:
+        """Begin to stop: end clients without a partner, and pairs whose arrived bytes are read."""
+        self.phase = ServerPhase.STOPPING_BYTES
+        self._deadline = self._loop.clock() + STOP_FLUSH_SECONDS
+        self._keep_pairs_only()
+        self._progress = StopProgress(self._loop.connections)
+        self._end_pairs(self._progress.finished_leavers(self._loop.connections))
+
+    def _keep_pairs_only(self) -> None:
+        faults = self._loop.faults
+        faults_before = faults.count
+        faults.guard(self._loop.close_listeners)
+        for conn in tuple(self._loop.connections):
+            if conn.session.pair is None:
+                faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
+        self._keeps_pairs_only = faults.count == faults_before
+
+    def _end_pairs(self, leavers: Iterable[Connection]) -> None:
+        for leaver in leavers:
+            end = partial(leaver.session.client_ended, Reason.STOPPING)
+            self._loop.faults.guard(end, leaver)
+
+    def end_finished_pairs(self, served: Iterable[Connection]) -> None:
+        """In a stop, end each pair of a served connection, if all its arrived bytes are read."""
+        if self._progress is not None:
+            self._end_pairs(self._progress.finished_leavers(served))
+
+    def go_on(self, now: float) -> None:
+        """Enter the next phase of the stop, if this one is complete or its deadline passed."""
+        pairs = self._loop.rendezvous.pairs
+        if self.phase is ServerPhase.DRAINING:
+            if not self._keeps_pairs_only:
+                self._keep_pairs_only()
+            if pairs and now < self._deadline:
+                return
+            self._end_drain("time is up" if pairs else "all pairs have ended")
+        if self.phase is ServerPhase.STOPPING_BYTES:
+            if self._progress is not None:  # None: `stop` met a fault
+                if now < self._deadline and not self._progress.is_complete():
+                    return
+                leavers = self._progress.leavers(self._loop.connections)
+                self._loop.faults.guard(partial(self._end_pairs, leavers))
+            self._loop.close_connections()
+            self._loop.finish_records()
+            self.phase = ServerPhase.STOPPING_RECORDS
+            self._deadline = now + STOP_RECORD_SECONDS
+        if self._loop.recorder.finished or now >= self._deadline:
+            self.phase = ServerPhase.OVER
+
+
 # Faults --------------------------------------------------------------------------------------
 # Unexpected exceptions are contained: they end the connection that was being served, and its pair.
 # A log message has the traceback and the type of the exception. It has the message only of an
 # AssertionError, OSError or MemoryError, which contains no data of a client.
 
 
-class Faults:
+class Faults(Carried):
     """Contains exceptions: counts them, logs each place once a minute, and repairs the state."""
 
-    def __init__(self, loop: EventLoop) -> None:
+    CARRIED = ("_tally",)
+
+    def __init__(self, loop: Server) -> None:
         self._loop = loop
         self._tally = Tally()
         self.need_repair = False  # there was a fault since the last repair
@@ -2482,21 +2719,18 @@ class Faults:
                 self._memory_reserve = bytes(MEMORY_RESERVE_BYTES)
 
     def _note_exception(self) -> None:
+        """Count the exception that is being handled by its place. Log it with its traceback."""
         error = sys.exc_info()[1]
         assert error is not None
         if isinstance(error, MemoryError):
             self._memory_reserve = None
         with contextlib.suppress(MemoryError):  # then the log lacks it
-            self._describe(error)
-
-    def _describe(self, error: BaseException) -> None:
-        """Count an exception by its place, and log it with its traceback."""
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].name}, line {frames[-1].lineno}"
-        lines = "".join(traceback.format_list(frames))
-        has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
-        text = f": {error}" if has_own_text and str(error) else ""
-        self._count(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{frames[-1].name}, line {frames[-1].lineno}"
+            lines = "".join(traceback.format_list(frames))
+            has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
+            text = f": {error}" if has_own_text and str(error) else ""
+            self._count(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
 
     def _count(self, place: str, message: str) -> None:
         self._tally.note(place, self._loop.clock(), logging.ERROR, message)
@@ -2530,7 +2764,7 @@ def is_consistent(conn: Connection) -> bool:
 class BulkQueue:
     """The connections whose next move is expected to be large or costly."""
 
-    def __init__(self, loop: EventLoop, faults: Faults) -> None:
+    def __init__(self, loop: Server, faults: Faults) -> None:
         self._loop = loop
         self._faults = faults
         self.ready: OrderedDict[Connection, int] = OrderedDict()  # with the events to try
@@ -2544,10 +2778,7 @@ class BulkQueue:
             self._loop.update_interest(conn)
 
     def serve(self) -> list[Connection]:
-        """Serve a quarter of the queue, rounded up. Return the served connections.
-
-        Stop earlier after TURN_BULK_BYTES or TURN_BULK_SECONDS.
-        """
+        """Serve a quarter of the queue, rounded up, or less. Return the served connections."""
         served: list[Connection] = []
         moved = 0
         deadline = self._loop.clock() + TURN_BULK_SECONDS
@@ -2588,10 +2819,12 @@ class BulkQueue:
 # as `Rendezvous.limit_reached`.
 
 
-class LimitEnforcer:
+class LimitEnforcer(Carried):
     """Ends the clients that have reached a limit, and makes room when the relay is full."""
 
-    def __init__(self, loop: EventLoop, faults: Faults, limits: Limits) -> None:
+    CARRIED = ("reached",)
+
+    def __init__(self, loop: Server, faults: Faults, limits: Limits) -> None:
         self._loop = loop
         self._faults = faults
         self._limits = limits
@@ -2603,7 +2836,7 @@ class LimitEnforcer:
         seconds = shortest / SWEEPS_PER_LIMIT
         shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
         self.share_seconds = max(seconds / shares, 1) if shortest else 0  # 0: no sweeps
-        self._sweep = Sweep(loop.connections, shares)
+        self.sweep = Sweep(loop.connections, shares)
 
     def note(self, limit: Limit) -> None:
         """Count that a limit ended, refused or slowed a client. Log it, at most once a minute."""
@@ -2643,10 +2876,7 @@ class LimitEnforcer:
         if silent is not None:
             return silent
         session = self._loop.rendezvous.oldest_of_busiest_source()
-        if session is None:
-            return None
-        assert isinstance(session.transport, Connection)
-        return session.transport
+        return None if session is None else session.transport
 
     def check_quota(self, quota: Quota | None) -> None:
         """Compare the bytes of the month with the quota, and act if that changes something."""
@@ -2668,9 +2898,7 @@ class LimitEnforcer:
             rendezvous.is_quota_used_up = quota.is_used_up
             for crowd in tuple(rendezvous.waiting.values()) if quota.is_used_up else ():
                 for session in tuple(crowd):
-                    self.note(Limit.QUOTA)
-                    end = partial(session.client_ended, Reason.REFUSED)
-                    self._faults.guard(end, session.transport)
+                    self._end(Limit.QUOTA, session.transport, Reason.REFUSED)
 
     def refill_rates(self, now: float) -> None:
         """Let pairs that wait for an allowance go on."""
@@ -2678,7 +2906,6 @@ class LimitEnforcer:
             if pair.allowance is not None and pair.allowance < BULK_BYTES:
                 # A direct read of one client could spend it before a queued read of the other.
                 for session in pair.sessions:
-                    assert isinstance(session.transport, Connection)
                     session.transport.is_bulk = False
             self.allowance_changed(pair)
 
@@ -2699,7 +2926,7 @@ class LimitEnforcer:
     def check_progress(self) -> None:
         """Check a share of all connections for a stall, and their pairs for idleness."""
         now, limits = self._loop.clock(), self._limits
-        for conn in self._sweep.take():
+        for conn in self.sweep.take():
             pair = conn.session.pair
             if conn.phase is Phase.CLOSED:
                 continue
@@ -2712,7 +2939,7 @@ class LimitEnforcer:
                 queues = ((one.backlog, unacknowledged_bytes(one.sock) or 0) for one in ends)
                 is_held = any(queue is not None or size > FEW_BYTES for queue, size in queues)
                 value = -1 if is_held or pair.allowance == 0 else pair.total_bytes
-                idle_seconds = self._sweep.unchanged_seconds(pair, value, now)
+                idle_seconds = self.sweep.unchanged_seconds(pair, value, now)
                 if idle_seconds >= limits.idle_seconds and value >= 0:
                     self._end(Limit.IDLE, conn)
 
@@ -2730,11 +2957,11 @@ class LimitEnforcer:
         unacknowledged = unacknowledged_bytes(conn.sock) or 0  # our end counts as a byte
         if not unacknowledged and conn.backlog is None:
             return 0
-        return self._sweep.unchanged_seconds(conn, conn.sent_bytes - unacknowledged, now)
+        return self.sweep.unchanged_seconds(conn, conn.sent_bytes - unacknowledged, now)
 
-    def _end(self, limit: Limit, conn: Connection) -> None:
+    def _end(self, limit: Limit, conn: Connection, reason: Reason = Reason.ENDED) -> None:
         self.note(limit)
-        self._faults.guard(conn.session.client_ended, conn)
+        self._faults.guard(partial(conn.session.client_ended, reason), conn)
 
 
 def is_before_handshake(conn: Connection) -> bool:
@@ -2752,8 +2979,10 @@ def is_before_handshake(conn: Connection) -> bool:
 # An exception of a handler is contained (see Faults). Another one in the loop ends the process.
 
 
-class Server:
+class Server(Carried):
     """The event loop. It owns the objects that all connections share."""
+
+    CARRIED = ("_acceptor", "_started", "clock", "faults", "limits", "recorder", "rendezvous")
 
     def __init__(
         self,
@@ -2787,7 +3016,6 @@ class Server:
         self.memory = MemoryBudget(limits.max_memory)
         self.pipes = PipePool(max_pipes, clock)
         self.connections: set[Connection] = set()
-        self.phase = ServerPhase.SERVING
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
@@ -2801,23 +3029,31 @@ class Server:
         self.rendezvous.limit_reached = self.limits.note
         if self.limits.share_seconds:
             self.timers.every(self.limits.share_seconds, self.limits.check_progress)
+        self.quota = quota
         self._check_quota = partial(self.limits.check_quota, quota)
         if quota is not None:
             self.timers.every(QUOTA_SECONDS, self._check_quota)
+        self.ending = Ending(self, drain_seconds)
         self.signals = Signals()
         for number in STOP_SIGNALS:
-            self.signals.actions[number] = partial(self._stop_signalled, number)
-        self._drain_seconds = drain_seconds
-        self._stop_signals = 0  # how many have come
-        self._keeps_pairs_only = False  # a drain or a stop has ended all others without a fault
-        self._deadline = float("inf")  # of the current phase
-        self._stop_progress: StopProgress | None = None  # set when a stop begins
+            self.signals.actions[number] = partial(self.ending.signalled, number)
+        self.between_turns: Callable[[], None] | None = None  # set while a reload is under way
 
     def start(self) -> None:
         """Open the selector and begin to accept. Raises OSError."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.signals.open(), EVENT_READ, self.signals)
         self._acceptor.start(self._selector)
+        # After a reload there are connections. Of a pair, the client comes first whose turn it is.
+        for pair in self.rendezvous.pairs:
+            self.limits.allowance_changed(pair)
+        for conn in self.connections:
+            self.update_interest(conn)
+
+    @property
+    def phase(self) -> ServerPhase:
+        """Return whether the relay serves, or how far its end is."""
+        return self.ending.phase
 
     # The loop.
 
@@ -2827,6 +3063,8 @@ class Server:
         ready()
         while self.phase is ServerPhase.SERVING:
             self._run_turn()
+            if self.between_turns is not None and self.phase is ServerPhase.SERVING:
+                self.faults.guard(self.between_turns)
         self.faults.guard(stopping)
         while self.phase is not ServerPhase.OVER:
             self._run_turn()
@@ -2852,11 +3090,9 @@ class Server:
         served = self.bulk.serve() if self.bulk.ready else []
         for action in self.signals.take_actions():
             self.faults.guard(action)
-        if self._stop_progress is not None:
+        if self.phase is not ServerPhase.SERVING:
             served += [key.data for key, _ in events if isinstance(key.data, Connection)]
-            self.faults.guard(
-                partial(self._end_pairs, self._stop_progress.finished_leavers(served))
-            )
+            self.faults.guard(partial(self.ending.end_finished_pairs, served))
         self._run_timers(self.clock())
         self._end_turn()
 
@@ -2887,11 +3123,9 @@ class Server:
     def _timeout(self) -> float:
         """Return how long the select may wait (seconds)."""
         due = min(self.timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
-        if self.phase is ServerPhase.DRAINING and self._keeps_pairs_only:
-            due = min(due, self._deadline)
-        elif self.phase is not ServerPhase.SERVING:
-            due = min(due, self.clock() + STOP_POLL_SECONDS)
-        return max(0.0, due - self.clock())
+        due = min(due, self.ending.next_due())
+        longest = float("inf") if self.between_turns is None else RELOAD_POLL_SECONDS
+        return min(max(0.0, due - self.clock()), longest)
 
     def _run_timers(self, now: float) -> None:
         self.limits.run(now)
@@ -2900,16 +3134,16 @@ class Server:
         for conn in self.timers.linger_polls.take_expired(now):
             self.faults.guard(partial(conn.check_linger, now), conn)
         if now >= self._acceptor.retry_at:
-            self.faults.guard(partial(self._acceptor.resume, now), self._acceptor)
+            self.faults.guard(partial(self._acceptor.end_pause, now), self._acceptor)
         for work in self.timers.due_chores(now):
             self.faults.guard(work)
         if self.phase is not ServerPhase.SERVING:
-            self.faults.guard(partial(self._continue_stop, now))
+            self.faults.guard(partial(self.ending.go_on, now))
 
     def close(self) -> None:
         """Close everything at once."""
-        self._acceptor.close()
-        self._close_connections()
+        self.close_listeners()
+        self.close_connections()
         self.pipes.close_idle()
         self.signals.close()
         if self._selector is not None:
@@ -2917,31 +3151,29 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
-        now = self.wallclock()
-        is_draining = self.phase is ServerPhase.DRAINING
+        now, rendezvous = self.wallclock(), self.rendezvous
         return Snapshot(
             # Computed each time, because the wall clock may have been set since the start.
             started_at=now - (self.clock.monotonic() - self._started),
             taken_at=now,
-            pairs=len(self.rendezvous.pairs),
-            waiting_clients=self.rendezvous.waiting_clients,
-            waiting_tokens=len(self.rendezvous.waiting),
+            pairs=len(rendezvous.pairs),
+            waiting_clients=rendezvous.waiting_clients,
+            waiting_tokens=len(rendezvous.waiting),
             connections=len(self.connections),
-            pairs_ended=self.rendezvous.pairs_ended,
-            relayed_bytes=self.rendezvous.relayed_bytes(),
-            incomplete_bytes=self.rendezvous.incomplete_bytes(),
+            pairs_ended=rendezvous.pairs_ended,
+            relayed_bytes=rendezvous.relayed_bytes(),
+            incomplete_bytes=rendezvous.incomplete_bytes(),
             faults=self.faults.count,
-            drain_seconds=max(0.0, self._deadline - self.clock()) if is_draining else 0.0,
+            drain_seconds=self.ending.drain_seconds_left,
         )
 
-    # What a Connection asks for: see EventLoop.
+    # What a Connection asks for.
 
     def update_interest(self, conn: Connection) -> None:
         """Register what `conn` is interested in. Doom it if the selector refuses."""
         mask = 0 if conn.is_unpolled else conn.interest()
-        if mask == conn.mask:
+        if mask == conn.mask or self._selector is None:  # `start` will register all
             return
-        assert self._selector is not None, "not started"
         try:
             if not mask:  # with an empty mask, epoll would still report a hang-up
                 self._selector.unregister(conn.fd)
@@ -2973,7 +3205,7 @@ class Server:
             if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
                 self.connections.discard(conn)
         if not self._acceptor.is_accepting:
-            self.faults.guard(partial(self._acceptor.resume, self.clock()), self._acceptor)
+            self.faults.guard(partial(self._acceptor.end_pause, self.clock()), self._acceptor)
 
     def _close(self, conn: Connection) -> None:
         """Close a connection. A step that fails does not prevent the next ones."""
@@ -2985,12 +3217,30 @@ class Server:
             finally:
                 self.timers.forget(conn)
 
-    def _close_connections(self) -> None:
+    def close_listeners(self) -> None:
+        """Accept no more newcomers."""
+        self._acceptor.close()
+
+    def close_connections(self) -> None:
+        """Close all connections at once."""
         for conn in self.connections:
             conn.doom()
         self._reap()
 
+    def finish_records(self) -> None:
+        """Let the sinks write the last records and end."""
+        self.faults.guard(self._check_quota)
+        self.recorder.update(self.snapshot().current())
+        self.recorder.stop()
+
     # Newcomers.
+
+    def accept_rest(self, gone: Sequence[Listener]) -> None:
+        """Accept the newcomers in the queues of listeners, and close these."""
+        for listener in gone:
+            for _ in range(LISTEN_BACKLOG // ACCEPTS_PER_WAKEUP + 1):
+                self.faults.guard(partial(self._acceptor.accept, listener))
+            listener.close()
 
     def admit(
         self,
@@ -3027,80 +3277,6 @@ class Server:
         self._reap()
         return is_evicted
 
-    # The end.
-
-    def drain(self) -> None:
-        """Begin to drain: close listeners, end clients without a partner, and let pairs run on."""
-        self._deadline = self.clock() + self._drain_seconds
-        self.phase = ServerPhase.DRAINING
-        self._stop_signals = 1
-        self._keep_pairs_only()
-
-    def stop(self) -> None:
-        """Begin to stop: end clients without a partner, and pairs whose arrived bytes are read."""
-        self.phase = ServerPhase.STOPPING_BYTES
-        self._deadline = self.clock() + STOP_FLUSH_SECONDS
-        self._keep_pairs_only()
-        self._stop_progress = StopProgress(self.connections)
-        self._end_pairs(self._stop_progress.finished_leavers(self.connections))
-
-    def _keep_pairs_only(self) -> None:
-        faults_before = self.faults.count
-        self.faults.guard(self._acceptor.close)
-        for conn in tuple(self.connections):
-            if conn.session.pair is None:
-                self.faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
-        self._keeps_pairs_only = self.faults.count == faults_before
-
-    def _end_pairs(self, leavers: Iterable[Connection]) -> None:
-        for leaver in leavers:
-            self.faults.guard(partial(leaver.session.client_ended, Reason.STOPPING), leaver)
-
-    def _stop_signalled(self, number: int) -> None:
-        name = signal.Signals(number).name
-        self._stop_signals += 1
-        if self.phase is ServerPhase.DRAINING:
-            self._end_drain(name)
-        elif self.phase is ServerPhase.SERVING and self._drain_seconds:
-            pairs = len(self.rendezvous.pairs)
-            log.info("%s: draining for at most %g s; pairs: %d", name, self._drain_seconds, pairs)
-            self.drain()
-        elif self.phase is ServerPhase.SERVING:
-            log.info("%s: stopping", name)
-            self.stop()
-        elif self._drain_seconds and self._stop_signals == 2:  # meant for the drain
-            log.info("%s: stopping already", name)
-        else:
-            log.info("%s: ending at once", name)
-            self.phase = ServerPhase.OVER
-
-    def _end_drain(self, why: str) -> None:
-        log.info("%s: the drain ends; pairs left: %d", why, len(self.rendezvous.pairs))
-        self.stop()
-
-    def _continue_stop(self, now: float) -> None:
-        """Enter the next phase of the stop, if this one is complete or its deadline passed."""
-        if self.phase is ServerPhase.DRAINING:
-            if not self._keeps_pairs_only:
-                self._keep_pairs_only()
-            if self.rendezvous.pairs and now < self._deadline:
-                return
-            self._end_drain("time is up" if self.rendezvous.pairs else "all pairs have ended")
-        if self.phase is ServerPhase.STOPPING_BYTES:
-            if self._stop_progress is not None:  # None: `stop` met a fault
-                if now < self._deadline and not self._stop_progress.is_complete():
-                    return
-                pairs = self._stop_progress.leavers(self.connections)
-                self.faults.guard(partial(self._end_pairs, pairs))
-            self._close_connections()
-            self.faults.guard(self._check_quota)
-            self.recorder.update(self.snapshot().current())
-            self.recorder.stop()
-            self.phase = ServerPhase.STOPPING_RECORDS
-            self._deadline = now + STOP_RECORD_SECONDS
-        if self.recorder.finished or now >= self._deadline:
-            self.phase = ServerPhase.OVER
-
 
 # Recorder ------------------------------------------------------------------------------------
 # Usage records leave the event loop through queues. Each sink (database, JSON lines) has a queue
@@ -3110,15 +3286,18 @@ class Server:
 #
 # Fields that the loop and the thread of a sink use are changed only under the lock of `_changed`.
 # The loop never changes `_batch`.
-#
-# `CARRIED` is for a reload, which does not exist yet.
 
 
-class Sink(threading.Thread):
+class Sink(Carried, threading.Thread):
     """A destination for records, with its queue and the thread that writes."""
 
     # Unwritten data, and what is counted since the start.
-    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "dropped")
+    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "_failing", "dropped")
+    PARSERS: ClassVar[Parsers] = {
+        "_queue": lambda records: deque(UsageRecord(**record) for record in records),
+        "_batch": lambda records: [UsageRecord(**record) for record in records],
+        "_current": lambda fields: Current(**fields),
+    }
     gather_seconds = 0.0  # how long to collect more records before a write
 
     def __init__(self, label: str, records_limit: int = QUEUED_RECORDS) -> None:
@@ -3131,6 +3310,9 @@ class Sink(threading.Thread):
         self._current: Current | None = None  # to be written with the next batch
         self.dropped = 0  # records, counted since the start
         self._stopping = False
+        self._pausing = False
+        self._may_write_again = True  # once in a pause
+        self._writing = False
         self.finished = False  # the thread has ended its work
         self._gone = False  # SinkGone was raised
         # Used by the thread only, once it runs.
@@ -3140,6 +3322,9 @@ class Sink(threading.Thread):
 
     def prepare(self) -> None:
         """Open the destination and test that it can be written. Raises StartupError."""
+
+    def rehearse(self) -> None:
+        """Test that the destination could be written, without a change. Raises StartupError."""
 
     # Called by the loop.
 
@@ -3165,6 +3350,7 @@ class Sink(threading.Thread):
         """Ask the thread to write all that is queued and to end."""
         with self._changed:
             self._stopping = True
+            self._pausing = False
             self._changed.notify()
 
     @property
@@ -3172,6 +3358,28 @@ class Sink(threading.Thread):
         """Return how many records wait."""
         with self._changed:
             return len(self._queue) + len(self._batch)
+
+    def pause(self, is_pausing: bool) -> None:
+        """Ask the thread to write once more and then to pause. False: end the pause."""
+        with self._changed:
+            self._pausing = self._may_write_again = is_pausing
+            self._changed.notify()
+
+    def place(self) -> dict[str, Any]:
+        """Return the state, with the records that wait."""
+        with self._changed:
+            return super().place()
+
+    @property
+    def is_paused(self) -> bool:
+        """Return whether the thread writes nothing, until the next `put` or `put_current`."""
+        with self._changed:
+            return self.finished or (not self._writing and not self._may_write())
+
+    def _may_write(self) -> bool:
+        """Return whether there is something to write, or a stop, and no pause."""
+        has_work = bool(self._queue or self._batch or self._current or self._stopping)
+        return has_work and (not self._pausing or (self._may_write_again and not self._failing))
 
     # Called by the thread.
 
@@ -3188,6 +3396,8 @@ class Sink(threading.Thread):
 
     def run(self) -> None:
         """Gather and write until `stop` was called and nothing is left to write."""
+        # A reload blocks the signals of the loop's thread. Another thread must not take them then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             with contextlib.closing(self):
                 while self._gather():
@@ -3206,17 +3416,19 @@ class Sink(threading.Thread):
     def _gather(self) -> bool:
         """Wait for something to write and fill the batch. Return False at the end of a stop."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._queue or self._batch or self._current or self._stopping
-            )
+            self._writing = False
+            self._changed.wait_for(self._may_write)
             if not self._stopping:
                 pause_seconds = RETRY_SECONDS if self._failing else self.gather_seconds
-                self._changed.wait_for(lambda: self._stopping, pause_seconds)
+                self._changed.wait_for(lambda: self._stopping or self._pausing, pause_seconds)
+                self._changed.wait_for(self._may_write)
             elif self._failing:
                 self._changed.wait(STOP_POLL_SECONDS)  # a stop has little time: retry sooner
             while self._queue and len(self._batch) < BATCH_RECORDS:
                 self._batch.append(self._queue.popleft())
-            return bool(self._batch or self._current)
+            self._writing = bool(self._batch or self._current)
+            self._may_write_again = False
+            return self._writing
 
     def _write_batch(self) -> None:
         """Write the batch, or the part of it that can be written now."""
@@ -3244,7 +3456,7 @@ class Sink(threading.Thread):
             log.warning("%s: %s; %d records wait", self.name, reason, self.unwritten)
 
 
-class Recorder:
+class Recorder(Carried):
     """The loop's access to all sinks."""
 
     CARRIED = ("_reported",)
@@ -3262,7 +3474,7 @@ class Recorder:
             for sink in self._sinks:
                 sink.start()
         except RuntimeError as error:
-            raise StartupError(str(error)) from None
+            raise StartupError(f"records cannot be written: {error}") from None
 
     def record(self, record: UsageRecord) -> None:
         """Queue a record in all sinks, blurred if `blur_seconds` asks for it."""
@@ -3293,11 +3505,41 @@ class Recorder:
         """Return whether all sinks have ended."""
         return all(sink.finished for sink in self._sinks)
 
+    def pause(self, is_pausing: bool) -> None:
+        """Ask all sinks to pause, or end their pause."""
+        for sink in self._sinks:
+            sink.pause(is_pausing)
+
+    @property
+    def is_paused(self) -> bool:
+        """Return whether no sink is writing, and none will."""
+        return all(sink.is_paused for sink in self._sinks)
+
+    def place(self) -> dict[str, Any]:
+        """Return the state, with the records that wait."""
+        return {**super().place(), "sinks": {sink.name: sink.place() for sink in self._sinks}}
+
+    def resume(self, place: Mapping[str, Any]) -> None:
+        """Go on with the state that `place` returned. Raises ValueError."""
+        fields = dict(place)
+        sinks = {sink.name: sink for sink in self._sinks}
+        for name, state in fields.pop("sinks").items():
+            waiting = len(state["_queue"]) + len(state["_batch"])
+            if name in sinks:
+                sinks[name].resume(state)
+            elif waiting:  # in a rehearsal: Reload asks again before it executes
+                log.error("the new configuration has no %s; records lost: %d", name, waiting)
+        super().resume(fields)
+
     def join(self, seconds: float) -> None:
         """Wait for the sinks to end, at most `seconds` in all. Blocks the caller."""
         deadline = time.monotonic() + seconds
         for sink in self._sinks:
             sink.join(max(0.0, deadline - time.monotonic()))
+
+    def unwritten(self) -> dict[str, int]:
+        """Return how many records wait, by sink."""
+        return {sink.name: sink.unwritten for sink in self._sinks}
 
     def lost(self) -> int:
         """Return how many records are unwritten or counted as dropped, summed over all sinks."""
@@ -3319,6 +3561,14 @@ def is_same_file(path: str, file: os.stat_result) -> bool:
         return False
 
 
+def require_writable(subject: str, path: str) -> None:
+    """Raise a StartupError that begins with `subject` unless `path` exists and can be written."""
+    with startup_errors(subject):
+        os.stat(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 class JsonLines(Sink):
     """`--log-fd`: one JSON object a line. After a partial write, the rest of it comes first."""
 
@@ -3329,6 +3579,7 @@ class JsonLines(Sink):
         """Take over `fd`, which is open for writing; the sink closes it."""
         super().__init__("--log-fd")
         self._fd = fd
+        self._has_reader = True
         self._chunk = b""  # encoded lines, without the bytes that are written
         self._chunk_records = 0  # how many records of the batch the chunk encodes
 
@@ -3344,12 +3595,14 @@ class JsonLines(Sink):
         except OSError as error:
             hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self._fd).st_mode)
             if hung_up or error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED):
+                self._has_reader = False
                 raise SinkGone("its reader is gone") from None
             raise SinkError(error_text(error)) from None
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._has_reader:  # else no client may get its number, which a reload carries
+            os.close(self._fd)
 
     def _encode_chunk(self, batch: Sequence[UsageRecord]) -> None:
         self._chunk_records = 0
@@ -3496,6 +3749,7 @@ class UsageDatabase(Sink):
     """`--usage-db`: rows in SQLite, many to a transaction."""
 
     CARRIED = (*Sink.CARRIED, "_latest")
+    PARSERS: ClassVar[Parsers] = {**Sink.PARSERS, "_latest": Sink.PARSERS["_current"]}
     gather_seconds = GATHER_SECONDS
 
     def __init__(self, path: str, quota: Quota | None = None) -> None:
@@ -3522,6 +3776,14 @@ class UsageDatabase(Sink):
         except SinkError as error:
             if not dry_run:  # without a lock, a file that is being written can look damaged
                 self._report_failure(str(error))
+
+    def rehearse(self) -> None:
+        if self._path == ":memory:":
+            raise StartupError("--usage-db :memory: would lose its content in a reload")
+        folder = os.path.join(os.path.dirname(self._path), ".")
+        for path in (folder, self._path) if os.path.exists(self._path) else (folder,):
+            require_writable(f"--usage-db {self._path}", path)
+        self.prepare(dry_run=True)
 
     def write(self, batch: Sequence[UsageRecord], current: Current | None) -> int:
         """Write all or nothing. Write `current` each time, because a new file has no such row."""
@@ -3571,37 +3833,6 @@ class UsageDatabase(Sink):
             self._db = open_usage_database(self._path)
             self._file = None if self._path == ":memory:" else os.stat(self._path)
         return self._db
-
-
-# Status text ---------------------------------------------------------------------------------
-# Text for people about a running relay, made by pure functions from one Snapshot.
-
-
-def status_line(now: Snapshot) -> str:
-    """Return one line for `systemctl status`."""
-    drain = f"draining, at most {now.drain_seconds:.0f} s left; " if now.drain_seconds else ""
-    return (
-        f"{drain}{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
-        f" {count_text(now.connections, 'connection')}; since the start"
-        f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
-    )
-
-
-def count_text(count: int, noun: str) -> str:
-    """Return a count with its noun, in the plural unless the count is 1."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes in a decimal unit, with three digits at most, except for TB."""
-    if size < 1000:
-        return count_text(size, "byte")
-    value = float(size)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-    return f"{value / 1000:.1f} TB"
 
 
 # Endpoints -----------------------------------------------------------------------------------
@@ -3660,12 +3891,15 @@ class PassedSockets(NamedTuple):
     remark: str = ""  # for the log: why sockets that were passed are not used
 
     @classmethod
-    def parse(cls, pid: str, count: str, names: str) -> PassedSockets:
-        """Read the values of LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES. Raises StartupError."""
+    def parse(cls, pid: str, count: str, names: str, own_pid: int = 0) -> PassedSockets:
+        """Read the values of LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES. Raises StartupError.
+
+        `own_pid`: of the process that has the sockets; 0: of this one.
+        """
         total = parse_number(count, 2**31 - 1 - FIRST_PASSED_FD)
         if not total:
             return cls()
-        if pid != str(os.getpid()):
+        if pid != str(own_pid or os.getpid()):
             advice = "a wrapper script must start the relay with exec"
             return cls(remark=f"LISTEN_FDS is for another process, and is ignored: {advice}")
         last = FIRST_PASSED_FD + total - 1
@@ -3674,10 +3908,7 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints.
-
-        The names websocket, haproxy and haproxy-websocket set the role and the PROXY header.
-        """
+        """Return all sockets as endpoints. Three names set the role and the PROXY header."""
         found = []
         for n in range(self.total):
             name = self.names[n] if n < len(self.names) else ""
@@ -3819,7 +4050,7 @@ FileIdentity = tuple[int, int, int]  # device, inode, and time: inode numbers ar
 
 
 class Listener:
-    """An open listening socket. A reload has to carry `fd`, `endpoint` and `made_file`."""
+    """An open listening socket."""
 
     def __init__(
         self, sock: socket.socket, endpoint: Endpoint, made_file: FileIdentity | None = None
@@ -3842,7 +4073,7 @@ class Listener:
             self.label = f"{prefix}tcp:{self.port}{interface}"
 
     @property
-    def bound(self) -> tuple[int, object, bool]:
+    def bound(self) -> tuple[int, Any, bool]:
         """Return family, address and IPv6-only flag, equal for all spellings of one address."""
         address = self.sock.getsockname()
         if isinstance(address, str):  # of a unix socket
@@ -3850,6 +4081,31 @@ class Listener:
         is_ipv6 = self.sock.family == socket.AF_INET6
         ipv6_only = is_ipv6 and self.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) != 0
         return self.sock.family, address, ipv6_only
+
+    def is_bound(self, family: int, host: object, port: int, ipv6_only: bool) -> bool:
+        """Return whether this is the TCP socket of an address."""
+        own_family, own_address, own_ipv6_only = self.bound
+        is_same = own_family == family and self.port == port and own_address[0] == host
+        return is_same and (host != ANY_IPV6 or own_ipv6_only == ipv6_only)
+
+    def is_at(self, path: str) -> bool:
+        """Return whether this is a unix socket at `path`, in a file that we made."""
+        made = self.made_file
+        if made is None or self.bound[1] != os.path.realpath(path):
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            return _identify(path)[:2] == made[:2]  # its time changes if it is touched
+        return False
+
+    def adjust(self) -> None:
+        """Change the backlog, and the mode of a file that we made, to those of the endpoint."""
+        if self.endpoint.kind not in ("fd", "systemd"):
+            self.sock.listen(self.endpoint.backlog)
+        try:
+            if self._has_file():
+                os.chmod(self.endpoint.path, self.endpoint.mode)
+        except OSError as error:
+            log.error("%s: its mode cannot be changed: %s", self.label, error_text(error))
 
     def give_to(self, uid: int, gid: int) -> None:
         """Change the owner of a unix socket that this relay made. Raises StartupError."""
@@ -3860,6 +4116,18 @@ class Listener:
     def _has_file(self) -> bool:
         """Return whether this relay made the file at the path. Raises OSError."""
         return self.made_file is not None and _identify(self.endpoint.path) == self.made_file
+
+    def place(self) -> dict[str, object]:
+        """Return what a reload carries."""
+        text, role = self.endpoint.text, self.role.value
+        return {"fd": self.fd, "text": text, "role": role, "made_file": self.made_file}
+
+    @classmethod
+    def resumed(cls, place: Mapping[str, Any]) -> Listener:
+        """Return the listener that `place` describes, whose descriptor is open. Raises OSError."""
+        os.set_inheritable(place["fd"], False)
+        endpoint = parse_endpoint(place["text"], Role(place["role"]))
+        return cls(socket.socket(fileno=place["fd"]), endpoint, place["made_file"])
 
     def close(self) -> None:
         """Close the socket, and remove its file if that is still the one that we made."""
@@ -3876,8 +4144,19 @@ def _identify(path: str) -> FileIdentity:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list[Listener]:
-    """Open all endpoints, or none. Raises StartupError."""
+def open_listeners(
+    endpoints: Sequence[Endpoint],
+    passed: PassedSockets,
+    kept: Sequence[Listener] = (),
+    is_rehearsal: bool = False,
+) -> list[Listener]:
+    """Open all endpoints, or none. Raises StartupError.
+
+    `kept`: open listeners of a reload. An endpoint gets the socket that is bound to its address.
+    After the execution, an endpoint that the system refuses is logged, and the others are opened.
+    A rehearsal makes no new unix socket, whose file would stay if the rehearsal were killed.
+    """
+    may_fail = bool(kept) and not is_rehearsal
     # Look up the passed descriptors before opening a socket, which could get the number of a
     # descriptor that is not open.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
@@ -3892,12 +4171,24 @@ def open_listeners(endpoints: Sequence[Endpoint], passed: PassedSockets) -> list
             try:
                 # True if another endpoint listens on all of IPv4, on the same port.
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
-                opened = open_endpoint(endpoint, fd, ipv6_only)
-            except OSError as error:
-                reason = _open_error_text(endpoint, error, listeners)
-                raise StartupError(f"{endpoint.text}: {reason}") from None
+                if is_rehearsal and endpoint.kind == "unix":
+                    opened = [old for old in kept if old.is_at(endpoint.path)]
+                    if not opened:
+                        _require_room(endpoint)
+                else:
+                    opened = open_endpoint(endpoint, fd, ipv6_only, kept)
+            except (OSError, StartupError) as error:
+                text = str(error)
+                if isinstance(error, OSError):
+                    text = f"{endpoint.text}: {_open_error_text(endpoint, error, listeners)}"
+                if not may_fail:
+                    raise StartupError(text) from None
+                log.error("%s; the reload goes on without this endpoint", text)
+                continue
             for listener in opened:
-                undo.callback(listener.close)
+                if all(listener.fd != old.fd for old in kept):
+                    undo.callback(listener.close)
+            kept = [old for old in kept if all(old.fd != one.fd for one in opened)]
             listeners += opened
             adopted.add(fd)
         undo.pop_all()
@@ -3917,9 +4208,17 @@ def _open_error_text(endpoint: Endpoint, error: OSError, listeners: Sequence[Lis
 
 
 def open_endpoint(
-    endpoint: Endpoint, fd: int | None = None, ipv6_only: bool = False
+    endpoint: Endpoint,
+    fd: int | None = None,
+    ipv6_only: bool = False,
+    kept: Sequence[Listener] = (),
 ) -> list[Listener]:
     """Open an endpoint, or adopt `fd` for it. Raises OSError and StartupError."""
+    for old in kept:
+        # A standard descriptor was duplicated, so it is known by its text alone.
+        is_same = old.fd == fd or old.endpoint.text == endpoint.text
+        if (fd is not None and is_same) or (endpoint.kind == "unix" and old.is_at(endpoint.path)):
+            return [Listener(old.sock, endpoint, old.made_file)]
     if fd is not None:
         return [Listener(_adopt(fd, endpoint), endpoint)]
     if endpoint.kind == "unix":
@@ -3927,7 +4226,7 @@ def open_endpoint(
     attempts = FREE_PORT_ATTEMPTS if endpoint.port == 0 else 1
     while True:
         try:
-            return [Listener(sock, endpoint) for sock in _listen_tcp(endpoint, ipv6_only)]
+            return [Listener(sock, endpoint) for sock in _listen_tcp(endpoint, ipv6_only, kept)]
         except OSError as error:
             attempts -= 1
             if error.errno != errno.EADDRINUSE or not attempts:
@@ -3953,14 +4252,24 @@ def resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[ob
     return list(dict.fromkeys((one[0], one[4]) for one in found))
 
 
-def _listen_tcp(endpoint: Endpoint, ipv6_only: bool) -> list[socket.socket]:
+def _listen_tcp(
+    endpoint: Endpoint, ipv6_only: bool, kept: Sequence[Listener]
+) -> list[socket.socket]:
     """Listen on each address of the interface, all with one port. Raises OSError."""
     addresses = resolve(endpoint, ipv6_only)
     has_ipv4 = socket.AF_INET in dict(addresses)  # then a missing IPv6 address is left out
-    port = endpoint.port
+    same = (old.port for old in kept if old.endpoint.text == endpoint.text)
+    port = endpoint.port or next(same, None) or 0  # a free port stays the same
     socks: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, (host, _, *scope) in addresses:
+            old = next((old for old in kept if old.is_bound(family, host, port, ipv6_only)), None)
+            if old is not None:
+                socks.append(old.sock)
+                port = old.port or 0
+                if host == ANY_IPV6:
+                    break
+                continue
             try:
                 sock = _listen(family, (host, port, *scope), endpoint.backlog, ipv6_only)
             except OSError as error:
@@ -4010,10 +4319,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
 
 
 def _lock_folder(folder: str) -> int | None:
-    """Lock a folder, if that succeeds in time. Closing the returned descriptor releases the lock.
-
-    Return None if the folder cannot be opened.
-    """
+    """Lock a folder until the returned descriptor is closed. None: it cannot be opened."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -4037,18 +4343,23 @@ def require_socket(endpoint: Endpoint) -> None:
         raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
 
 
-def _remove_stale_socket(endpoint: Endpoint) -> None:
-    """Remove the socket file of a dead relay.
+def _require_room(endpoint: Endpoint) -> None:
+    """Raise OSError or StartupError if a unix socket cannot be made at the path of `endpoint`."""
+    require_writable(endpoint.text, os.path.join(os.path.dirname(endpoint.path), "."))
+    if os.path.lexists(endpoint.path):
+        _remove_stale_socket(endpoint, may_remove=False)
 
-    Raises OSError if a program listens on it, and StartupError if it is another kind of file.
-    """
+
+def _remove_stale_socket(endpoint: Endpoint, may_remove: bool = True) -> None:
+    """Remove the socket file of a dead relay. Raises OSError and StartupError for other files."""
     require_socket(endpoint)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(endpoint.path)
         except ConnectionRefusedError:
-            os.unlink(endpoint.path)
+            if may_remove:
+                os.unlink(endpoint.path)
             return
         except BlockingIOError:  # the backlog of a live listener is full
             pass
@@ -4124,12 +4435,12 @@ def nonblocking_writer(fd: int) -> Callable[[bytes], object]:
 class LogFile(MessageHandler):
     """Append messages to a file. The path is reopened when another file, or none, is there."""
 
-    def __init__(self, path: str) -> None:
-        """Open or create the file. Raises OSError."""
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        """Open or create the file, or go on with `fd` after a reload. Raises OSError."""
         super().__init__(self._append)
         self._path = path
         self.is_new = False  # whether we created the file that is open
-        self.fd = self._open()
+        self.fd = self._open() if fd is None else fd
 
     def reopen(self) -> None:
         """Open the path again. If that fails, go on with the old file."""
@@ -4164,12 +4475,15 @@ class LogFile(MessageHandler):
         return fd
 
 
-def start_logging(path: str | None, to_stdout: bool) -> LogFile | None:
-    """Send messages to a file and return it, else to stderr or stdout. Raises StartupError."""
+def start_logging(path: str | None, to_stdout: bool, fd: int | None = None) -> LogFile | None:
+    """Send messages to a file and return it, else to stderr or stdout. Raises StartupError.
+
+    `fd`: of the file, after a reload.
+    """
     log.setLevel(logging.INFO)
     log.propagate = False
     with startup_errors(f"logfile {path}"):
-        file = None if path is None else LogFile(path)
+        file = None if path is None else LogFile(path, fd)
     handler = file or MessageHandler(nonblocking_writer(1 if to_stdout else 2))
     layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
     handler.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
@@ -4201,9 +4515,21 @@ class Environment(NamedTuple):
         """Read the variables, and remove them: child processes must not inherit them."""
         return cls(*(os.environ.pop(field.upper(), "") for field in cls._fields))
 
-    def passed_sockets(self) -> PassedSockets:
+    def variables(self, has_sockets: bool, has_watchdog: bool) -> dict[str, str]:
+        """Return the variables that were set, for the program after a reload.
+
+        A fork has changed the process id since they were set. `has_sockets` and `has_watchdog`:
+        they were for this process.
+        """
+        found = {name.upper(): value for name, value in self._asdict().items() if value}
+        for name, is_ours in (("LISTEN_PID", has_sockets), ("WATCHDOG_PID", has_watchdog)):
+            if name in found and is_ours:
+                found[name] = str(os.getpid())
+        return found
+
+    def passed_sockets(self, own_pid: int = 0) -> PassedSockets:
         """Return the sockets passed to this process. To be called before a fork."""
-        return PassedSockets.parse(self.listen_pid, self.listen_fds, self.listen_fdnames)
+        return PassedSockets.parse(self.listen_pid, self.listen_fds, self.listen_fdnames, own_pid)
 
     def watchdog_seconds(self) -> float:
         """Return the time limit of this process's watchdog, or 0. To be called before a fork."""
@@ -4219,13 +4545,17 @@ class PidFile:
     another process may have it.
     """
 
-    def __init__(self, path: str) -> None:
-        """Lock the file and write the process id to it. Raises StartupError."""
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        """Lock the file and write the process id to it. Raises StartupError.
+
+        `fd`: of the file, after a reload. The lock is on it.
+        """
         self._path = path
         with startup_errors(f"pidfile {path}"):
-            self.fd = self._lock()
-            os.ftruncate(self.fd, 0)
-            os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
+            self.fd = self._lock() if fd is None else fd
+            if fd is None:  # else it has our process id
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b"%d\n" % os.getpid(), 0)
 
     def _lock(self) -> int:
         """Open and lock the file; again, if its owner removed it in between."""
@@ -4284,6 +4614,16 @@ class ServiceManager:
         """Report that clients are served."""
         self.notify("READY=1", must_arrive=True)
 
+    def reloading(self) -> None:
+        """Report that a reload executes the program. The next report is `ready`."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.notify(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
+
+    def reload_refused(self, reason: str, now: Snapshot) -> None:
+        """Say in the status why the last reload was refused."""
+        self._status_prefix = f"reload refused: {reason}; "
+        self.notify(self._state(now))
+
     def stopping(self, now: Snapshot) -> None:
         """Report that a stop or a drain has begun."""
         self._status_prefix = "stopping; "
@@ -4337,9 +4677,8 @@ def daemonize(kept: Iterable[int | None]) -> Callable[[], None]:
 
     The original process waits and exits with 0 after that call, or with 1 if the daemon ends
     first. stderr stays open until the call, so that the daemon can print why it failed. The daemon
-    keeps the working directory and the umask.
-    Inherited descriptors are closed, except the standard ones and `kept`, in which None stands for
-    no descriptor. Raises StartupError.
+    keeps the working directory and the umask. Inherited descriptors are closed, except the standard
+    ones and `kept`, in which None stands for no descriptor. Raises StartupError.
     """
     with startup_errors("--daemonize"):
         null = os.open(os.devnull, os.O_RDWR)
@@ -4467,15 +4806,17 @@ signals:
                                     a second signal ends the relay without waiting
                                     for them. With --drain, the first signal lets pairs
                                     run on, the second stops, the third ends the relay
+  SIGHUP                            reload: the same process executes the program that is on
+                                    disk, reads --config again, and keeps all connections
   SIGUSR1                           reopen the log file, if there is one
-  SIGHUP, SIGUSR2, SIGALRM          ignored, and some others
+  SIGUSR2, SIGALRM                  ignored, and some others
 
 exit codes:
   0 stopped, all records written    1 the system refused, or records were lost
   2 wrong command line or configuration
 """
 
-REPEATABLE = ("port", "websocket", "allow", "trust_forwarded_for")  # in files and on the line
+REPEATABLE = ("port", "websocket", "allow", "trust_forwarded_for", "config")
 MAX_KEEPALIVE_SECONDS = 32767  # Linux: MAX_TCP_KEEPIDLE
 
 
@@ -4536,9 +4877,9 @@ def nonempty(text: str) -> str:
     return text
 
 
-def allow_empty(parse: Callable[[str], object] = str) -> Callable[[str], object]:
+def allow_empty(parse: Callable[[str], object]) -> Callable[[str], object]:
     """Return a parser that passes an empty value on to `reset_empty_options`."""
-    return lambda text: text and parse(text)
+    return lambda text: parse(text) if text or parse is nonempty else text
 
 
 LIMIT_OPTIONS = (  # in the order of the fields of Limits
@@ -4546,70 +4887,95 @@ LIMIT_OPTIONS = (  # in the order of the fields of Limits
     *("max_connections", "max_waiting_per_source", "max_memory"),
     *("max_rate", "max_pair_rate", "quota_rate"),
 )
-# The texts of --help, by the long name of the option. The man page has the same texts.
-HELP = {
-    "port": "accept clients here, over TCP and WebSocket; can be given several times"
-    " (default: the sockets passed by systemd, if there is neither --port nor --websocket;"
-    " otherwise tcp:4001, also when only --websocket is given)",
-    "websocket": "the same, for connections from a proxy: a first line that is not HTTP and does"
-    " not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be given"
-    " several times (default: none; a --port endpoint accepts WebSocket clients too)",
-    "websocket-url": "the address for WebSocket clients that is printed at the start, if a proxy or"
-    " a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP"
-    " without haproxy:)",
-    "usage-db": "write usage records to this SQLite database, which is created if it is missing;"
-    " :memory: keeps it in memory (default: none)",
-    "log-fd": "write usage records as JSON lines to this open file descriptor (default: none)",
-    "blur-usage": "round recorded start times down to a multiple of this many seconds; round sizes"
-    " down to 1 kB, 1 MB or 100 MB (default: 0 s: not blurred)",
-    "handshake-timeout": "close a connection that has not sent its handshake after this many"
-    " seconds; 0 switches it off (default: %(default)g s)",
-    "max-wait": "close a client that has waited for a partner for this many seconds; 0 switches it"
-    " off (default: %(default)g s)",
-    "idle-timeout": "end a pair in which no byte has moved for this many seconds and none is"
-    " queued; 0 switches it off (default: %(default)g s)",
-    "stall-timeout": "end a connection whose client has acknowledged none of the bytes queued for"
-    " it for this many seconds; 0 switches it off (default: %(default)g s)",
-    "max-connections": "open at most this many connections; a newcomer then takes the place of a"
-    " client without a partner, or is refused; 0: no maximum (default: at most 80 %% of the file"
-    " descriptors)",
-    "max-waiting-per-source": "let at most this many clients of one IPv4 address or IPv6 /64"
-    " network wait; 0: no maximum (default: %(default)s)",
-    "max-memory": "queue about this many bytes at most (64MB, 1GiB) for all slow receivers"
-    " together; beyond that, read a client only while its partner's socket has room; 0: no maximum"
-    " (default: 256 MB)",
-    "keepalive": "probe a TCP connection that has been silent for this many seconds; 0 leaves it"
-    " to the system (default: %(default)g s)",
-    "max-rate": "relay at most this many bytes per second in all, divided evenly among the pairs"
-    " that want more: 500kB, 12.5MB, 100Mbit; 0 switches it off (default: none)",
-    "max-pair-rate": "relay at most this many bytes per second for each pair, both directions"
-    " together; 0 switches it off (default: none)",
-    "monthly-quota": "refuse new pairs when this many bytes were relayed in a calendar month (UTC):"
-    " 500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)",
-    "quota-rate": "when the monthly quota is used up, refuse no client, but relay at most this many"
-    " bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)",
-    "allow": "accept clients from this network only: an IPv4 or IPv6 address, alone or with a"
-    " prefix length, or `unix` for unix sockets; can be given several times (default: everywhere)",
-    "trust-forwarded-for": "take the address of a client from X-Forwarded-For if the connection"
-    " comes from this network (as for --allow), where an HTTP proxy is; can be given several times"
-    " (default: none)",
-    "config": "read more options from this file; the command line takes precedence; can be given"
-    " several times (default: none)",
-    "daemonize": "go to the background as soon as all is set up, in the current directory, which"
-    " the daemon keeps; --no-daemonize cancels this option (default: stay in the foreground)",
-    "pidfile": "write the process id to this file; a second relay with the same file does not"
-    " start (default: transit_relay.pid with --daemonize, else none)",
-    "logfile": "write messages to this file; it is reopened when it was moved, and on SIGUSR1"
-    " (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)",
-    "user": "open sockets, pidfile and log file as root, then run as this user, who must be able to"
-    " write the usage database and its directory; names or numbers (default: do not change)",
-    "drain": "at the first stop signal, accept no more clients, end those without a partner, and"
-    " let pairs run on for at most this many seconds; a second signal ends the drain; 0: stop at"
-    " the first signal (default: %(default)g s)",
-    "no-splice": "copy all data in the relay; --splice cancels this option (default: the kernel"
-    " moves bulk data between TCP clients with splice; needs Linux and Python 3.10)",
-    "check": "check the options, and what a start needs besides free ports, privileges and writable"
-    " files; print `check ok`; open no port and change no file (default: start the relay)",
+# The options, in the groups of --help: names, the placeholder of the value, and the text. The man
+# page has the same texts.
+OPTIONS = """\
+where it listens:
+-p, --port ENDPOINT: accept clients here, over TCP and WebSocket; can be given several times
+    (default: the sockets passed by systemd, if there is neither --port nor --websocket; otherwise
+    tcp:4001, also when only --websocket is given)
+-w, --websocket ENDPOINT: the same, for connections from a proxy: a first line that is not HTTP and
+    does not begin with `please relay ` gets HTTP status 400 instead of `bad handshake`; can be
+    given several times (default: none; a --port endpoint accepts WebSocket clients too)
+-u, --websocket-url URL: the address for WebSocket clients that is printed at the start, if a proxy
+    or a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP
+    without haproxy:)
+
+what it records:
+--usage-db FILE: write usage records to this SQLite database, which is created if it is missing;
+    :memory: keeps it in memory (default: none)
+--log-fd N: write usage records as JSON lines to this open file descriptor (default: none)
+--blur-usage SECONDS: round recorded start times down to a multiple of this many seconds; round
+    sizes down to 1 kB, 1 MB or 100 MB (default: 0 s: not blurred)
+
+what it limits:
+--handshake-timeout SECONDS: close a connection that has not sent its handshake after this many
+    seconds; 0 switches it off (default: %(default)g s)
+--max-wait SECONDS: close a client that has waited for a partner for this many seconds; 0 switches
+    it off (default: %(default)g s)
+--idle-timeout SECONDS: end a pair in which no byte has moved for this many seconds and none is
+    queued; 0 switches it off (default: %(default)g s)
+--stall-timeout SECONDS: end a connection whose client has acknowledged none of the bytes queued for
+    it for this many seconds; 0 switches it off (default: %(default)g s)
+--max-connections N: open at most this many connections; a newcomer then takes the place of a client
+    without a partner, or is refused; 0: no maximum (default: at most 80 %% of the file descriptors)
+--max-waiting-per-source N: let at most this many clients of one IPv4 address or IPv6 /64 network
+    wait; 0: no maximum (default: %(default)s)
+--max-memory SIZE: queue about this many bytes at most (64MB, 1GiB) for all slow receivers together;
+    beyond that, read a client only while its partner's socket has room; 0: no maximum (default: 256
+    MB)
+--keepalive SECONDS: probe a TCP connection that has been silent for this many seconds; 0 leaves it
+    to the system (default: %(default)g s)
+--max-rate RATE: relay at most this many bytes per second in all, divided evenly among the pairs
+    that want more: 500kB, 12.5MB, 100Mbit; 0 switches it off (default: none)
+--max-pair-rate RATE: relay at most this many bytes per second for each pair, both directions
+    together; 0 switches it off (default: none)
+--monthly-quota SIZE: refuse new pairs when this many bytes were relayed in a calendar month (UTC):
+    500GB, 20TB; running pairs finish; needs --usage-db; 0 switches it off (default: none)
+--quota-rate RATE: when the monthly quota is used up, refuse no client, but relay at most this many
+    bytes per second in all; needs --monthly-quota; 0 switches it off (default: none)
+--allow NETWORK: accept clients from this network only: an IPv4 or IPv6 address, alone or with a
+    prefix length, or `unix` for unix sockets; can be given several times (default: everywhere)
+--trust-forwarded-for NETWORK: take the address of a client from X-Forwarded-For if the connection
+    comes from this network (as for --allow), where an HTTP proxy is; can be given several times
+    (default: none)
+
+how it runs:
+--config FILE: read more options from this file; the command line takes precedence; can be given
+    several times (default: none)
+--daemonize: go to the background as soon as all is set up, in the current directory, which the
+    daemon keeps; --no-daemonize cancels this option (default: stay in the foreground)
+--pidfile FILE: write the process id to this file; a second relay with the same file does not start
+    (default: transit_relay.pid with --daemonize, else none)
+--logfile FILE: write messages to this file; it is reopened when it was moved, and on SIGUSR1
+    (default: transit_relay.log with --daemonize, else stderr, or stdout if --log-fd is 2)
+--user NAME[:GROUP]: open sockets, pidfile and log file as root, then run as this user, who must be
+    able to write the usage database and its directory; names or numbers (default: do not change)
+--drain SECONDS: at the first stop signal, accept no more clients, end those without a partner, and
+    let pairs run on for at most this many seconds; a second signal ends the drain; 0: stop at the
+    first signal (default: %(default)g s)
+--no-splice: copy all data in the relay; --splice cancels this option (default: the kernel moves
+    bulk data between TCP clients with splice; needs Linux and Python 3.10)
+--check: check the options, and what a start needs besides free ports, privileges and writable
+    files; print `check ok`; open no port and change no file (default: start the relay)
+"""
+OPTION = re.compile(r"^(-.*?)(?: ([A-Z]\S*))?: (.*(?:\n {4}.*)*)", re.MULTILINE)
+# By the placeholder of the value. An option can have a parser of its own.
+VALUE_PARSERS: dict[str, Callable[[str], object]] = {
+    "ENDPOINT": parse_endpoint,
+    "--websocket": partial(parse_endpoint, role=Role.WEBSOCKET),
+    "URL": websocket_url,
+    "FILE": str,
+    "--config": nonempty,
+    "NAME[:GROUP]": nonempty,
+    "N": whole_number,
+    "SECONDS": duration,
+    "--blur-usage": whole_number,
+    "--keepalive": partial(whole_number, highest=MAX_KEEPALIVE_SECONDS),
+    "SIZE": parse_size,
+    "--max-memory": partial(parse_size, least=LEAST_MEMORY_BYTES),
+    "RATE": parse_rate,
+    "NETWORK": parse_network,
 }
 
 
@@ -4624,74 +4990,47 @@ def make_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    parser.set_defaults(**{name: [] for name in (*REPEATABLE, "config")}, blur_usage=0)
+    parser.set_defaults(**{name: [] for name in REPEATABLE}, blur_usage=0)
     parser.set_defaults(**dict(zip(LIMIT_OPTIONS, Limits())), monthly_quota=0, drain=0)
     parser.set_defaults(max_connections=None)  # it depends on the system
-
-    add = parser.add_argument_group("where it listens").add_argument
-    port, url = allow_empty(parse_endpoint), allow_empty(websocket_url)
-    web = allow_empty(partial(parse_endpoint, role=Role.WEBSOCKET))
-    add("-p", "--port", metavar="ENDPOINT", type=port, action="append", help=HELP["port"])
-    add("-w", "--websocket", metavar="ENDPOINT", type=web, action="append", help=HELP["websocket"])
-    add("-u", "--websocket-url", metavar="URL", type=url, help=HELP["websocket-url"])
-
-    add = parser.add_argument_group("what it records").add_argument
-    count = allow_empty(whole_number)
-    add("--usage-db", metavar="FILE", type=allow_empty(), help=HELP["usage-db"])
-    add("--log-fd", metavar="N", type=count, help=HELP["log-fd"])
-    add("--blur-usage", metavar="SECONDS", type=count, help=HELP["blur-usage"])
-
-    add = parser.add_argument_group("what it limits").add_argument
-    seconds = allow_empty(partial(whole_number, highest=MAX_KEEPALIVE_SECONDS))
-    time_limit = allow_empty(duration)
-    add("--handshake-timeout", metavar="SECONDS", type=time_limit, help=HELP["handshake-timeout"])
-    for name in ("max-wait", "idle-timeout", "stall-timeout"):
-        add(f"--{name}", metavar="SECONDS", type=time_limit, help=HELP[name])
-    for name in ("max-connections", "max-waiting-per-source"):
-        add(f"--{name}", metavar="N", type=count, help=HELP[name])
-    rate, size = allow_empty(parse_rate), allow_empty(parse_size)
-    memory = allow_empty(partial(parse_size, least=LEAST_MEMORY_BYTES))
-    add("--max-memory", metavar="SIZE", type=memory, help=HELP["max-memory"])
-    add("--keepalive", metavar="SECONDS", type=seconds, help=HELP["keepalive"])
-    add("--max-rate", metavar="RATE", type=rate, help=HELP["max-rate"])
-    add("--max-pair-rate", metavar="RATE", type=rate, help=HELP["max-pair-rate"])
-    add("--monthly-quota", metavar="SIZE", type=size, help=HELP["monthly-quota"])
-    add("--quota-rate", metavar="RATE", type=rate, help=HELP["quota-rate"])
-    network = partial(add, metavar="NETWORK", type=allow_empty(parse_network), action="append")
-    network("--allow", help=HELP["allow"])
-    network("--trust-forwarded-for", help=HELP["trust-forwarded-for"])
-
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--config", metavar="FILE", type=nonempty, action="append", help=HELP["config"])
-    add("--daemonize", action="store_true", help=HELP["daemonize"])
+    for group in OPTIONS.split("\n\n"):
+        title, _, entries = group.partition(":\n")
+        add = parser.add_argument_group(title).add_argument
+        for names, placeholder, text in OPTION.findall(entries):
+            *short, name = names.split(", ")
+            if not placeholder:
+                add(name, action="store_true", help=text)
+                continue
+            action = "append" if name[2:].replace("-", "_") in REPEATABLE else "store"
+            parse = allow_empty(VALUE_PARSERS.get(name) or VALUE_PARSERS[placeholder])
+            add(*short, name, metavar=placeholder, type=parse, action=action, help=text)
+    add = parser.add_argument
     add("--no-daemonize", dest="daemonize", action="store_false", help=argparse.SUPPRESS)
-    add("--pidfile", metavar="FILE", type=allow_empty(), help=HELP["pidfile"])
-    add("--logfile", metavar="FILE", type=allow_empty(), help=HELP["logfile"])
-    add("--user", metavar="NAME[:GROUP]", type=nonempty, help=HELP["user"])
-    add("--drain", metavar="SECONDS", type=time_limit, help=HELP["drain"])
-    add("--no-splice", action="store_true", help=HELP["no-splice"])
     add("--splice", dest="no_splice", action="store_false", help=argparse.SUPPRESS)
-    add("--check", action="store_true", help=HELP["check"])
-
     add = parser.add_argument_group("about").add_argument
     add("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
     add("-h", "--help", action="help", help="print this text")
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and the files that it names. Exits with code 2 if one is wrong."""
+def parse_arguments(
+    arguments: Sequence[str] | None, configs: Mapping[str, str] = MappingProxyType({})
+) -> argparse.Namespace:
+    """Parse the command line, and the files that it names. Exits with code 2 if one is wrong.
+
+    `configs`: the texts of files that are read already, by path.
+    """
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    configured = argparse.Namespace()
+    in_files: list[tuple[str, str]] = []
     for path in options.config:
-        read_config(path, parser, configured)
-    in_files = set(vars(configured))
-    for name in REPEATABLE:  # argparse would append to the lists
-        if getattr(options, name):
-            vars(configured).pop(name, None)
-    options = parser.parse_args(arguments, configured)
-    reset_empty_options(options, in_files, parser)
+        in_files += read_config(path, parser, configs.get(path))
+    # argparse would append the values of the command line to those of the files.
+    replaced = {name for name in REPEATABLE if getattr(options, name)}
+    kept = [argument for name, argument in in_files if name not in replaced]
+    options = parser.parse_args([*kept, *arguments])
+    reset_empty_options(options, {name for name, _ in in_files}, parser)
     if options.monthly_quota and not options.usage_db:
         parser.error("argument --monthly-quota: it needs --usage-db")
     if options.quota_rate and not options.monthly_quota:
@@ -4716,17 +5055,24 @@ CONFIG_LINE = re.compile(r"(?:--)?([^\s=-][^\s=]*)(?:(?:\s*=\s*|\s+)([^\0]*))?")
 COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
-def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> None:
-    """Put the options of a file, and nothing else, into `configured`. Exits if it is wrong."""
+def read_text(path: str) -> str:
+    """Return the beginning of a configuration file. Raises OSError."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        return file.read(MAX_CONFIG_CHARACTERS)
+
+
+def read_config(path: str, parser: Parser, text: str | None = None) -> list[tuple[str, str]]:
+    """Return the options of a file: names, and command-line arguments. Exits if it is wrong.
+
+    `text`: None: read the file.
+    """
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            text = file.read(MAX_CONFIG_CHARACTERS)
+        text = read_text(path) if text is None else text
     except OSError as error:
         parser.fail(f"argument --config: {path}: {error_text(error)}")
     if len(text) == MAX_CONFIG_CHARACTERS:
         parser.fail(f"argument --config: {path}: too long for a configuration")
-    unset = dict.fromkeys(vars(parser.parse_args([])))  # None: in no line
-    found = argparse.Namespace(**{**unset, **vars(configured)})
+    found = []
     for number, line in enumerate(text.split("\n"), 1):
         line = COMMENT.sub("", line).strip()
         if not line:
@@ -4738,20 +5084,16 @@ def read_config(path: str, parser: Parser, configured: argparse.Namespace) -> No
         option, value = match.groups()
         if option in ("check", "config", "help", "version"):
             parser.error(f"{option} is for the command line only")
-        # Parse the line as if it stood alone on the command line.
-        parser.parse_args([f"--{option}" if value is None else f"--{option}={value}"], found)
-        reset_empty_options(found, set(), parser)
+        argument = f"--{option}" if value is None else f"--{option}={value}"
+        reset_empty_options(parser.parse_args([argument]), set(), parser)  # exits at this line
+        found.append((option.replace("-", "_"), argument))
     parser.place = ""
-    vars(configured).update(
-        {name: value for name, value in vars(found).items() if value is not None}
-    )
+    return found
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
     """Return the endpoints of the options, else the passed sockets. Raises StartupError."""
-    ports = options.port
-    if not ports and not options.websocket:
-        ports = passed.endpoints()
+    ports = options.port or ([] if options.websocket else passed.endpoints())
     # `--websocket` alone does not replace the default of `--port`.
     endpoints = [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
     if ws_frames is None and (
@@ -4764,19 +5106,522 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
     return endpoints
 
 
+# State ---------------------------------------------------------------------------------------
+# A state is a series of pickles without classes: first a Predecessor, then the Server with its
+# Links, then each connection. Links name a connection by its descriptor. The sweep names pair n
+# `~n`, because descriptors are not negative.
+
+STATE_VERSION = 1
+STATE_VARIABLE = "TRANSIT_RELAY_STATE"  # the descriptor of the state
+FIXED_OPTIONS = ("daemonize", "pidfile", "user")  # a reload cannot change them
+COMM = "/proc/self/comm"  # the name of the process
+
+
+class Predecessor(NamedTuple):
+    """What the program before a reload was: its process, and the descriptors that stay open."""
+
+    version: int
+    pid: int
+    is_rehearsal: bool
+    fixed: Mapping[str, Any]  # the values of FIXED_OPTIONS
+    listeners: Sequence[Mapping[str, Any]]  # see Listener.place
+    files: Mapping[str, tuple[Any, int]]  # by option: its value, and the descriptor
+    configs: Mapping[str, str]  # the texts of the configuration files, by path
+    keepalive_seconds: float
+    connections: int  # that are open in this process
+    name: bytes  # of the process
+
+    def take_file(self, option: str, value: object) -> int | None:
+        """Return the descriptor of the file of an option, if the option has the same value.
+
+        Otherwise close that descriptor and return None. In a rehearsal it is not open.
+        """
+        old_value, fd = self.files.get(option, (None, -1))
+        is_same = fd >= 0 and old_value == value
+        if fd >= 0 and not self.is_rehearsal:
+            os.set_inheritable(fd, False)
+            if not is_same:
+                os.close(fd)
+        return fd if is_same else None
+
+    def open_fds(self) -> set[int]:
+        """Return the descriptors of the listeners."""
+        return {listener["fd"] for listener in self.listeners}
+
+    def restore_process(self, server: Server, options: argparse.Namespace) -> None:
+        """Restore what the execution of a program changes."""
+        with contextlib.suppress(OSError), open(COMM, "wb") as file:
+            file.write(self.name)
+        if options.user:  # the change of user disabled core dumps, and execve enabled them again
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if options.keepalive != self.keepalive_seconds:
+            for conn in server.connections:
+                set_options(conn.sock, socket_options(options.keepalive))
+
+    def require_same(self, options: argparse.Namespace) -> None:
+        """Raise StartupError if an option has changed that a reload cannot change."""
+        for name, value in self.fixed.items():
+            if getattr(options, name) != value:
+                raise StartupError(f"--{name} cannot be changed by a reload")
+
+
+class Links(NamedTuple):
+    """How the objects of a Server are linked."""
+
+    fds: Sequence[int]  # of the connections, in the order in which they follow
+    waiting: Sequence[int]  # clients that wait, the oldest token first
+    pairs: Sequence[Mapping[str, Any]]  # each with the descriptors of its sessions
+    timers: Mapping[str, Any]
+    rates: tuple[Mapping[str, Any], Sequence[Any]]  # from `place` and `place_pairs`
+    bulk: Sequence[tuple[int, int]]  # what is queued: descriptor, events
+    sweep: Sequence[Any]
+    quota: Mapping[str, Any] | None
+
+
+def fd_of(session: Session) -> int:
+    """Return the descriptor of the session's connection."""
+    assert isinstance(session.transport, Connection)
+    return session.transport.fd
+
+
+def resume_framing(
+    place: Mapping[str, Any], session: Session, transport: Connection
+) -> ws_frames.Framing:
+    """Return a framing again, after a reload. `place`: that of the framing, by its class.
+
+    Raises KeyError and AttributeError for an unknown class.
+    """
+    ((name, fields),) = place.items()
+    if name == "Framing":
+        return DISCARD
+    kinds = {"RawFraming": RawFraming, "DetectFraming": DetectFraming}
+    inner = {"ProxyFraming": DetectFraming, "HttpFraming": RawFraming}
+    inner["WebSocketFraming"] = RawFraming
+    framing: ws_frames.Framing
+    if name in inner:
+        part = inner[name](session, transport)
+        framing = getattr(ws_frames, name)(session, transport, part)
+    else:
+        framing = kinds[name](session, transport)
+    framing.resume(fields)
+    return framing
+
+
+def place_connection(conn: Connection, has_backlog: bool) -> dict[str, Any]:
+    """Return the state of a connection. A pipe is read out, which can raise MemoryError.
+
+    `has_backlog` false, in a rehearsal: one byte stands for the backlog.
+    """
+    backlog = conn.backlog
+    if not has_backlog and backlog is not None:
+        backlog = bytearray(b"."[: len(backlog)])
+    elif isinstance(backlog, Pipe):
+        backlog = backlog.read_all()
+        conn._set_backlog(backlog)
+    framing = {type(conn.framing).__name__: conn.framing.place()}
+    return {**conn.place(), "backlog": plain(backlog), "framing": framing}
+
+
+def resume_connection(conn: Connection, place: Mapping[str, Any]) -> None:
+    """Let a new connection go on with the state that `place_connection` returned."""
+    fields = dict(place)
+    backlog = fields.pop("backlog")
+    conn.framing = resume_framing(fields.pop("framing"), conn.session, conn)
+    conn.resume(fields)
+    conn._set_backlog(None if backlog is None else bytearray(backlog))
+
+
+def place_server(server: Server, has_backlogs: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield the state of a Server between two turns, in parts. Raises MemoryError."""
+    rendezvous, pairs = server.rendezvous, tuple(server.rendezvous.pairs)
+    names: dict[object, int] = {conn: conn.fd for conn in server.connections}
+    names.update((pair, ~n) for n, pair in enumerate(pairs))
+    links = Links(
+        fds=tuple(conn.fd for conn in server.connections),
+        waiting=tuple(fd_of(one) for crowd in rendezvous.waiting.values() for one in crowd),
+        pairs=tuple({**one.place(), "fds": tuple(map(fd_of, one.sessions))} for one in pairs),
+        timers=server.timers.place(),
+        rates=(server.rates.place(), server.rates.place_pairs(pairs)),
+        bulk=tuple((conn.fd, ready) for conn, ready in server.bulk.ready.items()),
+        sweep=server.limits.sweep.place(names),
+        quota=None if server.quota is None else server.quota.place(),
+    )
+    yield {**server.place(), "links": links._asdict()}
+    for conn in tuple(server.connections):
+        yield place_connection(conn, has_backlogs)
+
+
+def resume_server(
+    server: Server, state: Iterator[dict[str, Any]], connect: Callable[[int], Connection]
+) -> None:
+    """Let a new Server go on with a state from `place_server`.
+
+    `connect` returns a new connection for a descriptor. Raises ValueError, TypeError and others.
+    """
+    shared = next(state)
+    links = Links(**shared.pop("links"))
+    server.resume(shared)
+    conns: dict[int, Connection] = {}
+    for fd in links.fds:
+        conns[fd] = connect(fd)
+        resume_connection(conns[fd], next(state))
+        server.connections.add(conns[fd])
+    for fd in links.waiting:
+        server.rendezvous.resume_waiting(conns[fd].session)
+    pairs = []
+    for place in links.pairs:
+        fields = dict(place)
+        sessions = [conns[fd].session for fd in fields.pop("fds")]
+        pairs.append(server.rendezvous.resume_pair(fields, sessions))
+    server.timers.resume(links.timers, conns)
+    for fd in {*links.waiting}.difference(fd for fd, _ in links.timers["waiting"]):
+        server.timers.waiting.start(conns[fd], server.clock())  # the limit was off
+    keys: dict[int, object] = {**conns, **{~n: pair for n, pair in enumerate(pairs)}}
+    server.limits.sweep.resume(links.sweep, keys)
+    for fd, ready in links.bulk:
+        server.bulk.add(conns[fd], ready)
+    if server.quota is not None and links.quota is not None:
+        server.quota.resume(links.quota)
+    elif server.quota is not None:
+        server.quota.skip(server.rendezvous.relayed_bytes())
+    server.limits.check_quota(server.quota)  # can change the rates
+    server.rates.resume_pairs(*links.rates, pairs)
+    for conn in server.connections:
+        if not is_consistent(conn):
+            raise ValueError(f"inconsistent: {conn}")
+    if next(state, None) is not None:  # this also closes the file
+        raise ValueError("it has more parts than connections")
+
+
+def read_state(fd: int) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a state. Raises pickle.UnpicklingError, OSError and others."""
+    import pickle
+
+    class PlainUnpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> NoReturn:
+            raise pickle.UnpicklingError(f"a state has no classes: {module}.{name}")
+
+    with open(fd, "rb") as file:
+        file.seek(0)
+        while True:
+            try:
+                yield PlainUnpickler(file).load()
+            except EOFError:
+                return
+
+
+def take_predecessor() -> tuple[Predecessor | None, Iterator[dict[str, Any]]]:
+    """Return the program before a reload, if there is one, and the rest of its state.
+
+    Raises StartupError.
+    """
+    fd = parse_number(os.environ.pop(STATE_VARIABLE, ""), 2**31 - 1)
+    if fd is None:
+        return None, iter(())
+    with understood_state():
+        os.set_inheritable(fd, False)
+        state = read_state(fd)
+        fields = next(state)
+        if fields["version"] != STATE_VERSION:
+            raise ValueError(f"its version is {fields['version']}, expected {STATE_VERSION}")
+        before = Predecessor(**fields)
+    is_ours = before.is_rehearsal or before.pid == os.getpid()
+    return (before, state) if is_ours else (None, iter(()))
+
+
+@contextlib.contextmanager
+def understood_state() -> Iterator[None]:
+    """Turn an error of the block into a StartupError: this program cannot use the state."""
+    try:
+        yield
+    except Exception as error:
+        has_text = isinstance(error, (AttributeError, TypeError, ValueError))  # no client's data
+        text = f"{type(error).__name__}: {error}" if has_text else type(error).__name__
+        raise StartupError(f"the state of the running relay cannot be used: {text}") from error
+
+
+def adopt_socket(fd: int) -> socket.socket:
+    """Return the socket of a client whose descriptor is open since before a reload."""
+    os.set_inheritable(fd, False)
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return sock
+
+
+def connect_again(server: Server, adopt: Callable[[int], socket.socket], fd: int) -> Connection:
+    """Return a new Connection for a descriptor that is open since before a reload."""
+    return Connection(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
+
+
+class StandIn(NamedTuple):
+    """Stands for the socket of a connection in a rehearsal."""
+
+    fd: int
+
+    def fileno(self) -> int:
+        """Return the descriptor that the socket has in the relay."""
+        return self.fd
+
+
+# Reload --------------------------------------------------------------------------------------
+# At SIGHUP this process executes the program that is on disk now, with the same arguments. The new
+# program reads --config again. The process id, the descriptors and all clients stay.
+#
+#     rehearsal    a child process of the new program gets the state and the option --check. It
+#                  tries everything that could fail. The relay goes on serving.
+#     pause        the sinks finish their writes
+#     execution    a memory file gets the state, and execve replaces the program
+#
+# If a step before execve fails, the relay goes on as it was, and logs `reload refused` with the
+# reason. After execve there is no way back, so the new program goes on wherever it can.
+
+REHEARSAL_SECONDS = 10
+REHEARSAL_OUTPUT_BYTES = 1024 * 1024
+SINK_PAUSE_SECONDS = 10
+# The last line of a rehearsal that found no obstacle begins with this. A number follows, of
+# descriptors that the new program opens in addition, and the names of its sinks.
+REHEARSED = "rehearsal ok:"
+
+
+class ReloadRefused(Exception):
+    """A reload is not possible now. The relay goes on."""
+
+
+class Reload:
+    """Carries out the reloads of this process."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        relay: Relay,
+        manager: ServiceManager,
+        variables: Mapping[str, str],
+        files: Callable[[], Mapping[str, tuple[Any, int]]],
+    ) -> None:
+        """`variables`: of the service manager. `files` returns Predecessor.files."""
+        self._options = options
+        self._server = relay.server
+        self._listeners = relay.listeners
+        self._manager = manager
+        self._variables = variables
+        self._files = files
+        self._is_wanted = False
+        self._steps: Iterator[None] | None = None
+        self._configs: dict[str, str] = {}  # what is rehearsed, and then executed
+        self._promised = (0, frozenset[str]())  # by the rehearsal: see `promise`
+        self._killed: set[int] = set()  # child processes that have not ended yet
+        # A daemon has a terminal until it is ready.
+        self._has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
+
+    def request(self) -> None:
+        """Begin a reload: SIGHUP came. If one is under way, another one follows."""
+        server = self._server
+        if self._has_terminal and not any(map(os.isatty, range(STANDARD_FDS))):
+            server.ending.signalled(signal.SIGHUP)  # the terminal was closed
+        elif server.phase is not ServerPhase.SERVING:
+            log.warning("reload refused: the relay is stopping")
+        else:
+            self._is_wanted = True
+            server.between_turns = self._continue
+
+    def _continue(self) -> None:
+        """Take the next step, between two turns."""
+        server = self._server
+        if self._steps is None and self._is_wanted:
+            self._is_wanted = False
+            self._steps = self._reload()
+        if self._steps is not None and next(self._steps, self) is self:
+            self._steps = None
+        if self._steps is None and not self._is_wanted:
+            server.between_turns = None
+
+    def stop(self) -> None:
+        """Give up the reload that is under way, because the relay stops."""
+        self._steps = self._server.between_turns = None
+
+    def _reload(self) -> Iterator[None]:
+        """Reload in steps. Return if that is refused."""
+        reason = ""
+        try:
+            rehearsed = None
+            while rehearsed != self._program_files():  # else they changed meanwhile
+                rehearsed = self._program_files()
+                self._configs = {}
+                for path in self._options.config:
+                    with contextlib.suppress(OSError):  # the rehearsal has the same error
+                        self._configs[path] = read_text(path)
+                yield from self._rehearse()
+                yield from self._pause_sinks()
+            yield from self._execute(rehearsed)
+        except (ReloadRefused, MemoryError) as error:
+            reason = str(error) or "out of memory"
+        except OSError as error:
+            reason = error_text(error)
+        except Exception as error:
+            reason = f"unexpected {type(error).__name__}"
+            self._server.faults.contain(None)
+        finally:
+            self._server.recorder.pause(False)
+        log.error("reload refused: %s", reason)
+        self._manager.reload_refused(reason, self._server.snapshot())
+
+    def _program_files(self) -> list[tuple[int, ...]]:
+        """Return what changes when a file of the program or of the configuration is replaced."""
+        found: list[tuple[int, ...]] = []
+        modules = [__file__, ws_frames and ws_frames.__file__]
+        for path in (sys.argv[0], *filter(None, modules), *self._options.config):
+            with contextlib.suppress(OSError):  # a module in an archive is no file
+                file = os.stat(path)
+                found.append((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns))
+        return found
+
+    def _command(self, state_fd: int) -> tuple[list[bytes], dict[str, str]]:
+        """Return the arguments and the environment of this process, with a state."""
+        with open("/proc/self/cmdline", "rb") as file:
+            arguments = file.read().split(b"\0")[1:-1]
+        environment = {**os.environ, **self._variables, STATE_VARIABLE: str(state_fd)}
+        return [os.fsencode(sys.executable), *arguments], environment
+
+    def _write_state(self, fd: int, is_rehearsal: bool) -> None:
+        import pickle
+
+        with open(COMM, "rb") as file:
+            name = file.read().rstrip(b"\n")
+        before = Predecessor(
+            version=STATE_VERSION,
+            pid=os.getpid(),
+            is_rehearsal=is_rehearsal,
+            fixed={name: getattr(self._options, name) for name in FIXED_OPTIONS},
+            listeners=tuple(listener.place() for listener in self._listeners),
+            files=dict(self._files()),
+            configs=self._configs,
+            keepalive_seconds=self._options.keepalive,
+            connections=0 if is_rehearsal else len(self._server.connections),
+            name=name,
+        )
+        with open(fd, "wb", closefd=False) as file:
+            pickle.dump(plain(before), file, 4)
+            for part in place_server(self._server, has_backlogs=not is_rehearsal):
+                pickle.dump(part, file, 4)
+
+    def _rehearse(self) -> Iterator[None]:
+        """Let a child process try the reload. Raises ReloadRefused and OSError."""
+        if not hasattr(os, "memfd_create"):
+            raise ReloadRefused("this system has no memory files")
+        with contextlib.ExitStack() as undo:
+            state, output = (os.memfd_create(PROGRAM) for _ in range(2))
+            for fd in (state, output):
+                undo.callback(os.close, fd)
+            self._write_state(state, is_rehearsal=True)
+            arguments, environment = self._command(state)
+            kept = [(fd, fd) for fd in (state, *(one.fd for one in self._listeners))]
+            actions = [(os.POSIX_SPAWN_DUP2, *fds) for fds in ((output, 1), (output, 2), *kept)]
+            pid = os.posix_spawn(
+                *(sys.executable, [*arguments, b"--check"], environment),
+                file_actions=actions,
+                setsigmask=[signal.SIGHUP],  # it may come to all processes of the group
+            )
+            killed_for = ""
+            undo.callback(lambda: self._kill(pid))
+            deadline = time.monotonic() + REHEARSAL_SECONDS
+            ended = 0
+            while not ended:
+                yield
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended and not killed_for:
+                    if time.monotonic() > deadline:
+                        killed_for = f"the rehearsal takes longer than {REHEARSAL_SECONDS} s"
+                    elif os.fstat(output).st_size > REHEARSAL_OUTPUT_BYTES:
+                        killed_for = "the rehearsal prints too much"
+                    if killed_for:
+                        os.kill(pid, signal.SIGKILL)
+            pid = 0
+            start = os.fstat(output).st_size - MAX_COMPLAINT_CHARACTERS
+            tail = os.pread(output, MAX_COMPLAINT_CHARACTERS, max(0, start))
+        lines = [line for line in tail.decode(errors="replace").split("\n") if line.strip()]
+        if lines and lines[-1].startswith(REHEARSED) and not (killed_for or status):
+            count, *sinks = lines[-1][len(REHEARSED) :].split()
+            self._promised = int(count), frozenset(sinks)
+        else:
+            ours = [line for line in lines if line.startswith(f"{PROGRAM}: ")]
+            told = "".join([*lines, *ours][-1:]).replace(f"{PROGRAM}: ", "", 1)
+            raise ReloadRefused(killed_for or told or f"the rehearsal ended with status {status}")
+
+    def _kill(self, pid: int) -> None:
+        """Kill the child process, if there is one: the relay stops, or a fault came."""
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            self._killed.add(pid)
+
+    def reap(self) -> None:
+        """Take the end of killed child processes, without waiting."""
+        for pid in tuple(self._killed):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._killed.discard(pid)
+
+    def _pause_sinks(self) -> Iterator[None]:
+        """Let the sinks finish their writes. Raises ReloadRefused."""
+        recorder = self._server.recorder
+        recorder.pause(True)
+        deadline = time.monotonic() + SINK_PAUSE_SECONDS
+        while not recorder.is_paused:
+            if time.monotonic() > deadline:
+                raise ReloadRefused(f"a write of records takes longer than {SINK_PAUSE_SECONDS} s")
+            yield
+
+    def _execute(self, rehearsed: object) -> Iterator[None]:
+        """Execute the program. Raises OSError, MemoryError and ReloadRefused.
+
+        `rehearsed`: what `_program_files` returned before the rehearsal.
+        """
+        server, handled = self._server, {*self._server.signals.actions}
+        limit, (more, sinks) = resource.getrlimit(resource.RLIMIT_NOFILE)[0], self._promised
+        if limit - len(open_descriptors()) < RESERVED_FDS + more:
+            raise ReloadRefused("too few file descriptors are free")
+        with contextlib.ExitStack() as undo:  # when it has failed, or the relay stops
+            undo.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, handled)
+            while True:
+                signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+                is_busy = server.doomed or server.faults.need_repair or server.signals.has_noted
+                if not is_busy and server.recorder.is_paused:
+                    break
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+                yield
+            if rehearsed != self._program_files():
+                raise ReloadRefused("the program or the configuration has just changed")
+            for name, waiting in server.recorder.unwritten().items():
+                if waiting and name not in sinks:
+                    text = f"the new configuration has no {name}; records wait: {waiting}"
+                    raise ReloadRefused(text)
+            state = os.memfd_create(PROGRAM)
+            undo.callback(os.close, state)
+            self._manager.reloading()  # it can log, and a message can open the log file again
+            undo.callback(self._manager.ready)
+            self._write_state(state, is_rehearsal=False)
+            arguments, environment = self._command(state)
+            files = (fd for _, fd in self._files().values())
+            listeners = (listener.fd for listener in self._listeners)
+            clients = (conn.fd for conn in server.connections)
+            for fd in (state, *files, *listeners, *clients):
+                os.set_inheritable(fd, True)
+                undo.callback(os.set_inheritable, fd, False)
+            os.execve(sys.executable, arguments, environment)
+
+
 # Start and stop ------------------------------------------------------------------------------
 # The order matters. Steps that need root come first, then the switch of the user, then the files
 # that belong to that user. Threads start last: a fork would lose them. A start that fails removes
 # its pidfile and its unix sockets, if it still may. The end of the process closes the rest.
 #
 # `serve` has the steps that belong to the process (background, pidfile, log file). `open_relay` has
-# the others (listeners, sinks, user): the planned reload will try these alone.
+# the others (listeners, sinks, user), which the rehearsal of a reload tries too.
 
 
 class Relay(NamedTuple):
     """What is open before anything is served."""
 
     listeners: list[Listener]
+    gone: list[Listener]  # of the program before a reload
     server: Server
     remarks: list[str]  # for the start message
 
@@ -4788,20 +5633,33 @@ def open_relay(
     log_file: LogFile | None,
     log_fd: int | None,
     undo: contextlib.ExitStack,
+    before: Predecessor | None = None,
 ) -> Relay:
     """Open listeners and sinks, become the user of `--user`, and build the Server.
 
-    `undo` gets the steps that close the listeners. The raised limit of open files, the change of
-    the user and a new database remain. Raises StartupError.
+    `undo` gets the steps that close the listeners, but in a rehearsal only new ones. The raised
+    limit of open files, the change of the user and a new database remain. `before`: the program
+    before a reload, whose listeners are used again or closed. Raises StartupError.
     """
+    is_rehearsal = before is not None and before.is_rehearsal
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     if any(one.has_proxy_header for one in endpoints):
         import ipaddress  # noqa: F401  # before the change of the user, see switch_user
     needs_sources = options.max_connections != 0 or options.max_waiting_per_source != 0
     addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
-    listeners = open_listeners(endpoints, passed)
+    kept = [Listener.resumed(place) for place in before.listeners] if before is not None else []
+    listeners = open_listeners(endpoints, passed, kept, is_rehearsal)
+    kept_fds, used_fds = ({one.fd for one in group} for group in (kept, listeners))
     for listener in listeners:
-        undo.callback(listener.close)
+        is_kept = listener.fd in kept_fds
+        if not (is_kept and is_rehearsal):
+            undo.callback(listener.close)
+        if is_kept and not is_rehearsal:
+            listener.adjust()
+    gone = [old for old in kept if old.fd not in used_fds]
+    for old in gone:
+        if old.endpoint.kind in ("fd", "systemd"):  # its newcomers would never be accepted
+            raise StartupError(f"{old.label}: a reload cannot close a socket that was passed")
     sinks: list[Sink] = []
     quota = Quota(options.monthly_quota) if options.monthly_quota else None
     if options.usage_db:
@@ -4809,10 +5667,16 @@ def open_relay(
     if log_fd is not None:
         sinks.append(JsonLines(log_fd))
     if options.user:
+        import pickle  # noqa: F401  # for a reload
+
         switch_user(options.user, listeners, log_file)
-    for sink in sinks:
-        sink.prepare()  # the files belong to the user
-    max_open, max_pipes = descriptor_budget(limit, len(open_descriptors()))
+    for sink in sinks:  # the files belong to the user
+        if is_rehearsal:
+            sink.rehearse()
+        elif before is None:  # else a failure must not end the relay; the sink tries again
+            sink.prepare()
+    others = len(open_descriptors()) - (0 if before is None else before.connections)
+    max_open, max_pipes = descriptor_budget(limit, others)
     limits = Limits(*(getattr(options, name) for name in LIMIT_OPTIONS))
     if options.max_connections is None:
         limits = limits._replace(max_connections=min(limit * 4 // 5, max(1, max_open * 9 // 10)))
@@ -4826,10 +5690,10 @@ def open_relay(
         addresses=addresses,
         drain_seconds=options.drain,
     )
-    return Relay(listeners, server, [remark] if remark else [])
+    return Relay(listeners, gone, server, [remark] if remark else [])
 
 
-def announce(options: argparse.Namespace, relay: Relay) -> None:
+def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False) -> None:
     """Log how the relay runs. The texts about blurring are those of the Twisted relay."""
     if options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
@@ -4848,7 +5712,8 @@ def announce(options: argparse.Namespace, relay: Relay) -> None:
     urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
     if urls or options.websocket_url:
         log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))
-    log.info("Transit starting on %s", ", ".join(labels))
+    verb = "reloaded, listening" if is_reload else "starting"
+    log.info("Transit %s on %s", verb, ", ".join(labels))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -4871,8 +5736,57 @@ def check(options: argparse.Namespace) -> None:
         UsageDatabase(options.usage_db).prepare(dry_run=True)
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Start, serve and stop. Return the exit code. Raises StartupError."""
+def rehearse(
+    options: argparse.Namespace, before: Predecessor, state: Iterator[dict[str, Any]]
+) -> tuple[object, ...]:
+    """Try what a reload to these options needs. Return what follows REHEARSED.
+
+    New TCP endpoints are open for a moment. Nothing else changes. Raises StartupError.
+    """
+    before.require_same(options)
+    with contextlib.ExitStack() as undo:
+        passed = Environment.take().passed_sockets(before.pid)
+        log_fd = before.take_file("log_fd", options.log_fd)
+        if log_fd is None and options.log_fd is not None:
+            if options.log_fd < STANDARD_FDS or options.log_fd in before.open_fds():
+                raise StartupError(f"--log-fd={options.log_fd} cannot be added by a reload")
+            log_fd = duplicate_log_descriptor(options.log_fd)
+        if options.logfile and before.take_file("logfile", options.logfile) is None:
+            with startup_errors(f"logfile {options.logfile}"):
+                log_file = LogFile(options.logfile)
+                undo.callback(os.close, log_file.fd)
+                if log_file.is_new:
+                    undo.callback(os.unlink, options.logfile)
+        endpoints = choose_endpoints(options, passed)
+        relay = open_relay(options, endpoints, passed, None, log_fd, undo, before)
+        with understood_state():
+            stand_in = cast("Callable[[int], socket.socket]", StandIn)
+            connect = partial(connect_again, relay.server, stand_in)
+            resume_server(relay.server, state, connect)
+        new = len(endpoints) - len(before.listeners) + 2  # an endpoint can have two sockets
+        return (2 * max(0, new), *relay.server.recorder.unwritten())
+
+
+@contextlib.contextmanager
+def tolerated_after(before: Predecessor | None) -> Iterator[None]:
+    """After a reload, log a StartupError of the block and go on: there is no way back."""
+    try:
+        yield
+    except StartupError as error:
+        if before is None or before.is_rehearsal:
+            raise
+        log.error("%s; the reload goes on without it", error)
+
+
+def serve(
+    options: argparse.Namespace,
+    before: Predecessor | None,
+    state: Iterator[dict[str, Any]],
+) -> int:
+    """Start, serve and stop. Return the exit code. Raises StartupError.
+
+    `before` and `state`: after a reload, see `take_predecessor`.
+    """
     with contextlib.ExitStack() as undo:
         environment = Environment.take()
         passed = environment.passed_sockets()
@@ -4880,36 +5794,71 @@ def serve(options: argparse.Namespace) -> int:
         # Before any file is opened, which could get the number of a descriptor that is not open.
         named = {passed.find(endpoint) for endpoint in endpoints}
         unused = {passed.find(endpoint) for endpoint in passed.endpoints()} - named
-        log_fd = None if options.log_fd is None else duplicate_log_descriptor(options.log_fd)
-        manager = ServiceManager(environment.notify_socket, environment.watchdog_seconds())
+        files: dict[str, int | None] = dict.fromkeys(("log_fd", "logfile", "pidfile"))
+        if before is not None:
+            files = {name: before.take_file(name, getattr(options, name)) for name in files}
+        log_fd = files["log_fd"]
+        if log_fd is None and options.log_fd is not None:
+            with tolerated_after(before):
+                log_fd = duplicate_log_descriptor(options.log_fd)
+        watchdog_seconds = environment.watchdog_seconds()
+        manager = ServiceManager(environment.notify_socket, watchdog_seconds)
         undo.callback(manager.close)
         fill_standard_descriptors()
-        detach = daemonize({*named, *unused, log_fd}) if options.daemonize else None
-        if options.pidfile:
-            undo.callback(PidFile(options.pidfile).close)
-        log_file = start_logging(options.logfile, to_stdout=options.log_fd == 2)
+        is_first = before is None
+        detach = daemonize({*named, *unused, log_fd}) if options.daemonize and is_first else None
+        pidfile = PidFile(options.pidfile, files["pidfile"]) if options.pidfile else None
+        if pidfile is not None:
+            undo.callback(pidfile.close)
+        to_stdout = options.log_fd == 2
+        log_file: LogFile | None = None
+        with tolerated_after(before):
+            log_file = start_logging(options.logfile, to_stdout, files["logfile"])
         if passed.remark:
             log.warning(passed.remark)
-        relay = open_relay(options, endpoints, passed, log_file, log_fd, undo)
-        manager.add_chores(relay.server)
+        relay = open_relay(options, endpoints, passed, log_file, log_fd, undo, before)
+        server = relay.server
+        manager.add_chores(server)
         if log_file is not None:
-            relay.server.signals.actions[signal.SIGUSR1] = log_file.reopen
+            server.signals.actions[signal.SIGUSR1] = log_file.reopen
+
+        def carried_files() -> dict[str, tuple[Any, int]]:
+            fds = {"log_fd": log_fd}
+            fds["logfile"] = None if log_file is None else log_file.fd
+            fds["pidfile"] = None if pidfile is None else pidfile.fd
+            return {n: (getattr(options, n), fd) for n, fd in fds.items() if fd is not None}
+
+        variables = environment.variables(passed.total > 0, watchdog_seconds > 0)
+        reload = Reload(options, relay, manager, variables, carried_files)
+        server.timers.every(STATUS_SECONDS, reload.reap)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            server.signals.actions[signal.SIGHUP] = reload.request
 
         def ready() -> None:
-            if unused:
+            if unused and is_first:
                 log.warning(
                     "sockets passed to us, but named by no endpoint: %d; their connections are"
                     " never accepted: add --port=systemd:index=N, or do not pass them",
                     len(unused),
                 )
-            announce(options, relay)
+            announce(options, relay, is_reload=not is_first)
             manager.ready()
             if detach is not None:
                 detach()
 
-        relay.server.start()
-        relay.server.recorder.start()
-        return run(relay.server, ready, lambda: manager.stopping(relay.server.snapshot()))
+        def stopping() -> None:
+            reload.stop()
+            manager.stopping(server.snapshot())
+
+        if before is not None:
+            with understood_state():
+                resume_server(server, state, partial(connect_again, server, adopt_socket))
+            before.restore_process(server, options)
+        server.start()
+        server.accept_rest(relay.gone)
+        with tolerated_after(before):
+            server.recorder.start()
+        return run(server, ready, stopping)
 
 
 def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None]) -> int:
@@ -4936,14 +5885,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Return the exit code."""
     stream = sys.stderr
     try:
-        options = parse_arguments(arguments)
+        before, state = take_predecessor()
+        options = parse_arguments(arguments, before.configs if before is not None else {})
+        if options.check and before is not None:
+            print(REHEARSED, *rehearse(options, before, state), flush=True)
+            os._exit(0)  # with -X dev, Python would report the relay's sockets as not closed
         if options.check:
             check(options)
             print("check ok", flush=True)
             return 0
         if options.log_fd == 2:
             stream = sys.stdout
-        return serve(options)
+        return serve(options, before, state)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
         print_error(str(error), stream)
     except KeyboardInterrupt:  # before the server handles signals

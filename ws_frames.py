@@ -20,9 +20,9 @@ frame. A reader buffers a PROXY header (4 KiB), a head (32 KiB), a frame header 
 payload of a control frame (125 bytes).
 
 The state of a reader is a few named fields. `place` returns them and `resume` puts them into
-another reader; both work between any two bytes. They are for a reload of the relay, which is
-planned. The CARRIED fields of a framing are for it too. The joined payload, the control events and
-the error do not depend on how the stream is cut into pieces.
+another reader; both work between any two bytes. A reload of the relay uses them, for framings too.
+The joined payload, the control events and the error do not depend on how the stream is cut into
+pieces.
 
 The type of an error tells its cause:
 
@@ -135,7 +135,7 @@ class UpgradeFailed(Exception):
 
 
 class Reader:
-    """Reads a stream in pieces. CARRIED names the fields that hold its state."""
+    """Reads a stream in pieces. CARRIED names the fields that hold its state, and its parts."""
 
     __slots__: tuple[str, ...] = ()
     CARRIED: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class Reader:
         """Return the carried fields by name, as bytes and numbers, or as the place of a part."""
         place = {name: getattr(self, name) for name in self.CARRIED}
         for name, value in place.items():
-            if isinstance(value, Reader):
+            if hasattr(value, "place"):  # a Reader, or a framing of transit_relay
                 place[name] = value.place()
             elif isinstance(value, bytearray):
                 place[name] = bytes(value)
@@ -160,7 +160,7 @@ class Reader:
             raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         for name, value in place.items():
             field = getattr(self, name)
-            if isinstance(field, Reader) and isinstance(value, Mapping):
+            if hasattr(field, "resume"):
                 field.resume(value)
             else:
                 setattr(self, name, type(field)(value))
@@ -792,6 +792,8 @@ class Framing(Protocol):
     def closing_bytes(self, reason: str) -> bytes: ...
     def backlog_sent(self) -> None: ...
     def keep_alive(self) -> None: ...
+    def place(self) -> Place: ...
+    def resume(self, place: Place) -> None: ...
 
 
 class Transport(Protocol):
@@ -812,7 +814,7 @@ class Stream(Protocol):
     def message_ended(self) -> None: ...
 
 
-class Opening:
+class Opening(Reader):
     """The framing of a client before its byte stream begins. It is sent no data meanwhile."""
 
     __slots__ = ("_session", "_transport")
@@ -912,7 +914,7 @@ class HttpFraming(Opening):
         transport.framing.receive(memoryview(rest))
 
 
-class WebSocketFraming:
+class WebSocketFraming(Reader):
     """Carries the byte stream in binary messages, and answers control frames."""
 
     CARRIED = (

@@ -120,7 +120,7 @@ class FakeClock:
 
 
 class FakeTransport:
-    """A Session's Transport that only records its orders."""
+    """Stands for the Connection of a Session. It only records the orders of the Session."""
 
     framing = DISCARD
 

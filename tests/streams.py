@@ -124,7 +124,7 @@ def read(pieces: list[bytes], masked: bool) -> tuple[Found, int | None]:
 
 
 class FramedTransport(FakeTransport):
-    """A Transport with a real Session and a real Framing. It keeps what is written."""
+    """Stands for a Connection. Its Session and Framing are real. It keeps what is written."""
 
     framing: Framing
 

@@ -249,7 +249,7 @@ def test_a_stop_counts_the_last_bytes(loop: Loop) -> None:
     loop.advance(5)
     transfer(loop, 2_000, "first")
     assert quota.row()[1] == 0
-    loop.server.stop()
+    loop.server.ending.stop()
     for _ in range(20):
         loop.advance(1)
     assert quota.row()[1] == 2_000

@@ -407,9 +407,10 @@ def test_a_second_finish_changes_nothing(scene: Scene) -> None:
 
 NOT_CARRIED: dict[type, set[str]] = {
     Session: {"ended_pair", "pair", "rendezvous", "transport"},
-    transit_relay.Pair: {"allowance", "level_used", "sessions"},
+    transit_relay.Pair: {"sessions"},
     Connection: {
-        *("_server", "counted_bytes", "framing", "is_unpolled", "mask", "session", "sock")
+        *("_server", "counted_bytes", "is_unpolled", "mask", "sock"),
+        *("backlog", "framing"),  # place_connection carries these
     },
     **{
         framing: {"_session", "_transport"}
@@ -632,7 +633,7 @@ def refused(loop: Loop) -> Connection:
 
 def flushing_at_a_stop(loop: Loop) -> Connection:
     conn = with_a_backlog(loop)
-    loop.server.stop()
+    loop.server.ending.stop()
     return conn
 
 

@@ -309,9 +309,10 @@ def test_measured_tables_have_their_marks(name: str) -> None:
 def read_conf(text: str, tmp_path: Path) -> dict[str, object]:
     file = tmp_path / "relay.conf"
     file.write_text(text)
-    configured = argparse.Namespace()
-    read_config(str(file), make_parser(), configured)
-    return vars(configured)
+    parser = make_parser()
+    found = read_config(str(file), parser)
+    options = parser.parse_args([argument for _, argument in found])
+    return {name: getattr(options, name) for name, _ in found}
 
 
 def test_the_packages_configuration_records_blurred(tmp_path: Path) -> None:

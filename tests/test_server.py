@@ -722,7 +722,7 @@ def test_a_pair_counts_until_its_record_is_written(loop: Loop) -> None:
     stuff(loop, other)
     size = loop.server.snapshot().current().incomplete_bytes
     assert size > 0
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert loop.recorder.records == []
     assert loop.server.snapshot().current()[2:] == (2, 0, size)
@@ -846,7 +846,7 @@ def test_after_a_suspension_a_waiting_websocket_is_asked_for_a_pong(
 def test_a_suspension_does_not_count_as_time_for_a_stop(loop: Loop) -> None:
     one, _ = loop.pair()
     stuff(loop, one)
-    loop.server.stop()
+    loop.server.ending.stop()
     run_suspended(loop, 55)
     assert loop.server.phase is ServerPhase.STOPPING_BYTES
     loop.advance(0.9)
@@ -862,7 +862,7 @@ def test_a_stop_ends_all_clients_with_the_right_mood(loop: Loop) -> None:
     clients = [*loop.pair(), loop.connect(), loop.connect()]
     clients[-1].sendall(handshake())
     loop.pump()
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert sorted(loop.recorder.moods()) == ["empty", "happy", "lonely"]
     assert [read_to_end(client) for client in clients] == [b""] * 4
@@ -873,7 +873,7 @@ def test_a_stop_ends_all_clients_with_the_right_mood(loop: Loop) -> None:
 def test_a_stop_closes_the_listeners(loop: Loop, listening: ListeningSocket) -> None:
     listening.new_client()
     loop.pump()
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     with pytest.raises(ConnectionRefusedError):
         listening.new_client()
@@ -885,7 +885,7 @@ def test_a_stop_closes_a_listener_that_is_paused(loop: Loop, listening: Listenin
     listening.refusals = [errno.EMFILE]
     listening.new_client()
     loop.pump()
-    loop.server.stop()
+    loop.server.ending.stop()
     leaver.close()
     loop.advance(1)
     assert loop.server.phase is ServerPhase.OVER
@@ -894,7 +894,7 @@ def test_a_stop_closes_a_listener_that_is_paused(loop: Loop, listening: Listenin
 def test_queued_bytes_get_two_seconds(loop: Loop) -> None:
     one, _ = loop.pair()
     stuff(loop, one)
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.advance(1.75)
     assert loop.server.phase is not ServerPhase.OVER
     loop.advance(0.25)
@@ -908,7 +908,7 @@ def test_queued_bytes_get_no_longer_than_they_need(loop: Loop) -> None:
     one, other = loop.pair()
     sent = stuff(loop, one)
     assert sent > loop.server.snapshot().current().incomplete_bytes
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert loop.server.phase is not ServerPhase.OVER
     size = 0
@@ -923,7 +923,7 @@ def test_a_stop_does_not_wait_for_a_pair_that_goes_on(loop: Loop) -> None:
     """Bytes that come after the signal may be lost."""
     one, other = loop.pair()
     one.sendall(b"before")
-    loop.server.stop()
+    loop.server.ending.stop()
     one.sendall(b"after")
     loop.pump()
     assert read_to_end(other).startswith(b"before")
@@ -940,7 +940,7 @@ def test_a_stop_waits_for_a_lingering_connection_until_it_has_everything(
     loop.pump()
     if has_all:
         assert read_to_end(client) == b"bad handshake\n"
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert (loop.server.phase is ServerPhase.OVER) == has_all
     loop.advance(2)
@@ -949,7 +949,7 @@ def test_a_stop_waits_for_a_lingering_connection_until_it_has_everything(
 
 def test_a_stop_waits_for_the_records(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(loop.recorder), "finished", False)
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.advance(5)
     assert loop.server.phase is not ServerPhase.OVER
     monkeypatch.setattr(type(loop.recorder), "finished", True)
@@ -961,7 +961,7 @@ def test_a_stop_waits_ten_seconds_for_the_records(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(loop.recorder), "finished", False)
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     loop.advance(9.75)
     assert loop.server.phase is not ServerPhase.OVER
@@ -975,7 +975,7 @@ def test_the_last_calls_of_the_recorder(loop: Loop, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loop.server.rendezvous, "record", lambda record: told.append(record.mood))
     monkeypatch.setattr(loop.recorder, "update", lambda current: told.append(current[2:]))
     monkeypatch.setattr(loop.recorder, "stop", lambda: told.append("stop"))
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert told == ["happy", (0, 0, 0), "stop"]
 
@@ -1278,7 +1278,7 @@ def test_a_turn_of_a_stop_looks_only_at_connections_that_were_served(
     pairs = [loop.pair() for _ in range(20)]
     for one, _ in pairs:
         stuff(loop, one)
-    loop.server.stop()
+    loop.server.ending.stop()
     for _ in range(3):
         loop.server.run_once(0)
     looked_at: list[int] = []

@@ -396,10 +396,11 @@ def test_records_wait_while_memory_is_short(
     assert sink.written == [RECORD]
 
 
-# The fields of each class that the planned reload will not carry over: the new program makes them.
+# The fields of each class that a reload does not carry: the new program makes them.
 NOT_CARRIED = {
     *("_records_limit", "_changed", "_stopping", "finished", "_gone"),
-    *("_failing", "_complained", "_complaints"),
+    *("_complained", "_complaints", "_pausing", "_may_write_again", "_writing"),
+    "_has_reader",
     *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota"),
     *("_sinks", "_blur_seconds"),
 }

@@ -214,7 +214,7 @@ def test_a_client_without_upgrade_at_a_stop_is_not_recorded(
     client = loop.client("tcp", role)
     client.send(sent)
     loop.pump()
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert client.read_to_end() == b""
     assert loop.recorder.moods() == moods
@@ -995,7 +995,7 @@ def test_a_stop_closes_with_1001(loop: Loop) -> None:
     one, plain = meet(loop, "unix", "ws-unix")
     loop.pump()
     loop.recorder.records.clear()
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert other.read_to_end(1001) == b"hal"
     for client in (new, waiting, half, one):
@@ -1021,7 +1021,7 @@ def test_bytes_that_arrived_before_a_stop_are_delivered(
     overhead = len(wire) - size
     sent = send_until_blocked(loop, one, wire * (1 + (1 << 23) // size))
     whole, rest = divmod(sent, len(wire))
-    loop.server.stop()
+    loop.server.ending.stop()
     loop.pump()
     assert loop.server.phase is not ServerPhase.OVER
     assert digest(other.read_to_end(1001)) == digest(data * whole + data[: max(0, rest - overhead)])

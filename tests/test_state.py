@@ -1,0 +1,190 @@
+"""The format of the state that a reload carries: each released version can be resumed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from helpers import ListRecorder, Loop, WebSocketClient, handshake
+
+import transit_relay
+from transit_relay import (
+    Limits,
+    Phase,
+    Predecessor,
+    Quota,
+    Server,
+    StandIn,
+    connect_again,
+    is_consistent,
+    place_server,
+    plain,
+    read_state,
+    resume_server,
+)
+
+# One file for each version of the format. Never change a file: make the one of a new version with
+# RELAY_WRITE_STATE=1.
+FILES = Path(__file__).with_name("states")
+VERSION = transit_relay.STATE_VERSION
+LIMITS = Limits(max_rate=1_000_000, wait_seconds=1_000, idle_seconds=1_000)
+
+
+def make_state(loop: Loop) -> list[dict[str, Any]]:
+    """Return a state with connections in every phase, and unfinished beginnings."""
+    quota = Quota(1_000_000_000, loop.wallclock)
+    loop.restart(limits=LIMITS, quota=quota)
+    for start in (b"please relay 0123", b"GET / HTTP/1.1\r\nHo", b"G"):
+        loop.client("unix").send_wire(start)
+    loop.connect(has_proxy_header=True).sendall(b"PROXY TCP4 192.0.2")
+    for kind in ("unix", "ws-unix"):
+        loop.client(kind).send(handshake(f"waits{len(kind)}", "side"))
+        loop.client(kind).send(handshake(f"waits{len(kind)}", "side"))
+        loop.client(kind).send_wire(b"junk\n")
+    one, other = loop.meet("unix", "ws-unix", "backlog")
+    one.sock.setblocking(False)
+    assert other.conn is not None
+    while other.conn.backlog is None:
+        loop.advance(0.05)
+        try:
+            one.sock.send(bytes(4096))
+        except BlockingIOError:
+            continue
+    first, second = loop.meet("ws-unix", "unix", "half")
+    assert isinstance(first, WebSocketClient)
+    first.send_wire(first.encode(b"payload")[0][:3])
+    leaver, stayed = loop.meet("unix", "ws-unix", "left")
+    assert stayed.conn is not None and second.conn is not None
+    leaver.sock.setblocking(False)
+    while stayed.conn.backlog is None:
+        loop.advance(0.05)
+        try:
+            leaver.sock.send(bytes(4096))
+        except BlockingIOError:
+            continue
+    assert leaver.conn is not None
+    leaver.conn.session.client_ended()  # as at a time limit: its partner flushes
+    loop.advance(1)
+    phases = {conn.phase for conn in loop.server.connections}
+    assert phases == {Phase.OPEN, Phase.FLUSHING, Phase.LINGERING}
+    before = Predecessor(
+        version=VERSION,
+        pid=1,
+        is_rehearsal=True,
+        fixed={"daemonize": False, "pidfile": None, "user": None},
+        listeners=(),
+        files={},
+        configs={},
+        keepalive_seconds=200.0,
+        connections=len(loop.server.connections),
+        name=b"transit-relay",
+    )
+    return [plain(before), *place_server(loop.server, has_backlogs=True)]
+
+
+def resumed(state: list[dict[str, Any]]) -> Server:
+    """Return a Server that has resumed a state, with stand-ins for the sockets."""
+    server = Server([], ListRecorder(), LIMITS, lambda: 2_000.0, lambda: 1.7e9, quota=Quota(10**9))
+    parts = iter(copy.deepcopy(state[1:]))
+    resume_server(server, parts, partial(connect_again, server, cast("Any", StandIn)))
+    return server
+
+
+def comparable(state: list[dict[str, Any]]) -> object:
+    """Return a state without the order of its connections and pairs."""
+    shared = dict(state[1])
+    links = shared.pop("links")
+    names = ("fds", "pairs", "sweep", "rates", "bulk", "quota")  # the quota has been counted
+    fixed = {name: value for name, value in links.items() if name not in names}
+    conns = sorted(state[2:], key=lambda conn: conn["fd"])
+    pairs = sorted(links["pairs"], key=lambda pair: pair["fds"])
+    return shared, fixed, sorted(links["fds"]), pairs, conns
+
+
+def test_the_state_of_this_version_is_kept(loop: Loop) -> None:
+    """The file exists, and has what a state has today: the same fields."""
+    path = FILES / f"{VERSION}.state"
+    state = make_state(loop)
+    if os.environ.get("RELAY_WRITE_STATE"):
+        path.write_bytes(b"".join(pickle.dumps(part, 4) for part in state))
+    with open(path, "rb") as file:
+        kept = list(read_state(os.dup(file.fileno())))
+    assert fields_of(kept) == fields_of(state)
+
+
+def fields_of(state: list[dict[str, Any]]) -> set[str]:
+    """Return the names of all fields, with the path to each."""
+    found: set[str] = set()
+
+    def visit(value: object, path: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if isinstance(name, str):
+                    found.add(f"{path}.{name}")
+                    visit(inner, f"{path}.{name}")
+
+    for part in state[:2]:
+        visit(part, "")
+    for conn in state[2:]:
+        visit(conn, "conn")
+    for pair in state[1]["links"]["pairs"]:
+        visit(pair, "pair")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.state")), ids=lambda path: path.stem)
+def test_each_released_state_is_resumed(path: Path) -> None:
+    """Encoded again, it is the same."""
+    with open(path, "rb") as file:
+        state = list(read_state(os.dup(file.fileno())))
+    server = resumed(state)
+    assert len(server.connections) == state[0]["connections"] == len(state) - 2
+    assert all(is_consistent(conn) for conn in server.connections)
+    assert server.rendezvous.waiting_clients == 4
+    assert len(server.rendezvous.pairs) == 3
+    again = [state[0], *place_server(server)]
+    assert comparable(again) == comparable(state)
+
+
+@pytest.mark.parametrize("place", ["shared", "links", "connection", "session", "framing"])
+def test_an_unknown_field_is_refused(place: str) -> None:
+    with open(FILES / f"{VERSION}.state", "rb") as file:
+        state = list(read_state(os.dup(file.fileno())))
+    framings = [conn["framing"] for conn in state[2:]]
+    framing = next(one["RawFraming"] for one in framings if "RawFraming" in one)
+    parts = {
+        "shared": state[1],
+        "links": state[1]["links"],
+        "connection": state[2],
+        "session": state[2]["session"],
+        "framing": framing,
+    }
+    parts[place]["from_the_future"] = 1
+    with pytest.raises((ValueError, TypeError), match="from_the_future"):
+        resumed(state)
+
+
+def test_a_missing_field_keeps_its_default() -> None:
+    """An older program did not write it."""
+    with open(FILES / f"{VERSION}.state", "rb") as file:
+        state = list(read_state(os.dup(file.fileno())))
+    for conn in state[2:]:
+        conn["is_bulk"] = True
+    assert all(conn.is_bulk for conn in resumed(state).connections)
+    for conn in state[2:]:
+        del conn["is_bulk"]
+    assert not any(conn.is_bulk for conn in resumed(state).connections)
+
+
+def test_a_state_that_is_cut_off_is_refused() -> None:
+    with open(FILES / f"{VERSION}.state", "rb") as file:
+        state = list(read_state(os.dup(file.fileno())))
+    with pytest.raises((StopIteration, RuntimeError)):
+        resumed(state[:-1])
+    with pytest.raises(ValueError, match="more parts"):
+        resumed([*state, {}])
