@@ -109,6 +109,10 @@ class Child:
         except BrokenPipeError:
             pass  # the process has ended already: its exit code and its lines show the reason
 
+    def is_running(self) -> bool:
+        """Return whether the process that was started has not ended."""
+        return self._process.poll() is None
+
     def wait(self) -> int:
         """Wait until the process ends by itself, and return its exit code."""
         return self._process.wait(TIMEOUT)

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from urllib.parse import urlencode
 
 import pytest
 from children import TIMEOUT, Record
+from reloads import RELOADS, reload
 from stage import handshake
 from test_proxies import (
     HOST,
@@ -183,6 +185,16 @@ def test_partner_over_tcp(
         if last == "leave":
             partner.expect_end()
     assert_crossed(client_digests(browser.result(), code), digests)
+    assert relay.stop() == [Record("happy", 2 * SIZE, True)]
+
+
+def test_reloads(url: str, relay: WebRelay, show: Callable[..., Browser]) -> None:
+    """The relay is reloaded three times while both clients send."""
+    for_partner, for_page = hellos("reloads")
+    with TCPClient(relay.port, for_partner.encode()) as partner:
+        browser = show(scenario="stay", url=url, size=SIZE, hello=for_page)
+        digests = partner.exchange(SIZE, [partial(reload, relay)] * RELOADS)
+    assert_crossed(client_digests(browser.result(), 1000), digests)
     assert relay.stop() == [Record("happy", 2 * SIZE, True)]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import netns
 import pytest
 from children import Child, Record, Relay
+from reloads import reload_during
 from transfers import MEBIBYTE, PROGRAMS, Program, Transfer, client_programs
 
 
@@ -28,11 +29,13 @@ def programs(python_tools: Path, go_client: Path) -> Mapping[str, Program]:
 class OurRelay(Relay):
     """Our relay, running on the server."""
 
-    def __init__(self, command: list[str], folder: Path, address: str = netns.SERVER) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, *options: str, address: str = netns.SERVER
+    ) -> None:
         self._database = folder / "usage.sqlite"
-        options = [f"--port=tcp:4001:interface={address}", f"--usage-db={self._database}"]
+        required = [f"--port=tcp:4001:interface={address}", f"--usage-db={self._database}"]
         super().__init__(
-            netns.inside("server", [*command, *options]),
+            netns.inside("server", [*command, *required, *options]),
             rf"^Transit starting on tcp:(\d+):interface={address}$",
         )
 
@@ -68,6 +71,25 @@ def test_transfer(
         relay.stop([transfer])
 
 
+@pytest.mark.parametrize("receiver", PROGRAMS)
+@pytest.mark.parametrize("sender", PROGRAMS)
+def test_reloads(
+    sender: str,
+    receiver: str,
+    programs: Mapping[str, Program],
+    mailbox: str,
+    our_relay: list[str],
+    tmp_path: Path,
+) -> None:
+    """The relay is reloaded three times during a transfer."""
+    transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
+    with ExitStack() as running, OurRelay(our_relay, tmp_path, "--max-rate=10MB") as relay:
+        transfer.start(running, programs[sender], programs[receiver])
+        reload_during(relay, relay.port, transfer.size)
+        transfer.finish()
+        relay.stop([transfer])
+
+
 def test_five_at_once(
     programs: Mapping[str, Program], mailbox: str, our_relay: list[str], tmp_path: Path
 ) -> None:
@@ -92,7 +114,7 @@ def test_transit_helper(
     helper = f"--transit-helper=tcp:{netns.OTHER}:4001"
     program = Program([wormhole, helper, "send", "--code"], [wormhole, "receive", "--accept-file"])
     transfer = Transfer(mailbox, tmp_path, MEBIBYTE)
-    with ExitStack() as running, OurRelay(our_relay, tmp_path, netns.OTHER) as relay:
+    with ExitStack() as running, OurRelay(our_relay, tmp_path, address=netns.OTHER) as relay:
         transfer.start(running, program, program)
         transfer.finish()
         relay.stop([transfer])

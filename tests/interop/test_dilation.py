@@ -22,6 +22,7 @@ from pathlib import Path
 import netns
 import pytest
 from children import TIMEOUT_FACTOR, Child, Record, Relay
+from reloads import reload_during
 from transfers import MEBIBYTE
 
 CLIENT = Path(__file__).parent / "dilated_client.py"
@@ -187,3 +188,18 @@ def test_restart(
     assert before.total_bytes > size // 2
     assert after.total_bytes > 2 * MEBIBYTE  # the last bytes of both sides
     assert before.total_bytes + after.total_bytes > 2 * size
+
+
+def test_reloads(
+    python_tools: Path, mailbox: str, our_relay: list[str], listener: socket.socket
+) -> None:
+    """The relay is reloaded three times during a transfer. The connection stays the same."""
+    size = 64 * MEBIBYTE
+    options = [f"--size={size}"]
+    with ExitStack() as running, OurRelay(our_relay, listener, "--max-rate=20MB") as relay:
+        wormhole = Wormhole(running, python_tools, mailbox, listener, "a", options)
+        reload_during(relay, listener.getsockname()[1], 2 * size)
+        wormhole.finish()
+        (record,) = relay.stop()
+    assert record.mood == "happy"
+    assert record.total_bytes > 2 * size

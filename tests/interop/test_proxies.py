@@ -16,7 +16,7 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -349,13 +349,20 @@ class TCPClient:
         self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         self._socket.sendall(hello)
 
-    def exchange(self, size: int) -> Digests:
-        """Receive `ok`, then send and receive `size` bytes at the same time."""
+    def exchange(self, size: int, interruptions: Sequence[Callable[[], None]] = ()) -> Digests:
+        """Receive `ok`, then send and receive `size` bytes at the same time.
+
+        `interruptions`: are called while parts of the bytes have not been received.
+        """
         assert self._receive(len(OK)) == OK
         data = random.randbytes(size)
         sending = threading.Thread(target=self._socket.sendall, args=[data])
         sending.start()
-        received = self._receive(size)
+        received = b""
+        for call in interruptions:
+            received += self._receive(size // (len(interruptions) + 1))
+            call()
+        received += self._receive(size - len(received))
         sending.join(TIMEOUT)
         assert not sending.is_alive()
         return Digests(hashlib.sha256(data).hexdigest(), hashlib.sha256(received).hexdigest())
