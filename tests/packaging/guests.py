@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import threading
+import time
 from typing import Any
 
 from children import TIMEOUT
@@ -42,11 +43,16 @@ def connect(there: Reachable, kind: str = "tcp", family: str = "IPv4") -> Client
     return client
 
 
+def handshakes(count: int) -> list[bytes]:
+    """Return handshakes with the same new token."""
+    token = f"{TOKEN}{next(_numbers)}_"
+    return [handshake(token, f"{SIDE}{number}") for number in range(count)]
+
+
 def send_handshakes(*clients: Client) -> None:
     """Send handshakes that make the two clients a pair."""
-    token = f"{TOKEN}{next(_numbers)}_"
-    for number, client in enumerate(clients):
-        client.send(handshake(token, f"{SIDE}{number}"))
+    for client, line in zip(clients, handshakes(len(clients))):
+        client.send(line)
 
 
 def pass_bytes(sender: Client, receiver: Client, data: bytes) -> None:
@@ -75,6 +81,65 @@ def transfer(
         pass_bytes(other, one, chance.randbytes(size // 4))
         one.half_close()
         assert other.read_to_end() == b""
+
+
+class LongTransfer:
+    """A pair that sends random bytes in both directions, in the `with` block. All must arrive.
+
+    It pauses briefly again and again, so that the system has time for other work.
+    """
+
+    def __init__(self, there: Reachable, first: str = "tcp", second: str = "tcp") -> None:
+        self._clients = connect(there, first), connect(there, second)
+        self._passed = 0
+        self._error: BaseException | None = None
+        self._stop = False
+        self._progress = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        one, other = self._clients
+        chance = random.Random(1)
+        try:
+            with one, other:
+                send_handshakes(one, other)
+                for client in one, other:
+                    assert client.receive(3) == b"ok\n"
+                while not self._stop:
+                    pass_bytes(one, other, chance.randbytes(MEBIBYTE // 4))
+                    pass_bytes(other, one, chance.randbytes(MEBIBYTE // 16))
+                    time.sleep(0.05)
+                    with self._progress:
+                        self._passed += 1
+                        self._progress.notify()
+                one.half_close()
+                assert other.read_to_end() == b""
+        except BaseException as error:
+            with self._progress:
+                self._error = error
+                self._progress.notify()
+
+    def wait_for_progress(self) -> None:
+        """Wait until two more rounds are complete: one has begun after the call."""
+        with self._progress:
+            goal = self._passed + 2
+            done = self._progress.wait_for(lambda: self._passed >= goal or self._error, TIMEOUT)
+            if self._error:
+                raise self._error
+            assert done, f"{self._passed} rounds, then none in {TIMEOUT} s"
+
+    def __enter__(self) -> LongTransfer:
+        self._thread.start()
+        self.wait_for_progress()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop = True
+        self._thread.join(TIMEOUT)
+        if not kind:
+            assert not self._thread.is_alive()
+            if self._error:
+                raise self._error
 
 
 ROWS = """\

@@ -164,12 +164,13 @@ class Machine(Reachable):
         """Return the path of a file of the system. It must not contain absolute symbolic links."""
         return Path(f"/proc/{self.leader}/root", name.lstrip("/"))
 
-    def install(self, package: Path) -> None:
-        """Install a package as an administrator does: dpkg -i."""
+    def install(self, package: Path) -> str:
+        """Install a package as an administrator does: dpkg -i. Return the output."""
         there = f"/tmp/{package.name}"
         shutil.copy(package, self.path(there))
-        self.run("dpkg", "-i", there)
+        output = self.run("dpkg", "-i", there)
         self.path(there).unlink()
+        return output
 
     # Units.
 

@@ -1,4 +1,4 @@
-"""Build the package with another version, for upgrades and downgrades, or with other changes."""
+"""The package with another version, for upgrades and downgrades, or with other changes."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def build_version(version: str, folder: Path) -> Path:
         replace_once(source / "packaging/debian/changelog", r"\(.*?\)", f"({version})")
 
     return build_changed(folder / f"source-{version}", change)
+
+
+def repack(deb: Path, version: str, folder: Path, pattern: str = "", text: str = "") -> Path:
+    """Return a copy of a package with another version, below `folder`.
+
+    In its program, the first match of `pattern` is replaced with `text`.
+    """
+    content = folder / f"content-{version}"
+    run(["dpkg-deb", "--raw-extract", deb, content])
+    replace_once(content / "DEBIAN/control", "^Version: .*", f"Version: {version}")
+    program = content / "usr/share/transit-relay/transit_relay.py"
+    upstream = version.rpartition("-")[0]
+    replace_once(program, "^__version__ = .*", f'__version__ = "{upstream}"')
+    if pattern:
+        replace_once(program, pattern, text)
+    package = folder / f"transit-relay_{version}_all.deb"
+    run(["dpkg-deb", "--build", "--root-owner-group", "-Znone", content, package])
+    return package

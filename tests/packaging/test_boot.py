@@ -6,6 +6,7 @@ checks that no log of the system identifies a client.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,11 +22,14 @@ from children import TIMEOUT
 from conftest import documents
 from guests import (
     FAMILIES,
+    PORTS,
     SECRETS,
     SERVICE,
     STATE,
+    LongTransfer,
     PairAfterPair,
     connect,
+    handshakes,
     pass_bytes,
     prepare,
     rows,
@@ -33,7 +37,7 @@ from guests import (
     transfer,
 )
 from nspawn import Machine
-from packages import build_version
+from packages import build_version, repack
 
 from transit_relay import __version__
 
@@ -105,6 +109,14 @@ def follow(machine: Machine, commands: list[str]) -> None:
     """Run the commands."""
     for command in commands:
         machine.run("sh", "-c", command)
+
+
+def await_journal(machine: Machine, after: str, text: str) -> None:
+    """Wait until the journal has a text in the entries after a cursor."""
+    deadline = time.monotonic() + TIMEOUT
+    while text not in (entries := machine.journal(after)):
+        assert time.monotonic() < deadline, entries
+        time.sleep(0.1)
 
 
 # After the installation.
@@ -213,16 +225,21 @@ def test_it_is_killed(installed: Machine) -> None:
 
 
 def test_a_drain_as_documented(installed: Machine) -> None:
-    """It takes longer than TimeoutStopSec=. Without sockets, new clients are refused."""
+    """It takes longer than TimeoutStopSec=. Without sockets, new clients are refused.
+
+    The option is added for this one stop, when there is a pair already.
+    """
     config = installed.path(CONFIG)
     config.write_text(f"{config.read_text()}drain 3600\n")
     installed.add_drop_in(SERVICE, "drain", "[Service]\nTimeoutStopSec=2\n")
-    installed.run("systemctl", "restart", SERVICE)
     commands = documented("stop transit-relay.socket transit-relay-ws.socket\n")
     with connect(installed) as one, connect(installed) as other:
         send_handshakes(one, other)
         for client in one, other:
             assert client.receive(3) == b"ok\n"
+        cursor = installed.cursor()
+        installed.run("systemctl", "reload", SERVICE)
+        await_journal(installed, cursor, "Transit reloaded")
         commands[-1] = commands[-1].replace("stop", "stop --no-block")
         follow(installed, commands)
         installed.run("systemctl", "stop", "--no-block", SERVICE)  # sends no second signal
@@ -407,26 +424,91 @@ def version(machine: Machine) -> str:
 
 
 def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> None:
-    """No client is refused, and the database keeps its rows."""
+    """No client is refused, and the database keeps its rows.
+
+    0.0.9 counts as a version that cannot reload: an upgrade from it restarts the relay.
+    """
     machine.install(older_deb)
     assert version(machine) == "0.0.9"
     transfer(machine, size=2_000_000)
     kept, before = rows(machine), machine.listener(4001)
     assert len(kept) == 1
-    for package, expected in ((deb, __version__), (older_deb, "0.0.9"), (deb, __version__)):
+    for package, expected in (deb, __version__), (older_deb, "0.0.9"):
         cursor = machine.cursor()
         with PairAfterPair(machine) as clients:
             machine.install(package)
             clients.wait_for_served()
         assert version(machine) == expected
-        assert "stopped" in machine.journal(cursor)
-        assert clients.ended_early <= 1  # the pair of the relay that stopped
+        is_restart = package is deb
+        assert ("stopped" in machine.journal(cursor)) == is_restart
+        assert ("Transit reloaded" in machine.journal(cursor)) != is_restart
+        assert clients.ended_early <= is_restart  # the pair of the relay that stopped
         assert machine.listener(4001) == before
         found = rows(machine)
         assert found[: len(kept)] == kept
         assert [row["result"] for row in found[len(kept) :]].count("happy") >= clients.served
         kept = found
     assert restarts(machine) == 0
+
+
+def test_reloads_while_clients_transfer(machine: Machine, deb: Path, tmp_path: Path) -> None:
+    """By a command and by an upgrade. A new version that does not work changes nothing."""
+    old, main = "reloaded by the old version", "\n\n\ndef main("
+    machine.install(repack(deb, "0.1~1-1", tmp_path, "reloaded, listening", f"{old}, listening"))
+    follow(machine, documented(f"enable --now {WEB_SOCKET}"))
+    before = [main_pid(machine), *(machine.listener(port) for port in PORTS.values())]
+    with contextlib.ExitStack() as clients:
+        pairs = [("tcp", "tcp"), ("ws", "tcp"), ("ws", "ws")]
+        transfers = [clients.enter_context(LongTransfer(machine, *kinds)) for kinds in pairs]
+        waiting, partner = (clients.enter_context(connect(machine, kind)) for kind in PORTS)
+        early, late = handshakes(2)
+        waiting.send(early)
+        newcomers = clients.enter_context(PairAfterPair(machine))
+
+        def all_go_on() -> None:
+            newcomers.wait_for_served()
+            for one in transfers:
+                one.wait_for_progress()
+            assert before == [main_pid(machine), *map(machine.listener, PORTS.values())]
+
+        cursor = machine.cursor()
+        machine.run("systemctl", "reload", SERVICE)
+        await_journal(machine, cursor, f"Transit {old}")
+        all_go_on()
+
+        # The first one fails in the check of ExecReload=, the second one in the rehearsal.
+        cursor = machine.cursor()
+        for number, pattern, text, reason in (
+            ("0.1~2-1", r"^def main\(", f"raise SystemExit('broken'){main}", "broken"),
+            ("0.1~3-1", "^STATE_VERSION = .*", "STATE_VERSION = 9", "its version is 1, expected 9"),
+        ):
+            output = machine.install(repack(deb, number, tmp_path, pattern, text))
+            assert "the old version goes on serving" in output and reason in output, output
+            all_go_on()
+        assert "Transit reloaded" not in machine.journal(cursor)
+        assert machine.show(SERVICE, "StatusText").startswith("reload refused: ")
+
+        assert "transit-relay: reloaded" in machine.install(deb)
+        assert "Transit reloaded, listening on" in machine.journal(cursor)
+        assert version(machine) == __version__
+        all_go_on()
+        partner.send(late)
+        for client in waiting, partner:
+            assert client.receive(3) == b"ok\n"
+    assert newcomers.ended_early == restarts(machine) == 0
+    assert "refused" not in machine.show(SERVICE, "StatusText")
+    served = newcomers.served + len(pairs) + 1
+    assert [row["result"] for row in rows(machine)] == ["happy"] * served
+
+
+def test_a_mistake_before_a_reload(installed: Machine) -> None:
+    """The command fails, the message names the line, and the relay serves on."""
+    config, cursor, pid = installed.path(CONFIG), installed.cursor(), main_pid(installed)
+    config.write_text(f"{config.read_text()}no-such-option 1\n")
+    installed.fails("systemctl", "reload", SERVICE)
+    assert "unrecognized arguments: --no-such-option" in installed.journal(cursor)
+    transfer(installed)
+    assert main_pid(installed) == pid
 
 
 # Files that may change, and the reason.

@@ -77,6 +77,7 @@ def test_it_installs_one_package(deb: Path, roots: Mapping[str, FreshRoot]) -> N
 FILES = """
 -rw-r--r-- /etc/init.d/transit-relay x
 -rw-r--r-- /etc/logrotate.d/transit-relay
+-rw-r--r-- /etc/needrestart/conf.d/transit-relay.conf
 -rw-r--r-- /etc/transit-relay.conf
 -rw-r--r-- /etc/ufw/applications.d/transit-relay
 -rw-r--r-- /lib/systemd/system/transit-relay-ws.socket
@@ -120,17 +121,22 @@ def test_conffiles(deb: Path) -> None:
     assert run(["dpkg-deb", "--info", deb, "conffiles"]).split() == [
         "/etc/init.d/transit-relay",
         "/etc/logrotate.d/transit-relay",
+        "/etc/needrestart/conf.d/transit-relay.conf",
         "/etc/transit-relay.conf",
         "/etc/ufw/applications.d/transit-relay",
     ]
 
 
 def test_no_upgrade_restarts_a_socket(deb: Path) -> None:
-    """New connections queue in it while the service restarts. Admins start the WebSocket one."""
+    """New connections queue in it if the service restarts. Admins start the WebSocket one."""
     script = run(["dpkg-deb", "--info", deb, "postinst"])
     assert re.findall("deb-systemd-invoke (.+?) >", script) == [
         "start 'transit-relay.socket'",
-        "$_dh_action 'transit-relay.service'",
+        "start 'transit-relay.service'",
+    ]
+    assert re.findall("deb-systemd-invoke (restart|reload) (.+?) ", script) == [
+        ("reload", "$UNIT"),
+        ("restart", "$UNIT"),
     ]
     assert "deb-systemd-helper enable 'transit-relay.socket'" in script
     assert "deb-systemd-helper debian-installed 'transit-relay-ws.socket'" in script  # not new
@@ -276,6 +282,9 @@ def test_its_init_script(job: Job) -> None:
         "runs as daemon",
         "is not started twice",
         "relays",
+        "reloads in the same process",
+        "a refused reload says why",
+        "an upgrade reloads",
         "0 are left after a stop",
         "/var/lib/transit-relay: directory of daemon, 700",
         "1 runs before the removal",

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from children import Child
 from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, attempt, documents, run
-from guests import SECRETS, prepare, transfer
+from guests import SECRETS, LongTransfer, prepare, transfer
 from nspawn import Reachable
 
 import transit_relay
@@ -183,10 +183,19 @@ class Container(Reachable):
         """Return its output."""
         return self._engine.try_("podman", "logs", self.name).stdout
 
+    def await_message(self, pattern: str) -> None:
+        """Wait until its output has a line that begins with a pattern."""
+        with self._engine.begin("podman", "logs", "--follow", self.name) as following:
+            following.lines.until(f"^{pattern}")
+
     def await_start(self) -> None:
         """Wait until the relay listens."""
-        with self._engine.begin("podman", "logs", "--follow", self.name) as following:
-            following.lines.until("^Transit starting on ")
+        self.await_message("Transit starting on ")
+
+    def reload(self) -> None:
+        """Let the engine send SIGHUP, and wait until the relay has reloaded."""
+        self._engine.run("podman", "kill", "--signal=HUP", self.name)
+        self.await_message("Transit reloaded")
 
     def inside(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the container."""
@@ -301,6 +310,28 @@ def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> No
     refused = engine.try_(*command)
     assert refused.returncode == 2
     assert f"{CONFIG}, line 2: " in refused.stdout
+
+
+def test_a_reload_of_a_configuration_in_a_folder(
+    engine: Engine, image: str, tmp_path: Path
+) -> None:
+    """A folder is mounted, as docs/operating.md says: the container sees a file that is renamed."""
+    mounted, option = re.findall(
+        r"--volume /srv/relay(:/\S+) \.\.\. \S+ --config (/\S+)`", documents()
+    )[0]
+    tmp_path.chmod(0o755)
+    config = tmp_path / Path(option).name
+    config.write_text("blur-usage 1800\n")
+    options = ["--network=none", f"--volume={tmp_path}{mounted}"]
+    with relay(engine, image, f"--config={option}", options=options) as container:
+        with LongTransfer(container) as running:
+            new = tmp_path / "new"
+            new.write_text("blur-usage 900\n")
+            new.rename(config)
+            container.reload()
+            running.wait_for_progress()
+        assert "to 900 seconds" in container.log()
+        assert container.leader == engine.inspect("container", container.name)["State"]["Pid"]
 
 
 def test_it_is_unhealthy_without_a_relay(engine: Engine, image: str) -> None:

@@ -50,7 +50,7 @@ MACROS = {
     "systemd_requires": "Requires: the-systemd-of-fedora",
     "systemd_post()": "fedora post %*",
     "systemd_preun()": "fedora preun %*",
-    "systemd_postun_with_restart()": "fedora postun %*",
+    "systemd_postun_with_reload()": "fedora postun %*",
     "python3": "/usr/bin/python3",
     "py_byte_compile()": "%1 -m compileall -q %2",
 }
@@ -193,7 +193,7 @@ def test_life_cycle(rpm: Path, roots: Mapping[str, FreshRoot], tmp_path: Path) -
         f"transit-relay {VERSION} is installed",
         "all is as it was packed",
         "systemctl daemon-reload",
-        "systemctl try-restart transit-relay.service",
+        "systemctl try-reload-or-restart transit-relay.service",
         "# changed",
         f"systemctl --no-reload disable --now {ALL}",
         "systemctl daemon-reload",

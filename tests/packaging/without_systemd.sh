@@ -31,6 +31,20 @@ stat -c "runs as %U" /proc/$pid
 /etc/init.d/transit-relay start
 [ "$(cat /run/transit-relay.pid)" = "$pid" ] && echo "is not started twice"
 
+# Each reload must execute the program, whose stack then has another address (field 28), in the same
+# process.
+stack() { sed 's/.*) //' /proc/$1/stat | cut -d ' ' -f 26; }
+before=$(stack $pid)
+/etc/init.d/transit-relay reload
+after=$(stack $pid)
+[ $before != $after ] && [ "$(cat /run/transit-relay.pid)" = "$pid" ] && echo "reloads in the same process"
+echo "this is no option" >>/etc/transit-relay.conf
+/etc/init.d/transit-relay reload 2>&1 | grep -q "unrecognized arguments" && echo "a refused reload says why"
+[ "$(stack $pid)" = $after ]
+sed -i '$d' /etc/transit-relay.conf
+dpkg -i /relay.deb
+[ "$(stack $pid)" != $after ] && [ "$(cat /run/transit-relay.pid)" = "$pid" ] && echo "an upgrade reloads"
+
 /smoke && echo "relays"
 /etc/init.d/transit-relay status && exit 1
 echo "$(count_relays) are left after a stop"
