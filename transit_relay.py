@@ -74,6 +74,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import gc
 import grp
 import json
 import logging
@@ -5408,7 +5409,7 @@ class Reload:
         self._is_wanted = False
         self._steps: Iterator[None] | None = None
         self._configs: dict[str, str] = {}  # what is rehearsed, and then executed
-        self._promised = (0, frozenset[str]())  # by the rehearsal: see `promise`
+        self._promised = (0, frozenset[str]())  # what the last rehearsal told, see REHEARSED
         self._killed: set[int] = set()  # child processes that have not ended yet
         # A daemon has a terminal until it is ready.
         self._has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
@@ -5597,6 +5598,8 @@ class Reload:
             undo.callback(os.close, state)
             self._manager.reloading()  # it can log, and a message can open the log file again
             undo.callback(self._manager.ready)
+            gc.disable()  # it would search the new objects for cycles, and clients wait
+            undo.callback(gc.enable)
             self._write_state(state, is_rehearsal=False)
             arguments, environment = self._command(state)
             files = (fd for _, fd in self._files().values())
@@ -5851,8 +5854,10 @@ def serve(
             manager.stopping(server.snapshot())
 
         if before is not None:
+            gc.disable()
             with understood_state():
                 resume_server(server, state, partial(connect_again, server, adopt_socket))
+            gc.enable()
             before.restore_process(server, options)
         server.start()
         server.accept_rest(relay.gone)
