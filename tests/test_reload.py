@@ -784,3 +784,24 @@ def test_newcomers_at_an_endpoint_that_is_gone_are_served(installation: Installa
                 lost += 1
         assert lost <= 1  # one can come between the last accept and the end of the socket
         assert relay.stop() == 0
+
+
+def test_a_sink_that_hangs_refuses_the_reload(installation: Installation) -> None:
+    """As on a dead disk. Its record is written in the end, once."""
+    alter(installation, "SINK_PAUSE_SECONDS", "1")
+    old = "        self._latest = current or self._latest\n"
+    installation.edit(old, f"{old}        time.sleep(3 if batch else 0)\n")
+    with installation.start("--usage-db", "usage.sqlite") as relay:
+        for one in relay.meet():
+            one.close()
+        one, other = relay.meet(token="second")
+        reasons = []
+        while not reasons:  # until the thread is in the write
+            relay.ask()
+            text = relay.wait_for("reload refused: .*|Transit reloaded").group()
+            reasons = [text] if text.startswith(REFUSED) else []
+        assert reasons == [f"{REFUSED}a write of records takes longer than 1 s"]
+        one.send(b"data")
+        assert other.receive(4) == b"data"
+        assert relay.stop() == 0
+    assert moods(installation.folder) == ["happy"] * 2
