@@ -3239,6 +3239,7 @@ class Server(Carried):
     def accept_rest(self, gone: Sequence[Listener]) -> None:
         """Accept the newcomers in the queues of listeners, and close these."""
         for listener in gone:
+            listener.sock.listen(0)  # no more newcomers, while there are some in the queue
             for _ in range(LISTEN_BACKLOG // ACCEPTS_PER_WAKEUP + 1):
                 self.faults.guard(partial(self._acceptor.accept, listener))
             listener.close()
