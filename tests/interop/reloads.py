@@ -32,13 +32,13 @@ def delivered_bytes(port: int) -> int:
 
 
 def reload_during(relay: Relay, port: int, total_bytes: int) -> None:
-    """Reload RELOADS times, spread over a transfer of so many bytes. It must be the only one.
+    """Reload RELOADS times, spread over the first half of a transfer of so many bytes.
 
-    The relay needs a rate: else the transfer may end between two looks.
+    It must be the only one. The relay needs a rate: else it may end between two looks.
     """
     for number in range(1, RELOADS + 1):
         deadline = time.monotonic() + TIMEOUT
-        while delivered_bytes(port) < total_bytes * number // (RELOADS + 1):
+        while delivered_bytes(port) < total_bytes * number // (2 * RELOADS):
             assert time.monotonic() < deadline, f"reload {number}: the transfer does not progress"
             time.sleep(POLL_SECONDS)
         reload(relay)

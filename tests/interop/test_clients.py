@@ -83,7 +83,7 @@ def test_reloads(
 ) -> None:
     """The relay is reloaded three times during a transfer."""
     transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
-    with ExitStack() as running, OurRelay(our_relay, tmp_path, "--max-rate=10MB") as relay:
+    with ExitStack() as running, OurRelay(our_relay, tmp_path, "--max-rate=8MB") as relay:
         transfer.start(running, programs[sender], programs[receiver])
         reload_during(relay, relay.port, transfer.size)
         transfer.finish()

@@ -196,7 +196,7 @@ def test_reloads(
     """The relay is reloaded three times during a transfer. The connection stays the same."""
     size = 64 * MEBIBYTE
     options = [f"--size={size}"]
-    with ExitStack() as running, OurRelay(our_relay, listener, "--max-rate=20MB") as relay:
+    with ExitStack() as running, OurRelay(our_relay, listener, "--max-rate=10MB") as relay:
         wormhole = Wormhole(running, python_tools, mailbox, listener, "a", options)
         reload_during(relay, listener.getsockname()[1], 2 * size)
         wormhole.finish()
