@@ -5146,10 +5146,6 @@ class Predecessor(NamedTuple):
                 os.close(fd)
         return fd if is_same else None
 
-    def open_fds(self) -> set[int]:
-        """Return the descriptors of the listeners."""
-        return {listener["fd"] for listener in self.listeners}
-
     def restore_process(self, server: Server, options: argparse.Namespace) -> None:
         """Restore what the execution of a program changes."""
         with contextlib.suppress(OSError), open(COMM, "wb") as file:
@@ -5178,12 +5174,6 @@ class Links(NamedTuple):
     bulk: Sequence[tuple[int, int]]  # what is queued: descriptor, events
     sweep: Sequence[Any]
     quota: Mapping[str, Any] | None
-
-
-def fd_of(session: Session) -> int:
-    """Return the descriptor of the session's connection."""
-    assert isinstance(session.transport, Connection)
-    return session.transport.fd
 
 
 def resume_framing(
@@ -5240,8 +5230,11 @@ def place_server(server: Server, has_backlogs: bool = True) -> Iterator[dict[str
     names.update((pair, ~n) for n, pair in enumerate(pairs))
     links = Links(
         fds=tuple(conn.fd for conn in server.connections),
-        waiting=tuple(fd_of(one) for crowd in rendezvous.waiting.values() for one in crowd),
-        pairs=tuple({**one.place(), "fds": tuple(map(fd_of, one.sessions))} for one in pairs),
+        waiting=tuple(one.transport.fd for crowd in rendezvous.waiting.values() for one in crowd),
+        pairs=tuple(
+            {**pair.place(), "fds": tuple(one.transport.fd for one in pair.sessions)}
+            for pair in pairs
+        ),
         timers=server.timers.place(),
         rates=(server.rates.place(), server.rates.place_pairs(pairs)),
         bulk=tuple((conn.fd, ready) for conn, ready in server.bulk.ready.items()),
@@ -5752,7 +5745,8 @@ def rehearse(
         passed = Environment.take().passed_sockets(before.pid)
         log_fd = before.take_file("log_fd", options.log_fd)
         if log_fd is None and options.log_fd is not None:
-            if options.log_fd < STANDARD_FDS or options.log_fd in before.open_fds():
+            listening = {listener["fd"] for listener in before.listeners}
+            if options.log_fd < STANDARD_FDS or options.log_fd in listening:
                 raise StartupError(f"--log-fd={options.log_fd} cannot be added by a reload")
             log_fd = duplicate_log_descriptor(options.log_fd)
         if options.logfile and before.take_file("logfile", options.logfile) is None:
