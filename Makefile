@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes fuzz fuzz-venv fuzz-guided interop hostile \
+.PHONY: help pytest test test-in-process test-processes test-reloads fuzz fuzz-venv fuzz-guided interop hostile \
 	rates reload-load soak check-packaging bench bench-quick bench-against lint install uninstall \
 	onefile sdist check-sdist deb clean
 
@@ -39,21 +39,28 @@ endef
 pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
-# The tests that start many relays as processes. They wait for much of their time.
-process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli daemon hostile kill reload systemd))
-# One log for each Python: CI tests two of them at the same time.
-process_log = build/test-processes-$(python_name).log
+# The tests that start many relays as processes, in two groups. They wait for much of their time.
+process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli hostile \
+	onefile splice systemd usage))
+reload_tests = $(addprefix tests/test_,$(addsuffix .py,daemon kill \
+	reload reload_plugin))
+# The logs are named for the Python, because CI tests two of them at the same time.
+test_log = build/$@-$(python_name).log
+test_logs = $(patsubst %,build/test-%-$(python_name).log,processes reloads)
 
-# Two runs of pytest share the tests. The output of the second one is printed at the end.
+# Three runs of pytest share the tests. The output of the last two is printed at the end.
 test: pytest ## run the tests; PYTHON=python3.9 make test for another Python
-	@mkdir -p $(dir $(process_log)); \
-	$(MAKE) -s -j2 test-in-process test-processes; status=$$?; cat $(process_log); exit $$status
+	@mkdir -p build; $(MAKE) -s -j3 test-in-process test-processes test-reloads; status=$$?; \
+	cat $(test_logs); exit $$status
 
 test-in-process:
-	@$(find_pytest); "$$python" -m pytest -q tests $(addprefix --ignore=,$(process_tests))
+	@$(find_pytest); "$$python" -m pytest -q tests $(addprefix --ignore=,$(process_tests) $(reload_tests))
 
 test-processes:
-	@$(find_pytest); "$$python" -m pytest -q $(process_tests) >$(process_log) 2>&1
+	@$(find_pytest); "$$python" -m pytest -q $(process_tests) >$(test_log) 2>&1
+
+test-reloads:
+	@$(find_pytest); "$$python" -m pytest -q $(reload_tests) >$(test_log) 2>&1
 
 fuzz: pytest fuzz-venv ## fuzz and fuzz-guided, 45 minutes; RELAY_FUZZ_FIRST=200000: other inputs
 	@$(find_pytest); status=0; RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-200000} \

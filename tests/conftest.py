@@ -16,8 +16,9 @@ import transit_relay
 
 
 def pytest_sessionstart() -> None:
-    """Cache the bytecode for entry.py, also where PYTHONDONTWRITEBYTECODE is set."""
-    py_compile.compile(str(RELAY))
+    """Cache the bytecode of the relay, also where PYTHONDONTWRITEBYTECODE is set."""
+    for module in (RELAY, RELAY.with_name("ws_frames.py")):
+        py_compile.compile(str(module))
 
 
 def open_descriptors() -> int:

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ class Installation:
         self.entry.write_text(
             "import sys\n\nimport transit_relay\n\nsys.exit(transit_relay.main())\n"
         )
-        shutil.copy(RELAY, self.program)
-        shutil.copy(WS_FRAMES, folder)
+        (folder / "__pycache__").mkdir()
+        for module in (RELAY, WS_FRAMES):  # copy2 keeps the time, which the bytecode contains
+            copy = shutil.copy2(module, folder)
+            shutil.copy(cache_from_source(str(module)), cache_from_source(copy))
         self.configure("port tcp:0:interface=127.0.0.1")
 
     def configure(self, *lines: str) -> None:
