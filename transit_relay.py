@@ -3888,6 +3888,11 @@ class Endpoint(NamedTuple):
     fileno: int = -1
     has_proxy_header: bool = False  # each connection begins with one
 
+    @property
+    def is_passed(self) -> bool:
+        """Return whether another process opened the socket, and has it open too."""
+        return self.kind in ("fd", "systemd")
+
 
 class PassedSockets(NamedTuple):
     """The sockets that the service manager opened: descriptors from 3 on, and their names."""
@@ -3926,7 +3931,7 @@ class PassedSockets(NamedTuple):
 
     def find(self, endpoint: Endpoint) -> int | None:
         """Return the open descriptor that an endpoint names, if any. Raises StartupError."""
-        if endpoint.kind not in ("fd", "systemd"):
+        if not endpoint.is_passed:
             return None
         passed = range(FIRST_PASSED_FD, FIRST_PASSED_FD + self.total)
         found: Sequence[int]
@@ -4089,10 +4094,11 @@ class Listener:
         return self.sock.family, address, ipv6_only
 
     def is_bound(self, family: int, host: object, port: int, ipv6_only: bool) -> bool:
-        """Return whether this is the TCP socket of an address."""
+        """Return whether this is the TCP socket of an address, and was not passed."""
         own_family, own_address, own_ipv6_only = self.bound
-        is_same = own_family == family and self.port == port and own_address[0] == host
-        return is_same and (host != ANY_IPV6 or own_ipv6_only == ipv6_only)
+        if self.endpoint.is_passed or (own_family, self.port) != (family, port):
+            return False
+        return own_address[0] == host and (host != ANY_IPV6 or own_ipv6_only == ipv6_only)
 
     def is_at(self, path: str) -> bool:
         """Return whether this is a unix socket at `path`, in a file that we made."""
@@ -4105,7 +4111,7 @@ class Listener:
 
     def adjust(self) -> None:
         """Change the backlog, and the mode of a file that we made, to those of the endpoint."""
-        if self.endpoint.kind not in ("fd", "systemd"):
+        if not self.endpoint.is_passed:
             self.sock.listen(self.endpoint.backlog)
         try:
             if self._has_file():
@@ -5659,7 +5665,7 @@ def open_relay(
             listener.adjust()
     gone = [old for old in kept if old.fd not in used_fds]
     for old in gone:
-        if old.endpoint.kind in ("fd", "systemd"):  # its newcomers would never be accepted
+        if old.endpoint.is_passed:  # its newcomers would never be accepted
             raise StartupError(f"{old.label}: a reload cannot close a socket that was passed")
     sinks: list[Sink] = []
     quota = Quota(options.monthly_quota) if options.monthly_quota else None

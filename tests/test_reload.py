@@ -597,6 +597,9 @@ def test_passed_sockets_stay(installation: Installation) -> None:
             reason = "a reload cannot close a socket that was passed"
             assert reason in relay.refused()
             assert reason in manager.until("STATUS=reload refused: ")
+            _, port = second.getsockname()
+            installation.configure("port systemd:index=0", f"port tcp:{port}:interface=127.0.0.1")
+            assert "Address already in use" in relay.refused()
             installation.configure("port systemd:index=0", "websocket systemd:index=1")
             relay.reload()
             manager.until("WATCHDOG=1")
