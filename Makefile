@@ -94,8 +94,14 @@ fuzz-venv:
 		touch '$(fuzz_venv)/made'; \
 	fi
 
-interop: ## run the tests against the Twisted relay and the real clients
-	@$(find_pytest); "$$python" -m pytest -q tests/interop
+# Two runs at the same time, because the programs wait for much of their time.
+interop_waiting = $(addprefix tests/interop/test_,$(addsuffix .py,clients dilation injection))
+
+interop: pytest ## run the tests against the Twisted relay and the real clients
+	@mkdir -p build; $(find_pytest); status=0; \
+	"$$python" -m pytest -q $(interop_waiting) >build/interop.log 2>&1 & waiting=$$!; \
+	"$$python" -m pytest -q tests/interop $(addprefix --ignore=,$(interop_waiting)) || status=1; \
+	wait $$waiting || status=1; cat build/interop.log; exit $$status
 
 # Four runs at the same time, because the tests of three of them wait for most of their time. Then
 # those that compare times or use both cores run alone.

@@ -2514,7 +2514,7 @@ class Ending:
         self._drain_seconds = drain_seconds
         self.phase = ServerPhase.SERVING
         self._signals = 0  # how many have come
-        self._keeps_pairs_only = False  # a drain or a stop has ended all others without a fault
+        self._unpaired_are_ended = False  # without a fault, in a drain or a stop
         self._deadline = float("inf")  # of the current phase
         self._progress: StopProgress | None = None  # set when a stop begins
 
@@ -2528,7 +2528,7 @@ class Ending:
         """Return when `go_on` is due; infinity while the relay serves."""
         if self.phase is ServerPhase.SERVING:
             return float("inf")
-        is_waiting = self.phase is ServerPhase.DRAINING and self._keeps_pairs_only
+        is_waiting = self.phase is ServerPhase.DRAINING and self._unpaired_are_ended
         return self._deadline if is_waiting else self._loop.clock() + STOP_POLL_SECONDS
 
     def signalled(self, number: int) -> None:
@@ -2555,7 +2555,7 @@ class Ending:
         self._deadline = self._loop.clock() + self._drain_seconds
         self.phase = ServerPhase.DRAINING
         self._signals = 1
-        self._keep_pairs_only()
+        self._end_unpaired()
 
     def _end_drain(self, why: str) -> None:
         log.info("%s: the drain ends; pairs left: %d", why, len(self._loop.rendezvous.pairs))
@@ -2565,18 +2565,19 @@ class Ending:
         """Begin to stop: end clients without a partner, and pairs whose arrived bytes are read."""
         self.phase = ServerPhase.STOPPING_BYTES
         self._deadline = self._loop.clock() + STOP_FLUSH_SECONDS
-        self._keep_pairs_only()
+        self._end_unpaired()
         self._progress = StopProgress(self._loop.connections)
         self._end_pairs(self._progress.finished_leavers(self._loop.connections))
 
-    def _keep_pairs_only(self) -> None:
+    def _end_unpaired(self) -> None:
+        """Close the listeners, and end all clients without a partner."""
         faults = self._loop.faults
         faults_before = faults.count
         faults.guard(self._loop.close_listeners)
         for conn in tuple(self._loop.connections):
             if conn.session.pair is None:
                 faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
-        self._keeps_pairs_only = faults.count == faults_before
+        self._unpaired_are_ended = faults.count == faults_before
 
     def _end_pairs(self, leavers: Iterable[Connection]) -> None:
         for leaver in leavers:
@@ -2592,8 +2593,8 @@ class Ending:
         """Enter the next phase of the stop, if this one is complete or its deadline passed."""
         pairs = self._loop.rendezvous.pairs
         if self.phase is ServerPhase.DRAINING:
-            if not self._keeps_pairs_only:
-                self._keep_pairs_only()
+            if not self._unpaired_are_ended:
+                self._end_unpaired()
             if pairs and now < self._deadline:
                 return
             self._end_drain("time is up" if pairs else "all pairs have ended")
@@ -4968,8 +4969,9 @@ how it runs:
     first signal (default: %(default)g s)
 --no-splice: copy all data in the relay; --splice cancels this option (default: the kernel moves
     bulk data between TCP clients with splice; needs Linux and Python 3.10)
---check: check the options, and what a start needs besides free ports, privileges and writable
-    files; print `check ok`; open no port and change no file (default: start the relay)
+--check: check the options and most of what a start needs, but not that ports are free, files can be
+    written and privileges suffice; print `check ok`; open no port and change no file (default:
+    start the relay)
 """
 OPTION = re.compile(r"^(-.*?)(?: ([A-Z]\S*))?: (.*(?:\n {4}.*)*)", re.MULTILINE)
 # By the placeholder of the value. An option can have a parser of its own.
@@ -5674,8 +5676,6 @@ def open_relay(
     if log_fd is not None:
         sinks.append(JsonLines(log_fd))
     if options.user:
-        import pickle  # noqa: F401  # for a reload
-
         switch_user(options.user, listeners, log_file)
     for sink in sinks:  # the files belong to the user
         if is_rehearsal:
@@ -5824,6 +5824,9 @@ def serve(
             log_file = start_logging(options.logfile, to_stdout, files["logfile"])
         if passed.remark:
             log.warning(passed.remark)
+        if options.user or environment.notify_socket:
+            # For a reload. An upgrade of Python can remove it, and the user may not read it.
+            import pickle  # noqa: F401
         relay = open_relay(options, endpoints, passed, log_file, log_fd, undo, before)
         server = relay.server
         manager.add_chores(server)

@@ -1173,7 +1173,7 @@ def test_a_stop_comes_to_its_end_in_spite_of_a_fault(
     [
         Handler(transit_relay.Ending, "drain"),
         Handler(transit_relay.Ending, "stop"),
-        Handler(transit_relay.Ending, "_keep_pairs_only"),
+        Handler(transit_relay.Ending, "_end_unpaired"),
         Handler(transit_relay.Ending, "_end_drain"),
         Handler(transit_relay.Ending, "go_on"),
         Handler(Server, "snapshot"),
