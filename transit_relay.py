@@ -98,7 +98,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, Union, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TextIO, Union
 
 if TYPE_CHECKING:
     import sqlite3
@@ -474,7 +474,7 @@ class Carried:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as numbers, str, bytes, tuples and dicts, for a state without objects."""
+    """Return `value` as None, a number, str, bytes or a tuple. A dict is returned as it is."""
     if hasattr(value, "place"):  # also a Reader of ws_frames
         return value.place()
     if hasattr(value, "_asdict"):
@@ -987,7 +987,7 @@ class Quota(Carried):
             self._counted = (latest, self._counted[1] + size)
         percent = 100 * self.row()[1] // self._max_bytes
         reached = [one for one in QUOTA_PERCENTS if self._reported < one <= percent]
-        self._reported = max((self._reported, *reached))
+        self._reported = percent
         return reached
 
     def skip(self, relayed_bytes: int) -> None:
@@ -2470,7 +2470,7 @@ class StopProgress:
         self._undelivered = list(connections)
 
     def finished_leavers(self, connections: Iterable[Connection]) -> Iterator[Connection]:
-        """Yield the leaver of each pair of which all arrived bytes are read."""
+        """Yield the client that is to leave first, for each pair whose arrived bytes are read."""
         for leaver in self.leavers(connections):
             partner = leaver.partner
             assert partner is not None
@@ -2496,7 +2496,10 @@ class StopProgress:
 
 
 def is_delivered(conn: Connection) -> bool:
-    """Return whether all, our end included, is acknowledged (or sent, if that is not reported)."""
+    """Return whether the peer has acknowledged all bytes and our FIN.
+
+    If the system does not report that: whether they are sent.
+    """
     if conn.phase is Phase.LINGERING:
         return not unacknowledged_bytes(conn.sock)
     return conn.phase is Phase.CLOSED
@@ -2820,8 +2823,8 @@ class BulkQueue:
 
 # Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: that is counted and logged, and the client is ended.
-# (--max-memory and the rates slow clients.) Session and Connection report to `LimitEnforcer.note`,
-# as `Rendezvous.limit_reached`.
+# (--max-memory and the rates slow clients.) Session and Connection report a reached limit through
+# `Rendezvous.limit_reached`, which is `LimitEnforcer.note`.
 
 
 class LimitEnforcer(Carried):
@@ -2982,7 +2985,8 @@ def is_before_handshake(conn: Connection) -> bool:
 # Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, or
 # earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
 #
-# An exception of a handler is contained (see Faults). Another one in the loop ends the process.
+# An exception of a handler is contained (see Faults), and so is a MemoryError of the loop itself.
+# Any other exception of the loop ends the process.
 
 
 class Server(Carried):
@@ -3064,7 +3068,7 @@ class Server(Carried):
     # The loop.
 
     def run(self, ready: Callable[[], None], stopping: Callable[[], None]) -> None:
-        """Serve until a signal, and call `ready` before. Then call `stopping`, and stop."""
+        """Call `ready`, serve until a drain or a stop begins, call `stopping`, and end."""
         self.signals.install()
         ready()
         while self.phase is ServerPhase.SERVING:
@@ -3242,10 +3246,12 @@ class Server(Carried):
     # Newcomers.
 
     def accept_rest(self, gone: Sequence[Listener]) -> None:
-        """Accept the newcomers in the queues of listeners, and close these."""
+        """Accept the newcomers in the queues of listeners that are not used, and close these."""
+        if gone:  # in a pause, these newcomers would be lost
+            self.faults.guard(partial(self._acceptor.end_pause, float("inf")), self._acceptor)
         for listener in gone:
             listener.sock.listen(0)  # no more newcomers, while there are some in the queue
-            for _ in range(LISTEN_BACKLOG // ACCEPTS_PER_WAKEUP + 1):
+            for _ in range(listener.endpoint.backlog // ACCEPTS_PER_WAKEUP + 1):
                 self.faults.guard(partial(self._acceptor.accept, listener))
             listener.close()
 
@@ -3291,15 +3297,18 @@ class Server(Carried):
 # database or a stalled reader. A record stays in its sink until it is written, or until the sink is
 # given up. When too many records wait, new ones are dropped and counted.
 #
-# Fields that the loop and the thread of a sink use are changed only under the lock of `_changed`.
-# The loop never changes `_batch`.
+# The queue, the batch, `_current` and the flags of a pause and a stop are changed under the lock of
+# `_changed` only. The loop never changes the batch. The thread sets the other fields without the
+# lock. The loop reads them when the thread has paused for a reload.
 
 
 class Sink(Carried, threading.Thread):
     """A destination for records, with its queue and the thread that writes."""
 
-    # Unwritten data, and what is counted since the start.
-    CARRIED: tuple[str, ...] = ("_queue", "_batch", "_current", "_failing", "dropped")
+    # Unwritten data, the number of dropped records, and what the log has about a failure.
+    CARRIED: tuple[str, ...] = (
+        *("_queue", "_batch", "_current", "_failing", "_complained", "dropped"),
+    )
     PARSERS: ClassVar[Parsers] = {
         "_queue": lambda records: deque(UsageRecord(**record) for record in records),
         "_batch": lambda records: [UsageRecord(**record) for record in records],
@@ -3322,7 +3331,7 @@ class Sink(Carried, threading.Thread):
         self._writing = False
         self.finished = False  # the thread has ended its work
         self._gone = False  # SinkGone was raised
-        # Used by the thread only, once it runs.
+        # Set by the thread only, once it runs.
         self._failing = False  # the last write failed
         self._complained = False  # a warning about the failure was logged
         self._complaints = Throttle()
@@ -3534,7 +3543,7 @@ class Recorder(Carried):
             waiting = len(state["_queue"]) + len(state["_batch"])
             if name in sinks:
                 sinks[name].resume(state)
-            elif waiting:  # in a rehearsal: Reload asks again before it executes
+            elif waiting:  # a rehearsal: the running relay decides, in `Reload._execute`
                 log.error("the new configuration has no %s; records lost: %d", name, waiting)
         super().resume(fields)
 
@@ -3554,10 +3563,10 @@ class Recorder(Carried):
 
 
 # Sinks ---------------------------------------------------------------------------------------
-# The two destinations of records. JSON lines go to a descriptor whose reader may stall, or leave,
-# which ends the sink. The database may be locked, damaged or on a full disk: its records wait
+# The two destinations of records. The reader of the JSON lines may stall. If it leaves, the sink
+# ends. The database may be locked, damaged or on a full disk: its records wait
 # meanwhile. If it was moved away, a new one is created.
-# sqlite3 is imported with `--usage-db` only: without this option the relay runs without it.
+# sqlite3 is imported with `--usage-db` only.
 
 
 def is_same_file(path: str, file: os.stat_result) -> bool:
@@ -3608,7 +3617,7 @@ class JsonLines(Sink):
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        if self._has_reader:  # else no client may get its number, which a reload carries
+        if self._has_reader:  # else it stays open: no client may get a number that a reload carries
             os.close(self._fd)
 
     def _encode_chunk(self, batch: Sequence[UsageRecord]) -> None:
@@ -3785,8 +3794,6 @@ class UsageDatabase(Sink):
                 self._report_failure(str(error))
 
     def rehearse(self) -> None:
-        if self._path == ":memory:":
-            raise StartupError("--usage-db :memory: would lose its content in a reload")
         folder = os.path.join(os.path.dirname(self._path), ".")
         for path in (folder, self._path) if os.path.exists(self._path) else (folder,):
             require_writable(f"--usage-db {self._path}", path)
@@ -4786,7 +4793,8 @@ def switch_user(text: str, listeners: Sequence[Listener], log_file: LogFile | No
         else:
             os.initgroups(name, gid)
         os.setgid(gid)
-        os.setuid(uid)
+        os.setuid(uid)  # this also disables core dumps, until an execve
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 # Command line --------------------------------------------------------------------------------
@@ -5122,8 +5130,8 @@ def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list
 
 # State ---------------------------------------------------------------------------------------
 # A state is a series of pickles without classes: first a Predecessor, then the Server with its
-# Links, then each connection. Links name a connection by its descriptor. The sweep names pair n
-# `~n`, because descriptors are not negative.
+# Links, then each connection. Links refer to a connection by its descriptor. The sweep refers to
+# pair n as `~n`, which is negative.
 
 STATE_VERSION = 1
 STATE_VARIABLE = "TRANSIT_RELAY_STATE"  # the descriptor of the state
@@ -5142,7 +5150,7 @@ class Predecessor(NamedTuple):
     files: Mapping[str, tuple[Any, int]]  # by option: its value, and the descriptor
     configs: Mapping[str, str]  # the texts of the configuration files, by path
     keepalive_seconds: float
-    connections: int  # that are open in this process
+    connections: int  # client sockets that are open in this process; 0 in a rehearsal
     name: bytes  # of the process
 
     def take_file(self, option: str, value: object) -> int | None:
@@ -5162,8 +5170,6 @@ class Predecessor(NamedTuple):
         """Restore what the execution of a program changes."""
         with contextlib.suppress(OSError), open(COMM, "wb") as file:
             file.write(self.name)
-        if options.user:  # the change of user disabled core dumps, and execve enabled them again
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if options.keepalive != self.keepalive_seconds:
             for conn in server.connections:
                 set_options(conn.sock, socket_options(options.keepalive))
@@ -5191,22 +5197,20 @@ class Links(NamedTuple):
 def resume_framing(
     place: Mapping[str, Any], session: Session, transport: Connection
 ) -> ws_frames.Framing:
-    """Return a framing again, after a reload. `place`: that of the framing, by its class.
+    """Return the framing that a state describes: the name of its class, and the fields.
 
-    Raises KeyError and AttributeError for an unknown class.
+    Raises AttributeError for an unknown class.
     """
     ((name, fields),) = place.items()
     if name == "Framing":
         return DISCARD
-    kinds = {"RawFraming": RawFraming, "DetectFraming": DetectFraming}
-    inner = {"ProxyFraming": DetectFraming, "HttpFraming": RawFraming}
-    inner["WebSocketFraming"] = RawFraming
+    own = {one.__name__: one for one in (RawFraming, DetectFraming)}
     framing: ws_frames.Framing
-    if name in inner:
-        part = inner[name](session, transport)
-        framing = getattr(ws_frames, name)(session, transport, part)
+    if name in own:
+        framing = own[name](session, transport)
     else:
-        framing = kinds[name](session, transport)
+        inner = own["DetectFraming" if name == "ProxyFraming" else "RawFraming"]
+        framing = getattr(ws_frames, name)(session, transport, inner(session, transport))
     framing.resume(fields)
     return framing
 
@@ -5348,7 +5352,7 @@ def understood_state() -> Iterator[None]:
 
 
 def adopt_socket(fd: int) -> socket.socket:
-    """Return the socket of a client whose descriptor is open since before a reload."""
+    """Return the socket of a client that connected before the reload. Raises OSError."""
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
@@ -5360,33 +5364,23 @@ def connect_again(server: Server, adopt: Callable[[int], socket.socket], fd: int
     return Connection(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
 
 
-class StandIn(NamedTuple):
-    """Stands for the socket of a connection in a rehearsal."""
-
-    fd: int
-
-    def fileno(self) -> int:
-        """Return the descriptor that the socket has in the relay."""
-        return self.fd
-
-
 # Reload --------------------------------------------------------------------------------------
-# At SIGHUP this process executes the program that is on disk now, with the same arguments. The new
-# program reads --config again. The process id, the descriptors and all clients stay.
+# At SIGHUP this process reads the files of --config again, and executes the program that is on disk
+# now, with the same arguments. The process id, the descriptors and all clients stay.
 #
 #     rehearsal    a child process of the new program gets the state and the option --check. It
-#                  tries everything that could fail. The relay goes on serving.
+#                  tries the steps of a start that change nothing. The relay goes on serving.
 #     pause        the sinks finish their writes
 #     execution    a memory file gets the state, and execve replaces the program
 #
-# If a step before execve fails, the relay goes on as it was, and logs `reload refused` with the
-# reason. After execve there is no way back, so the new program goes on wherever it can.
+# If a step before execve fails, the relay goes on, and logs `reload refused` with the reason. After
+# execve there is no way back, so the new program goes on wherever it can.
 
 REHEARSAL_SECONDS = 10
 REHEARSAL_OUTPUT_BYTES = 1024 * 1024
 SINK_PAUSE_SECONDS = 10
-# The last line of a rehearsal that found no obstacle begins with this. A number follows, of
-# descriptors that the new program opens in addition, and the names of its sinks.
+# The last line of a successful rehearsal: this text, how many more descriptors the new program may
+# need, and the names of its sinks.
 REHEARSED = "rehearsal ok:"
 
 
@@ -5415,7 +5409,7 @@ class Reload:
         self._is_wanted = False
         self._steps: Iterator[None] | None = None
         self._configs: dict[str, str] = {}  # what is rehearsed, and then executed
-        self._promised = (0, frozenset[str]())  # what the last rehearsal told, see REHEARSED
+        self._rehearsal_result = (0, frozenset[str]())  # descriptors and sinks, see REHEARSED
         self._killed: set[int] = set()  # child processes that have not ended yet
         # A daemon has a terminal until it is ready.
         self._has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
@@ -5433,14 +5427,13 @@ class Reload:
 
     def _continue(self) -> None:
         """Take the next step, between two turns."""
-        server = self._server
-        if self._steps is None and self._is_wanted:
+        if self._steps is None:
             self._is_wanted = False
             self._steps = self._reload()
-        if self._steps is not None and next(self._steps, self) is self:
+        if next(self._steps, self) is self:
             self._steps = None
-        if self._steps is None and not self._is_wanted:
-            server.between_turns = None
+            if not self._is_wanted:
+                self._server.between_turns = None
 
     def stop(self) -> None:
         """Give up the reload that is under way, because the relay stops."""
@@ -5450,9 +5443,11 @@ class Reload:
         """Reload in steps. Return if that is refused."""
         reason = ""
         try:
+            if self._options.usage_db == ":memory:":
+                raise ReloadRefused("--usage-db :memory: would lose its content")
             rehearsed = None
-            while rehearsed != self._program_files():  # else they changed meanwhile
-                rehearsed = self._program_files()
+            while rehearsed != self._file_versions():  # else they changed meanwhile
+                rehearsed = self._file_versions()
                 self._configs = {}
                 for path in self._options.config:
                     with contextlib.suppress(OSError):  # the rehearsal has the same error
@@ -5472,8 +5467,8 @@ class Reload:
         log.error("reload refused: %s", reason)
         self._manager.reload_refused(reason, self._server.snapshot())
 
-    def _program_files(self) -> list[tuple[int, ...]]:
-        """Return what changes when a file of the program or of the configuration is replaced."""
+    def _file_versions(self) -> list[tuple[int, ...]]:
+        """Return device, inode, size and time of each file of the program and configuration."""
         found: list[tuple[int, ...]] = []
         modules = [__file__, ws_frames and ws_frames.__file__]
         for path in (sys.argv[0], *filter(None, modules), *self._options.config):
@@ -5507,7 +5502,7 @@ class Reload:
             name=name,
         )
         with open(fd, "wb", closefd=False) as file:
-            pickle.dump(plain(before), file, 4)
+            pickle.dump(before._asdict(), file, 4)
             for part in place_server(self._server, has_backlogs=not is_rehearsal):
                 pickle.dump(part, file, 4)
 
@@ -5528,37 +5523,33 @@ class Reload:
                 file_actions=actions,
                 setsigmask=[signal.SIGHUP],  # it may come to all processes of the group
             )
-            killed_for = ""
-            undo.callback(lambda: self._kill(pid))
             deadline = time.monotonic() + REHEARSAL_SECONDS
-            ended = 0
-            while not ended:
-                yield
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if not ended and not killed_for:
-                    if time.monotonic() > deadline:
-                        killed_for = f"the rehearsal takes longer than {REHEARSAL_SECONDS} s"
-                    elif os.fstat(output).st_size > REHEARSAL_OUTPUT_BYTES:
-                        killed_for = "the rehearsal prints too much"
-                    if killed_for:
-                        os.kill(pid, signal.SIGKILL)
-            pid = 0
+            ended, status, killed_for = 0, 0, ""
+            try:
+                while not ended:
+                    yield
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if not ended and not killed_for:
+                        if time.monotonic() > deadline:
+                            killed_for = f"the rehearsal takes longer than {REHEARSAL_SECONDS} s"
+                        elif os.fstat(output).st_size > REHEARSAL_OUTPUT_BYTES:
+                            killed_for = "the rehearsal prints too much"
+                        if killed_for:
+                            os.kill(pid, signal.SIGKILL)
+            finally:
+                if not ended:  # the relay stops, or a fault came
+                    os.kill(pid, signal.SIGKILL)
+                    self._killed.add(pid)
             start = os.fstat(output).st_size - MAX_COMPLAINT_CHARACTERS
             tail = os.pread(output, MAX_COMPLAINT_CHARACTERS, max(0, start))
         lines = [line for line in tail.decode(errors="replace").split("\n") if line.strip()]
         if lines and lines[-1].startswith(REHEARSED) and not (killed_for or status):
             count, *sinks = lines[-1][len(REHEARSED) :].split()
-            self._promised = int(count), frozenset(sinks)
+            self._rehearsal_result = int(count), frozenset(sinks)
         else:
             ours = [line for line in lines if line.startswith(f"{PROGRAM}: ")]
-            told = "".join([*lines, *ours][-1:]).replace(f"{PROGRAM}: ", "", 1)
+            told = (ours or lines or [""])[-1].replace(f"{PROGRAM}: ", "", 1)
             raise ReloadRefused(killed_for or told or f"the rehearsal ended with status {status}")
-
-    def _kill(self, pid: int) -> None:
-        """Kill the child process, if there is one: the relay stops, or a fault came."""
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-            self._killed.add(pid)
 
     def reap(self) -> None:
         """Take the end of killed child processes, without waiting."""
@@ -5579,13 +5570,14 @@ class Reload:
     def _execute(self, rehearsed: object) -> Iterator[None]:
         """Execute the program. Raises OSError, MemoryError and ReloadRefused.
 
-        `rehearsed`: what `_program_files` returned before the rehearsal.
+        `rehearsed`: what `_file_versions` returned before the rehearsal.
         """
         server, handled = self._server, {*self._server.signals.actions}
-        limit, (more, sinks) = resource.getrlimit(resource.RLIMIT_NOFILE)[0], self._promised
+        more, sinks = self._rehearsal_result
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if limit - len(open_descriptors()) < RESERVED_FDS + more:
             raise ReloadRefused("too few file descriptors are free")
-        with contextlib.ExitStack() as undo:  # when it has failed, or the relay stops
+        with contextlib.ExitStack() as undo:  # if a step fails, or the relay stops
             undo.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, handled)
             while True:
                 signal.pthread_sigmask(signal.SIG_BLOCK, handled)
@@ -5594,7 +5586,7 @@ class Reload:
                     break
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
                 yield
-            if rehearsed != self._program_files():
+            if rehearsed != self._file_versions():
                 raise ReloadRefused("the program or the configuration has just changed")
             for name, waiting in server.recorder.unwritten().items():
                 if waiting and name not in sinks:
@@ -5632,7 +5624,7 @@ class Relay(NamedTuple):
     listeners: list[Listener]
     gone: list[Listener]  # of the program before a reload
     server: Server
-    remarks: list[str]  # for the start message
+    remark: str  # for the start message, or empty
 
 
 def open_relay(
@@ -5646,9 +5638,9 @@ def open_relay(
 ) -> Relay:
     """Open listeners and sinks, become the user of `--user`, and build the Server.
 
-    `undo` gets the steps that close the listeners, but in a rehearsal only new ones. The raised
-    limit of open files, the change of the user and a new database remain. `before`: the program
-    before a reload, whose listeners are used again or closed. Raises StartupError.
+    `undo` gets the steps that close the listeners; in a rehearsal those of new listeners only. The
+    raised limit of open files, the change of the user and a new database remain. `before`: the
+    program before a reload, whose listeners are used again or closed. Raises StartupError.
     """
     is_rehearsal = before is not None and before.is_rehearsal
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
@@ -5697,7 +5689,7 @@ def open_relay(
         addresses=addresses,
         drain_seconds=options.drain,
     )
-    return Relay(listeners, gone, server, [remark] if remark else [])
+    return Relay(listeners, gone, server, remark)
 
 
 def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False) -> None:
@@ -5706,8 +5698,8 @@ def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False)
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:
         log.info("not blurring access times")
-    for remark in relay.remarks:
-        log.info(remark)
+    if relay.remark:
+        log.info(relay.remark)
     if os.geteuid() == 0 and not options.user:
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
@@ -5748,17 +5740,14 @@ def rehearse(
 ) -> tuple[object, ...]:
     """Try what a reload to these options needs. Return what follows REHEARSED.
 
-    New TCP endpoints are open for a moment. Nothing else changes. Raises StartupError.
+    New TCP endpoints are open, and a new log file exists, for a moment. Raises StartupError.
     """
     before.require_same(options)
     with contextlib.ExitStack() as undo:
         passed = Environment.take().passed_sockets(before.pid)
         log_fd = before.take_file("log_fd", options.log_fd)
-        if log_fd is None and options.log_fd is not None:
-            listening = {listener["fd"] for listener in before.listeners}
-            if options.log_fd < STANDARD_FDS or options.log_fd in listening:
-                raise StartupError(f"--log-fd={options.log_fd} cannot be added by a reload")
-            log_fd = duplicate_log_descriptor(options.log_fd)
+        if log_fd is None and options.log_fd is not None:  # the number could be that of a client
+            raise StartupError(f"--log-fd={options.log_fd} cannot be added by a reload")
         if options.logfile and before.take_file("logfile", options.logfile) is None:
             with startup_errors(f"logfile {options.logfile}"):
                 log_file = LogFile(options.logfile)
@@ -5767,12 +5756,13 @@ def rehearse(
                     undo.callback(os.unlink, options.logfile)
         endpoints = choose_endpoints(options, passed)
         relay = open_relay(options, endpoints, passed, None, log_fd, undo, before)
-        with understood_state():
-            stand_in = cast("Callable[[int], socket.socket]", StandIn)
-            connect = partial(connect_again, relay.server, stand_in)
+        # One socket stands for those of all clients.
+        with understood_state(), socket.socket(socket.AF_UNIX) as stand_in:
+            connect = partial(connect_again, relay.server, lambda fd: stand_in)
             resume_server(relay.server, state, connect)
-        new = len(endpoints) - len(before.listeners) + 2  # an endpoint can have two sockets
-        return (2 * max(0, new), *relay.server.recorder.unwritten())
+        open_already = {listener["text"] for listener in before.listeners}
+        new = sum(one.text not in open_already for one in endpoints) + 1  # a sink opens two files
+        return (2 * new, *relay.server.recorder.unwritten())  # an endpoint can have two sockets
 
 
 @contextlib.contextmanager
@@ -5806,9 +5796,8 @@ def serve(
         if before is not None:
             files = {name: before.take_file(name, getattr(options, name)) for name in files}
         log_fd = files["log_fd"]
-        if log_fd is None and options.log_fd is not None:
-            with tolerated_after(before):
-                log_fd = duplicate_log_descriptor(options.log_fd)
+        if before is None and options.log_fd is not None:
+            log_fd = duplicate_log_descriptor(options.log_fd)
         watchdog_seconds = environment.watchdog_seconds()
         manager = ServiceManager(environment.notify_socket, watchdog_seconds)
         undo.callback(manager.close)

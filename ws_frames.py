@@ -135,7 +135,7 @@ class UpgradeFailed(Exception):
 
 
 class Reader:
-    """Reads a stream in pieces. CARRIED names the fields that hold its state, and its parts."""
+    """Reads a stream in pieces. CARRIED names the fields of its state. A field can be a Reader."""
 
     __slots__: tuple[str, ...] = ()
     CARRIED: tuple[str, ...] = ()
@@ -162,8 +162,10 @@ class Reader:
             field = getattr(self, name)
             if hasattr(field, "resume"):
                 field.resume(value)
-            else:
-                setattr(self, name, type(field)(value))
+            elif isinstance(field, bytearray) and isinstance(value, bytes):
+                field[:] = value
+            else:  # without a conversion, whose error text would contain the value
+                setattr(self, name, value)
 
 
 # PROXY headers, HAProxy's proxy-protocol.txt -------------------------------------------------

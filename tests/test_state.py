@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import socket
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from helpers import ListRecorder, Loop, WebSocketClient, handshake
@@ -19,7 +20,6 @@ from transit_relay import (
     Predecessor,
     Quota,
     Server,
-    StandIn,
     connect_again,
     is_consistent,
     place_server,
@@ -91,7 +91,8 @@ def resumed(state: list[dict[str, Any]]) -> Server:
     """Return a Server that has resumed a state, with stand-ins for the sockets."""
     server = Server([], ListRecorder(), LIMITS, lambda: 2_000.0, lambda: 1.7e9, quota=Quota(10**9))
     parts = iter(copy.deepcopy(state[1:]))
-    resume_server(server, parts, partial(connect_again, server, cast("Any", StandIn)))
+    with socket.socket(socket.AF_UNIX) as stand_in:
+        resume_server(server, parts, partial(connect_again, server, lambda fd: stand_in))
     return server
 
 
