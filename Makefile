@@ -140,7 +140,7 @@ soak: ## random clients; bytes, records and the counters of pairs are checked: m
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
 check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
-	@$(find_pytest); "$$python" -m pytest -q tests/packaging
+	@$(find_pytest); "$$python" -m pytest -q --durations=10 tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options
 	@'$(PYTHON)' tests/bench $(BENCH)

@@ -1116,19 +1116,19 @@ class Sweep:
         del self._left[-self._share :]
         return taken
 
-    def place(self, names: Mapping[object, int]) -> tuple[Any, ...]:
-        """Return the state, with the names of connections and pairs."""
+    def place(self, numbers: Mapping[object, int]) -> tuple[Any, ...]:
+        """Return the state. `numbers`: of connections and pairs, see Links."""
         seen = (
-            {names[key]: value for key, value in values.items() if key in names}
+            {numbers[key]: value for key, value in values.items() if key in numbers}
             for values in (self._seen, self._seen_again)
         )
-        return (*seen, tuple(names[conn] for conn in self._left if conn in names), self._share)
+        return (*seen, tuple(numbers[conn] for conn in self._left if conn in numbers), self._share)
 
     def resume(self, place: Sequence[Any], keys: Mapping[int, Any]) -> None:
-        """Go on with the state that `place` returned. The keys of `keys` are names."""
+        """Go on with the state that `place` returned. `keys`: by number."""
         *seen, left, self._share = place
         self._seen, self._seen_again = ({keys[n]: value for n, value in v.items()} for v in seen)
-        self._left = [keys[name] for name in left]
+        self._left = [keys[n] for n in left]
 
     def unchanged_seconds(self, key: object, value: int, now: float) -> float:
         """Return for how long `value` of `key` is known to be the same (seconds)."""
@@ -3327,7 +3327,7 @@ class Sink(Carried, threading.Thread):
         self.dropped = 0  # records, counted since the start
         self._stopping = False
         self._pausing = False
-        self._may_write_again = True  # once in a pause
+        self._may_write_again = True  # the one write of a pause is still allowed
         self._writing = False
         self.finished = False  # the thread has ended its work
         self._gone = False  # SinkGone was raised
@@ -3375,8 +3375,8 @@ class Sink(Carried, threading.Thread):
         with self._changed:
             return len(self._queue) + len(self._batch)
 
-    def pause(self, is_pausing: bool) -> None:
-        """Ask the thread to write once more and then to pause. False: end the pause."""
+    def set_pausing(self, is_pausing: bool) -> None:
+        """Begin a pause, before which the thread may write once, or end it."""
         with self._changed:
             self._pausing = self._may_write_again = is_pausing
             self._changed.notify()
@@ -3521,10 +3521,10 @@ class Recorder(Carried):
         """Return whether all sinks have ended."""
         return all(sink.finished for sink in self._sinks)
 
-    def pause(self, is_pausing: bool) -> None:
-        """Ask all sinks to pause, or end their pause."""
+    def set_pausing(self, is_pausing: bool) -> None:
+        """Begin or end a pause of all sinks."""
         for sink in self._sinks:
-            sink.pause(is_pausing)
+            sink.set_pausing(is_pausing)
 
     @property
     def is_paused(self) -> bool:
@@ -3786,7 +3786,7 @@ class UsageDatabase(Sink):
     def prepare(self, dry_run: bool = False) -> None:
         """Try a write (a dry run: a read). Raises StartupError, but logs a transient error."""
         try:
-            self._transact((), "" if dry_run else "ROLLBACK")
+            self._transact((), None if dry_run else "ROLLBACK")
         except UnusableDatabase as error:
             raise StartupError(f"--usage-db {self._path}: {error}") from None
         except SinkError as error:
@@ -3810,10 +3810,10 @@ class UsageDatabase(Sink):
             self._db.close()
             self._db = None
 
-    def _transact(self, batch: Sequence[UsageRecord], end_statement: str) -> None:
-        """Write in a transaction that ends with `end_statement` ("": read). Raises SinkError."""
+    def _transact(self, batch: Sequence[UsageRecord], end_statement: str | None) -> None:
+        """Write in a transaction that ends so. None: a dry run, which reads. Raises SinkError."""
         try:
-            if not end_statement:  # a dry run
+            if end_statement is None:
                 return open_usage_database(self._path, dry_run=True).close()
             db = self._open()
             db.execute("BEGIN IMMEDIATE")
@@ -4167,16 +4167,16 @@ def _identify(path: str) -> FileIdentity:
 def open_listeners(
     endpoints: Sequence[Endpoint],
     passed: PassedSockets,
-    kept: Sequence[Listener] = (),
+    inherited: Sequence[Listener] = (),
     is_rehearsal: bool = False,
 ) -> list[Listener]:
     """Open all endpoints, or none. Raises StartupError.
 
-    `kept`: open listeners of a reload. An endpoint gets the socket that is bound to its address.
-    After the execution, an endpoint that the system refuses is logged, and the others are opened.
-    A rehearsal makes no new unix socket, whose file would stay if the rehearsal were killed.
+    `inherited`: the listeners of the predecessor. An endpoint gets the one at its address. After
+    the execution, an endpoint that the system refuses is logged, and the others are opened. A
+    rehearsal makes no new unix socket, whose file would stay if the rehearsal were killed.
     """
-    may_fail = bool(kept) and not is_rehearsal
+    may_fail = bool(inherited) and not is_rehearsal
     # Look up the passed descriptors before opening a socket, which could get the number of a
     # descriptor that is not open.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
@@ -4192,11 +4192,11 @@ def open_listeners(
                 # True if another endpoint listens on all of IPv4, on the same port.
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
                 if is_rehearsal and endpoint.kind == "unix":
-                    opened = [old for old in kept if old.is_at(endpoint.path)]
+                    opened = [old for old in inherited if old.is_at(endpoint.path)]
                     if not opened:
                         _require_room(endpoint)
                 else:
-                    opened = open_endpoint(endpoint, fd, ipv6_only, kept)
+                    opened = open_endpoint(endpoint, fd, ipv6_only, inherited)
             except (OSError, StartupError) as error:
                 text = str(error)
                 if isinstance(error, OSError):
@@ -4206,9 +4206,9 @@ def open_listeners(
                 log.error("%s; the reload goes on without this endpoint", text)
                 continue
             for listener in opened:
-                if all(listener.fd != old.fd for old in kept):
+                if all(listener.fd != old.fd for old in inherited):
                     undo.callback(listener.close)
-            kept = [old for old in kept if all(old.fd != one.fd for one in opened)]
+            inherited = [old for old in inherited if all(old.fd != one.fd for one in opened)]
             listeners += opened
             adopted.add(fd)
         undo.pop_all()
@@ -4231,10 +4231,10 @@ def open_endpoint(
     endpoint: Endpoint,
     fd: int | None = None,
     ipv6_only: bool = False,
-    kept: Sequence[Listener] = (),
+    inherited: Sequence[Listener] = (),
 ) -> list[Listener]:
     """Open an endpoint, or adopt `fd` for it. Raises OSError and StartupError."""
-    for old in kept:
+    for old in inherited:
         # A standard descriptor was duplicated, so it is known by its text alone.
         is_same = old.fd == fd or old.endpoint.text == endpoint.text
         if (fd is not None and is_same) or (endpoint.kind == "unix" and old.is_at(endpoint.path)):
@@ -4246,7 +4246,8 @@ def open_endpoint(
     attempts = FREE_PORT_ATTEMPTS if endpoint.port == 0 else 1
     while True:
         try:
-            return [Listener(sock, endpoint) for sock in _listen_tcp(endpoint, ipv6_only, kept)]
+            socks = _listen_tcp(endpoint, ipv6_only, inherited)
+            return [Listener(sock, endpoint) for sock in socks]
         except OSError as error:
             attempts -= 1
             if error.errno != errno.EADDRINUSE or not attempts:
@@ -4273,17 +4274,19 @@ def resolve(endpoint: Endpoint, ipv6_only: bool) -> Sequence[tuple[int, tuple[ob
 
 
 def _listen_tcp(
-    endpoint: Endpoint, ipv6_only: bool, kept: Sequence[Listener]
+    endpoint: Endpoint, ipv6_only: bool, inherited: Sequence[Listener]
 ) -> list[socket.socket]:
     """Listen on each address of the interface, all with one port. Raises OSError."""
     addresses = resolve(endpoint, ipv6_only)
     has_ipv4 = socket.AF_INET in dict(addresses)  # then a missing IPv6 address is left out
-    same = (old.port for old in kept if old.endpoint.text == endpoint.text)
+    same = (old.port for old in inherited if old.endpoint.text == endpoint.text)
     port = endpoint.port or next(same, None) or 0  # a free port stays the same
     socks: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, (host, _, *scope) in addresses:
-            old = next((old for old in kept if old.is_bound(family, host, port, ipv6_only)), None)
+            old = next(
+                (old for old in inherited if old.is_bound(family, host, port, ipv6_only)), None
+            )
             if old is not None:
                 socks.append(old.sock)
                 port = old.port or 0
@@ -5242,8 +5245,8 @@ def resume_connection(conn: Connection, place: Mapping[str, Any]) -> None:
 def place_server(server: Server, has_backlogs: bool = True) -> Iterator[dict[str, Any]]:
     """Yield the state of a Server between two turns, in parts. Raises MemoryError."""
     rendezvous, pairs = server.rendezvous, tuple(server.rendezvous.pairs)
-    names: dict[object, int] = {conn: conn.fd for conn in server.connections}
-    names.update((pair, ~n) for n, pair in enumerate(pairs))
+    numbers: dict[object, int] = {conn: conn.fd for conn in server.connections}
+    numbers.update((pair, ~n) for n, pair in enumerate(pairs))
     links = Links(
         fds=tuple(conn.fd for conn in server.connections),
         waiting=tuple(one.transport.fd for crowd in rendezvous.waiting.values() for one in crowd),
@@ -5254,7 +5257,7 @@ def place_server(server: Server, has_backlogs: bool = True) -> Iterator[dict[str
         timers=server.timers.place(),
         rates=(server.rates.place(), server.rates.place_pairs(pairs)),
         bulk=tuple((conn.fd, ready) for conn, ready in server.bulk.ready.items()),
-        sweep=server.limits.sweep.place(names),
+        sweep=server.limits.sweep.place(numbers),
         quota=None if server.quota is None else server.quota.place(),
     )
     yield {**server.place(), "links": links._asdict()}
@@ -5335,9 +5338,9 @@ def take_predecessor() -> tuple[Predecessor | None, Iterator[dict[str, Any]]]:
         fields = next(state)
         if fields["version"] != STATE_VERSION:
             raise ValueError(f"its version is {fields['version']}, expected {STATE_VERSION}")
-        before = Predecessor(**fields)
-    is_ours = before.is_rehearsal or before.pid == os.getpid()
-    return (before, state) if is_ours else (None, iter(()))
+        predecessor = Predecessor(**fields)
+    is_ours = predecessor.is_rehearsal or predecessor.pid == os.getpid()
+    return (predecessor, state) if is_ours else (None, iter(()))
 
 
 @contextlib.contextmanager
@@ -5463,7 +5466,7 @@ class Reload:
             reason = f"unexpected {type(error).__name__}"
             self._server.faults.contain(None)
         finally:
-            self._server.recorder.pause(False)
+            self._server.recorder.set_pausing(False)
         log.error("reload refused: %s", reason)
         self._manager.reload_refused(reason, self._server.snapshot())
 
@@ -5489,7 +5492,7 @@ class Reload:
 
         with open(COMM, "rb") as file:
             name = file.read().rstrip(b"\n")
-        before = Predecessor(
+        predecessor = Predecessor(
             version=STATE_VERSION,
             pid=os.getpid(),
             is_rehearsal=is_rehearsal,
@@ -5502,7 +5505,7 @@ class Reload:
             name=name,
         )
         with open(fd, "wb", closefd=False) as file:
-            pickle.dump(before._asdict(), file, 4)
+            pickle.dump(predecessor._asdict(), file, 4)
             for part in place_server(self._server, has_backlogs=not is_rehearsal):
                 pickle.dump(part, file, 4)
 
@@ -5560,7 +5563,7 @@ class Reload:
     def _pause_sinks(self) -> Iterator[None]:
         """Let the sinks finish their writes. Raises ReloadRefused."""
         recorder = self._server.recorder
-        recorder.pause(True)
+        recorder.set_pausing(True)
         deadline = time.monotonic() + SINK_PAUSE_SECONDS
         while not recorder.is_paused:
             if time.monotonic() > deadline:
@@ -5634,30 +5637,31 @@ def open_relay(
     log_file: LogFile | None,
     log_fd: int | None,
     undo: contextlib.ExitStack,
-    before: Predecessor | None = None,
+    predecessor: Predecessor | None = None,
 ) -> Relay:
     """Open listeners and sinks, become the user of `--user`, and build the Server.
 
     `undo` gets the steps that close the listeners; in a rehearsal those of new listeners only. The
-    raised limit of open files, the change of the user and a new database remain. `before`: the
-    program before a reload, whose listeners are used again or closed. Raises StartupError.
+    raised limit of open files, the change of the user and a new database remain. `predecessor`:
+    the program before a reload, whose listeners are used again or closed. Raises StartupError.
     """
-    is_rehearsal = before is not None and before.is_rehearsal
+    is_rehearsal = predecessor is not None and predecessor.is_rehearsal
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     if any(one.has_proxy_header for one in endpoints):
         import ipaddress  # noqa: F401  # before the change of the user, see switch_user
     needs_sources = options.max_connections != 0 or options.max_waiting_per_source != 0
     addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
-    kept = [Listener.resumed(place) for place in before.listeners] if before is not None else []
-    listeners = open_listeners(endpoints, passed, kept, is_rehearsal)
-    kept_fds, used_fds = ({one.fd for one in group} for group in (kept, listeners))
+    old_places = predecessor.listeners if predecessor is not None else ()
+    inherited = [Listener.resumed(place) for place in old_places]
+    listeners = open_listeners(endpoints, passed, inherited, is_rehearsal)
+    inherited_fds, used_fds = ({one.fd for one in group} for group in (inherited, listeners))
     for listener in listeners:
-        is_kept = listener.fd in kept_fds
-        if not (is_kept and is_rehearsal):
+        is_inherited = listener.fd in inherited_fds
+        if not (is_inherited and is_rehearsal):
             undo.callback(listener.close)
-        if is_kept and not is_rehearsal:
+        if is_inherited and not is_rehearsal:
             listener.adjust()
-    gone = [old for old in kept if old.fd not in used_fds]
+    gone = [old for old in inherited if old.fd not in used_fds]
     for old in gone:
         if old.endpoint.is_passed:  # its newcomers would never be accepted
             raise StartupError(f"{old.label}: a reload cannot close a socket that was passed")
@@ -5672,9 +5676,9 @@ def open_relay(
     for sink in sinks:  # the files belong to the user
         if is_rehearsal:
             sink.rehearse()
-        elif before is None:  # else a failure must not end the relay; the sink tries again
+        elif predecessor is None:  # else a failure must not end the relay; the sink tries again
             sink.prepare()
-    others = len(open_descriptors()) - (0 if before is None else before.connections)
+    others = len(open_descriptors()) - (0 if predecessor is None else predecessor.connections)
     max_open, max_pipes = descriptor_budget(limit, others)
     limits = Limits(*(getattr(options, name) for name in LIMIT_OPTIONS))
     if options.max_connections is None:
@@ -5736,54 +5740,54 @@ def check(options: argparse.Namespace) -> None:
 
 
 def rehearse(
-    options: argparse.Namespace, before: Predecessor, state: Iterator[dict[str, Any]]
+    options: argparse.Namespace, predecessor: Predecessor, state: Iterator[dict[str, Any]]
 ) -> tuple[object, ...]:
     """Try what a reload to these options needs. Return what follows REHEARSED.
 
     New TCP endpoints are open, and a new log file exists, for a moment. Raises StartupError.
     """
-    before.require_same(options)
+    predecessor.require_same(options)
     with contextlib.ExitStack() as undo:
-        passed = Environment.take().passed_sockets(before.pid)
-        log_fd = before.take_file("log_fd", options.log_fd)
+        passed = Environment.take().passed_sockets(predecessor.pid)
+        log_fd = predecessor.take_file("log_fd", options.log_fd)
         if log_fd is None and options.log_fd is not None:  # the number could be that of a client
             raise StartupError(f"--log-fd={options.log_fd} cannot be added by a reload")
-        if options.logfile and before.take_file("logfile", options.logfile) is None:
+        if options.logfile and predecessor.take_file("logfile", options.logfile) is None:
             with startup_errors(f"logfile {options.logfile}"):
                 log_file = LogFile(options.logfile)
                 undo.callback(os.close, log_file.fd)
                 if log_file.is_new:
                     undo.callback(os.unlink, options.logfile)
         endpoints = choose_endpoints(options, passed)
-        relay = open_relay(options, endpoints, passed, None, log_fd, undo, before)
+        relay = open_relay(options, endpoints, passed, None, log_fd, undo, predecessor)
         # One socket stands for those of all clients.
         with understood_state(), socket.socket(socket.AF_UNIX) as stand_in:
             connect = partial(connect_again, relay.server, lambda fd: stand_in)
             resume_server(relay.server, state, connect)
-        open_already = {listener["text"] for listener in before.listeners}
+        open_already = {listener["text"] for listener in predecessor.listeners}
         new = sum(one.text not in open_already for one in endpoints) + 1  # a sink opens two files
         return (2 * new, *relay.server.recorder.unwritten())  # an endpoint can have two sockets
 
 
 @contextlib.contextmanager
-def tolerated_after(before: Predecessor | None) -> Iterator[None]:
+def tolerated_after(predecessor: Predecessor | None) -> Iterator[None]:
     """After a reload, log a StartupError of the block and go on: there is no way back."""
     try:
         yield
     except StartupError as error:
-        if before is None or before.is_rehearsal:
+        if predecessor is None or predecessor.is_rehearsal:
             raise
         log.error("%s; the reload goes on without it", error)
 
 
 def serve(
     options: argparse.Namespace,
-    before: Predecessor | None,
+    predecessor: Predecessor | None,
     state: Iterator[dict[str, Any]],
 ) -> int:
     """Start, serve and stop. Return the exit code. Raises StartupError.
 
-    `before` and `state`: after a reload, see `take_predecessor`.
+    `predecessor` and `state`: after a reload, see `take_predecessor`.
     """
     with contextlib.ExitStack() as undo:
         environment = Environment.take()
@@ -5793,30 +5797,30 @@ def serve(
         named = {passed.find(endpoint) for endpoint in endpoints}
         unused = {passed.find(endpoint) for endpoint in passed.endpoints()} - named
         files: dict[str, int | None] = dict.fromkeys(("log_fd", "logfile", "pidfile"))
-        if before is not None:
-            files = {name: before.take_file(name, getattr(options, name)) for name in files}
+        if predecessor is not None:
+            files = {name: predecessor.take_file(name, getattr(options, name)) for name in files}
         log_fd = files["log_fd"]
-        if before is None and options.log_fd is not None:
+        if predecessor is None and options.log_fd is not None:
             log_fd = duplicate_log_descriptor(options.log_fd)
         watchdog_seconds = environment.watchdog_seconds()
         manager = ServiceManager(environment.notify_socket, watchdog_seconds)
         undo.callback(manager.close)
         fill_standard_descriptors()
-        is_first = before is None
+        is_first = predecessor is None
         detach = daemonize({*named, *unused, log_fd}) if options.daemonize and is_first else None
         pidfile = PidFile(options.pidfile, files["pidfile"]) if options.pidfile else None
         if pidfile is not None:
             undo.callback(pidfile.close)
         to_stdout = options.log_fd == 2
         log_file: LogFile | None = None
-        with tolerated_after(before):
+        with tolerated_after(predecessor):
             log_file = start_logging(options.logfile, to_stdout, files["logfile"])
         if passed.remark:
             log.warning(passed.remark)
         if options.user or environment.notify_socket:
             # For a reload. An upgrade of Python can remove it, and the user may not read it.
             import pickle  # noqa: F401
-        relay = open_relay(options, endpoints, passed, log_file, log_fd, undo, before)
+        relay = open_relay(options, endpoints, passed, log_file, log_fd, undo, predecessor)
         server = relay.server
         manager.add_chores(server)
         if log_file is not None:
@@ -5850,15 +5854,15 @@ def serve(
             reload.stop()
             manager.stopping(server.snapshot())
 
-        if before is not None:
+        if predecessor is not None:
             gc.disable()
             with understood_state():
                 resume_server(server, state, partial(connect_again, server, adopt_socket))
             gc.enable()
-            before.restore_process(server, options)
+            predecessor.restore_process(server, options)
         server.start()
         server.accept_rest(relay.gone)
-        with tolerated_after(before):
+        with tolerated_after(predecessor):
             server.recorder.start()
         return run(server, ready, stopping)
 
@@ -5887,10 +5891,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Return the exit code."""
     stream = sys.stderr
     try:
-        before, state = take_predecessor()
-        options = parse_arguments(arguments, before.configs if before is not None else {})
-        if options.check and before is not None:
-            print(REHEARSED, *rehearse(options, before, state), flush=True)
+        predecessor, state = take_predecessor()
+        options = parse_arguments(arguments, predecessor.configs if predecessor is not None else {})
+        if options.check and predecessor is not None:
+            print(REHEARSED, *rehearse(options, predecessor, state), flush=True)
             os._exit(0)  # with -X dev, Python would report the relay's sockets as not closed
         if options.check:
             check(options)
@@ -5898,7 +5902,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.log_fd == 2:
             stream = sys.stdout
-        return serve(options, before, state)
+        return serve(options, predecessor, state)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
         print_error(str(error), stream)
     except KeyboardInterrupt:  # before the server handles signals

@@ -174,6 +174,11 @@ ROOTS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests without a root folder first, while mmdebstrap creates the folders."""
+    items.sort(key=lambda item: "roots" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _create_roots() -> Iterator[None]:
     for root in ROOTS.values():
