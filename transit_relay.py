@@ -443,6 +443,7 @@ def size_text(size: int) -> str:
 
 
 Parsers = Mapping[str, Callable[[Any], object]]
+PLAIN_TYPES = {bool, int, float, str, bytes, type(None)}
 
 
 class Carried:
@@ -461,20 +462,21 @@ class Carried:
 
         A field that is missing keeps its value. Raises ValueError for an unknown field.
         """
-        unknown = ", ".join(sorted(place.keys() - {*self.CARRIED}))
-        if unknown:
-            raise ValueError(f"{type(self).__name__} has no {unknown}")
         for name, value in place.items():
-            field = getattr(self, name)
-            if hasattr(field, "resume"):
-                field.resume(value)
+            if name not in self.CARRIED:
+                raise ValueError(f"{type(self).__name__} has no {name}")
+            if type(value) is dict and hasattr(getattr(self, name), "resume"):
+                getattr(self, name).resume(value)
+            elif value is not None and name in self.PARSERS:
+                setattr(self, name, self.PARSERS[name](value))
             else:
-                is_plain = value is None or name not in self.PARSERS
-                setattr(self, name, value if is_plain else self.PARSERS[name](value))
+                setattr(self, name, value)
 
 
 def plain(value: Any) -> Any:
     """Return `value` as None, a number, str, bytes or a tuple. A dict is returned as it is."""
+    if type(value) in PLAIN_TYPES:  # first: clients wait
+        return value
     if hasattr(value, "place"):  # also a Reader of ws_frames
         return value.place()
     if hasattr(value, "_asdict"):
