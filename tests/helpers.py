@@ -105,6 +105,22 @@ def splits(data: bytes, seed: int = 0) -> Iterator[list[bytes]]:
         yield cut_at_random(data, chance, chance.randint(2, 6))
 
 
+def eventually(
+    is_so: Callable[[], bool],
+    what: str,
+    limit_seconds: float = 4 * TIMEOUT,
+    poll_seconds: float = 0.05,
+) -> None:
+    """Poll until `is_so` returns true. Fail with `what` after the limit.
+
+    The states that are read this way (files in /proc, a database) have no events.
+    """
+    deadline = time.monotonic() + limit_seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not in {limit_seconds:g} s: {what}"
+        time.sleep(poll_seconds)
+
+
 class FakeClock:
     """A clock that the test moves."""
 

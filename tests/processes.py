@@ -16,19 +16,24 @@ from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
 ACTIVATE = """\
 import fcntl, os, sys
 fds, *command = sys.argv[1:]
-high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 1000) for fd in fds.split(",")]
-for number, fd in enumerate(high, 3):
-    os.dup2(fd, number)
-os.closerange(3 + len(high), 1000 + len(high))
+old = [int(fd) for fd in fds.split(",")]
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 1000) for fd in old]
+new = range(3, 3 + len(old))
+for fds in zip(high, new):
+    os.dup2(*fds)
+for fd in {*old, *high} - {*new}:
+    os.close(fd)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)))
 os.execv(command[0], command)
 """
 
 
-def activated(*sockets: socket.socket) -> list[str]:
+def activated(
+    *sockets: socket.socket, program: Sequence[str] = (sys.executable, str(RELAY))
+) -> list[str]:
     """Return a command: the relay, with these sockets passed as by systemd."""
     fds = ",".join(str(sock.fileno()) for sock in sockets)
-    return [sys.executable, "-ISc", ACTIVATE, fds, sys.executable, str(RELAY)]
+    return [sys.executable, "-ISc", ACTIVATE, fds, *program]
 
 
 class Code(str):

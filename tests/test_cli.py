@@ -512,7 +512,7 @@ def test_a_socket_called_websocket_without_ws_frames_is_refused(
         why = failed_start(
             env={"LISTEN_FDNAMES": "websocket"},
             pass_fds=[passed.fileno()],
-            program=[*activated(passed)[:-1], copy_without_ws_frames[-1]],
+            program=activated(passed, program=copy_without_ws_frames),
         )
     assert "no ws_frames.py" in why
 

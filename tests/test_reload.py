@@ -29,6 +29,7 @@ from helpers import (
     RelayProcess,
     WebSocketClient,
     digest,
+    eventually,
     handshake,
     receive,
 )
@@ -127,6 +128,10 @@ class ReloadingRelay(RelayProcess):
     def children(self) -> list[str]:
         """Return the process ids of its children."""
         return Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+
+    def wait_for_rehearsal(self) -> None:
+        """Wait until a rehearsal runs, which may be short."""
+        eventually(lambda: self.children() != [], "a rehearsal", poll_seconds=0.01)
 
 
 @pytest.fixture
@@ -255,17 +260,9 @@ def test_a_refused_reload_changes_nothing(
     for each in (one, other, third, fourth):
         each.close()
     assert relay.children() == []
-    eventually(lambda: relay.descriptors() == descriptors - 2)  # of the first pair
+    eventually(lambda: relay.descriptors() == descriptors - 2, "the first pair is closed")
     assert relay.stop() == 0
     assert sorted(moods(installation.folder)) == ["happy", "happy"]
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + 4 * TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)
 
 
 def alter(installation: Installation, name: str, value: str) -> None:
@@ -286,7 +283,7 @@ def test_a_second_signal_during_a_rehearsal_is_remembered(
     """The reload that follows reads the configuration of that moment."""
     one, other = relay.meet()
     relay.ask()
-    eventually(lambda: relay.children() != [])
+    relay.wait_for_rehearsal()
     path = installation.folder / "second.sock"
     installation.configure("port tcp:0:interface=127.0.0.1", f"port unix:{path}")
     relay.ask()
@@ -303,11 +300,14 @@ def test_a_stop_wins_over_a_reload(installation: Installation) -> None:
         one, other = relay.meet()
         installation.edit("def main(", f"{HANGS}*_):\n    time.sleep(100)\n\n\ndef unused(")
         relay.ask()
-        eventually(lambda: relay.children() != [])
+        relay.wait_for_rehearsal()
         child = Path(f"/proc/{relay.children()[0]}/stat")
         assert relay.stop() == 0
         assert one.read_to_end() == other.read_to_end() == b""
-    eventually(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
+    eventually(
+        lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z",
+        "the rehearsal ends",
+    )
     assert REFUSED not in relay.stderr.decode()
 
 
@@ -564,7 +564,7 @@ def test_in_the_background_as_another_user_with_a_log_file(
 
 def wait_for_text(path: Path, text: str, count: int = 1) -> None:
     """Wait until a file has a text so many times."""
-    eventually(lambda: path.exists() and path.read_text().count(text) >= count)
+    eventually(lambda: path.exists() and path.read_text().count(text) >= count, text)
 
 
 def test_passed_sockets_stay(installation: Installation) -> None:
@@ -576,7 +576,7 @@ def test_passed_sockets_stay(installation: Installation) -> None:
         contextlib.closing(Manager(str(folder / "notify"))) as manager,
     ):
         installation.configure("port systemd:index=0", "websocket systemd:index=1")
-        command = [*activated(first, second)[:-1], str(installation.program)]
+        command = activated(first, second, program=[sys.executable, str(installation.program)])
         with ReloadingRelay(
             *("--config", str(installation.config)),
             program=command,
@@ -752,7 +752,7 @@ def test_a_configuration_that_changes_after_the_rehearsal(installation: Installa
         one, other = relay.meet()
         for n in range(6):
             relay.ask()
-            eventually(lambda: relay.children() != [])
+            relay.wait_for_rehearsal()
             time.sleep(n * 0.05)
             installation.configure("broken")
             text = relay.wait_for("Transit reloaded|reload refused").group()
@@ -778,7 +778,7 @@ def test_newcomers_at_an_endpoint_that_is_gone_are_served(installation: Installa
             except OSError:
                 break
             answers.append(client)
-        eventually(lambda: "Transit reloaded" in relay.read_messages())
+        eventually(lambda: "Transit reloaded" in relay.read_messages(), "it is reloaded")
         lost: list[object] = []
         for number, client in enumerate(answers):
             try:

@@ -109,10 +109,17 @@ class EndableTransfer(Transfer):
             super().end()
 
 
-def connect(address: tuple[str, int], kind: str, seed: int) -> Client:
-    """Return a new client of a kind, tcp or ws. Its masking keys depend on `seed`."""
-    sock = socket.create_connection(address, PATIENCE_SECONDS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def connect(address: tuple[str, int] | str, kind: str, seed: int) -> Client:
+    """Return a new client of a kind, tcp or ws. Its masking keys depend on `seed`.
+
+    `address` may be the path of a unix socket.
+    """
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(address)
+    else:
+        sock = socket.create_connection(address, PATIENCE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     client = WebSocketClient(sock, seed=seed) if kind == "ws" else Client(sock)
     sock.settimeout(PATIENCE_SECONDS)
     return client

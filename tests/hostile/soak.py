@@ -22,8 +22,18 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import DIRECTIONS, TEXT, Client, WebSocketClient, digest, frame, handshake, parse_head
-from watched import MEBIBYTE, Books, WatchedRelay, check_status, eventually, has_option, rows
+from helpers import (
+    DIRECTIONS,
+    TEXT,
+    Client,
+    WebSocketClient,
+    digest,
+    eventually,
+    frame,
+    handshake,
+    parse_head,
+)
+from watched import MEBIBYTE, Books, WatchedRelay, check_status, has_option, rows
 
 # No scenario lasts so long that one of these ends it, apart from the time for a handshake. With so
 # little memory the relay reads less at once. The kernel's buffers take most of what it queues, so

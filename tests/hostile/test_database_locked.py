@@ -9,9 +9,10 @@ import contextlib
 import time
 from pathlib import Path
 
+from helpers import eventually
 from processes import locked
 from test_resources import refuse_many
-from watched import Scene, eventually, honest_pair, percentile_99, rows, shorter
+from watched import Scene, honest_pair, percentile_99, rows, shorter
 
 LOCKED_SECONDS = shorter(30, 4)
 UNLOCKED_SECONDS = shorter(10, 4)  # before, and afterwards

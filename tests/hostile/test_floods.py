@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 from flood import MAX_WAITING, Marker
-from helpers import BOUND_BYTES, handshake
+from helpers import BOUND_BYTES, eventually, handshake
 from interop.children import Child
 from processes import patched
 from watched import (
@@ -30,7 +30,6 @@ from watched import (
     Books,
     Probes,
     Scene,
-    eventually,
     honest_pair,
     shorter,
     stalling_listener,

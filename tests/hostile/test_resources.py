@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from bench import clients
 from flood import make_pair, upload
-from helpers import TIMEOUT
+from helpers import TIMEOUT, eventually
 from interop.children import Record
 from processes import refused
 from test_resets import LEAST_BUFFER_BYTES
@@ -25,7 +25,6 @@ from watched import (
     Outcome,
     Probes,
     Scene,
-    eventually,
     honest_pair,
     rows,
     shorter,

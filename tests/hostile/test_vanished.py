@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from helpers import TIMEOUT, Client, handshake, stopped
+from helpers import TIMEOUT, Client, eventually, handshake, stopped
 from interop import netns
 from interop.children import Child
 from processes import patched
 from test_resets import send_all_that_is_accepted
-from watched import ENVIRONMENT, HERE, WATCHED, Bystanders, Scene, eventually, shorter
+from watched import ENVIRONMENT, HERE, WATCHED, Bystanders, Scene, shorter
 
 from transit_relay import unacknowledged_bytes
 

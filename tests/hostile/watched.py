@@ -39,6 +39,7 @@ from helpers import (
     Client,
     RelayProcess,
     WebSocketClient,
+    eventually,
     handshake,
 )
 from interop.children import Child, Lines, Record
@@ -51,7 +52,6 @@ IS_SHORT = os.environ.get("RELAY_HOSTILE_SHORT") == "1"  # for CI: smaller numbe
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{RELAY.parent}"}
 CLONE_NEWNET = 0x40000000  # linux/sched.h; Python has os.setns from 3.12 on
-POLL_SECONDS = 0.05  # how often a state of the relay is read that has no event
 STATUS_SECONDS = 0.5  # how often these relays send their status: tests wait for it
 IDLE_SHARE = 0.02  # of a core, at most, without work
 IDLE_RATIO = 2  # with transfers: at most so many times the share before
@@ -83,17 +83,6 @@ def has_option(name: str) -> bool:
     command = [sys.executable, str(RELAY), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)
     return name in done.stdout
-
-
-def eventually(is_so: Callable[[], bool], what: str, limit_seconds: float = 4 * TIMEOUT) -> None:
-    """Poll until `is_so` returns true. Fail with `what` after the limit.
-
-    The states that are read this way (files in /proc, a database) have no events.
-    """
-    deadline = time.monotonic() + limit_seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"not in {limit_seconds:g} s: {what}"
-        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -590,14 +579,16 @@ class Bystanders(Child):
 
 
 @contextmanager
-def stalling_listener(send_bytes: int = 4096) -> Iterator[socket.socket]:
+def stalling_listener(
+    send_bytes: int = 4096, receive_bytes: int = STALL_RECEIVE_BYTES
+) -> Iterator[socket.socket]:
     """Yield a listener for clients that do not read. Its connections have small kernel buffers.
 
-    Otherwise the kernel would hold megabytes for each of them. `send_bytes`: the size of the send
-    buffer, which the kernel doubles.
+    Otherwise the kernel would hold megabytes for each of them. The arguments are the sizes of the
+    buffers, which the kernel doubles.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STALL_RECEIVE_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         yield listener
 

@@ -56,7 +56,9 @@ class OurRelay(Relay):
 
 @pytest.mark.parametrize("receiver", PROGRAMS)
 @pytest.mark.parametrize("sender", PROGRAMS)
+@pytest.mark.parametrize("is_reloaded", [False, True], ids=["undisturbed", "reloaded"])
 def test_transfer(
+    is_reloaded: bool,
     sender: str,
     receiver: str,
     programs: Mapping[str, Program],
@@ -64,28 +66,13 @@ def test_transfer(
     our_relay: list[str],
     tmp_path: Path,
 ) -> None:
+    """`is_reloaded`: the relay is, three times during the transfer."""
     transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
-    with ExitStack() as running, OurRelay(our_relay, tmp_path) as relay:
+    options = ["--max-rate=8MB"] if is_reloaded else []
+    with ExitStack() as running, OurRelay(our_relay, tmp_path, *options) as relay:
         transfer.start(running, programs[sender], programs[receiver])
-        transfer.finish()
-        relay.stop([transfer])
-
-
-@pytest.mark.parametrize("receiver", PROGRAMS)
-@pytest.mark.parametrize("sender", PROGRAMS)
-def test_reloads(
-    sender: str,
-    receiver: str,
-    programs: Mapping[str, Program],
-    mailbox: str,
-    our_relay: list[str],
-    tmp_path: Path,
-) -> None:
-    """The relay is reloaded three times during a transfer."""
-    transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
-    with ExitStack() as running, OurRelay(our_relay, tmp_path, "--max-rate=8MB") as relay:
-        transfer.start(running, programs[sender], programs[receiver])
-        reload_during(relay, relay.port, transfer.size)
+        if is_reloaded:
+            reload_during(relay, relay.port, transfer.size)
         transfer.finish()
         relay.stop([transfer])
 

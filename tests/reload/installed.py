@@ -15,18 +15,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import RELAY, TIMEOUT, Client
+from helpers import RELAY, TIMEOUT, Client, eventually
 from interop.children import Child
+from processes import activated
 from traffic import Result
-from watched import ENVIRONMENT, HAPROXY, HERE, PROGRAM, Books, WatchedRelay, eventually
+from watched import ENVIRONMENT, HAPROXY, HERE, PROGRAM, Books, WatchedRelay
 
 # Of the interpreter that runs the relay, for example `-X dev`.
 FLAGS = shlex.split(os.environ.get("RELAY_PYTHON_FLAGS", ""))
+IS_SHORT = os.environ.get("RELAY_RELOAD_SHORT") == "1"  # for CI: smaller numbers
 DEFAULT_CONFIG = ("max-waiting-per-source 3", "usage-db usage.sqlite")
-START_SAMPLES = 5
+START_SAMPLES = 3 if IS_SHORT else 5
 
 
 class Wait(NamedTuple):
@@ -39,8 +42,10 @@ class Wait(NamedTuple):
 class Installation:
     """A copy of the program with a configuration, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, command: Sequence[str] = PROGRAM) -> None:
+        """`command`: what `patched` returned. A copy of the program replaces the program in it."""
         self.folder = folder
+        self._command = command
         self._program = folder / "transit_relay.py"
         self._config = folder / "relay.conf"
         shutil.copy(RELAY.with_name("ws_frames.py"), folder)
@@ -70,8 +75,8 @@ class Installation:
         new.rename(path)
 
     def command(self) -> list[str]:
-        """Return the command that starts the program. Its status has all digits."""
-        python, option, code = PROGRAM
+        """Return the command that starts the program."""
+        python, option, code = self._command
         assert repr(str(RELAY.parent)) in code
         code = code.replace(repr(str(RELAY.parent)), repr(str(self.folder)))
         return [python, *FLAGS, option, code]
@@ -96,12 +101,24 @@ def _median_seconds(command: list[str]) -> float:
 class ReloadedRelay(WatchedRelay):
     """A relay that is reloaded. It also listens for proxies with PROXY headers."""
 
-    def __init__(self, installation: Installation, *options: str) -> None:
-        """The working directory must be the folder of the installation."""
+    def __init__(
+        self,
+        installation: Installation,
+        *options: str,
+        passed: Sequence[socket.socket] = (),
+        is_activated: bool = False,
+    ) -> None:
+        """The working directory must be the folder of the installation.
+
+        `passed`: listening sockets for the relay. `is_activated`: systemd would pass them.
+        """
         self.installation = installation
+        program = installation.command()
         # Options on the command line take precedence over the configuration.
         super().__init__(
-            *HAPROXY, "--config", "relay.conf", *options, program=installation.command()
+            *(*HAPROXY, "--config", "relay.conf", *options),
+            program=activated(*passed, program=program) if is_activated else program,
+            pass_fds=[one.fileno() for one in passed],
         )
         self.windows: list[Wait] = []  # of the reloads that were not refused
         self._clients: list[Client] = []
@@ -142,6 +159,12 @@ class ReloadedRelay(WatchedRelay):
         except AssertionError:
             now = self.open_files()
             raise AssertionError(f"more: {now - before}, fewer: {before - now}") from None
+
+    def check_messages(self, expected: str = "reload refused:") -> None:
+        """Raise AssertionError if the relay has complained about something else."""
+        for line in self.stderr.decode().splitlines():
+            if re.search("warning:|error:|critical:|Warning|Traceback", line):
+                assert expected in line, line
 
     def children(self) -> list[str]:
         """Return the process ids of its children, ended ones too."""

@@ -25,13 +25,14 @@ from helpers import (
     WebSocketClient,
     close_payload,
     digest,
+    eventually,
     frame,
     handshake,
     parse_head,
 )
 from installed import ReloadedRelay
 from traffic import MESSAGE, echo, end
-from watched import MEBIBYTE, Books, eventually
+from watched import MEBIBYTE, Books
 
 LONG_BYTES = 300_000  # accepted by kernels and relay, while the receiver reads nothing
 SMALL_BUFFER = 16 * 1024

@@ -50,13 +50,16 @@ class BulkPair:
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: tuple[str, int] | str,
         number: int,
         kinds: tuple[str, str],
         pause_seconds: float = 0.0,
         burst_bytes: int = BURST_BYTES,
+        receiver_address: tuple[str, int] | str | None = None,
     ) -> None:
-        self.sender, self.receiver = (connect(address, kind, number) for kind in kinds)
+        """For addresses see `connect`. None: the receiver has that of the sender."""
+        self.sender = connect(address, kinds[0], number)
+        self.receiver = connect(receiver_address or address, kinds[1], number)
         self._pause_seconds = pause_seconds
         self._burst_bytes = burst_bytes
         self._number = number
