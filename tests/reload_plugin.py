@@ -34,9 +34,9 @@ NOT_FOR_RELOADS = {
         "test_without_a_backlog_finish_and_flushed_happen_at_once",
     ),
     "how often a message is logged": (
-        *("test_a_lack_of_descriptors_is_logged_once_a_minute",),
-        *("test_a_limit_is_logged_once_a_minute_and_counted",),
-        *("test_the_limit_is_counted_and_logged_once_a_minute",),
+        "test_a_lack_of_descriptors_is_logged_once_a_minute",
+        "test_a_limit_is_logged_once_a_minute_and_counted",
+        "test_the_limit_is_counted_and_logged_once_a_minute",
         "test_an_unknown_error_of_accept_pauses_for_a_second_and_is_named",
     ),
     "a patched selector": (

@@ -32,11 +32,12 @@ from transit_relay import (
 # RELAY_WRITE_STATE=1.
 FILES = Path(__file__).with_name("states")
 VERSION = transit_relay.STATE_VERSION
+LATEST = FILES / f"{VERSION}.state"
 LIMITS = Limits(max_rate=1_000_000, wait_seconds=1_000, idle_seconds=1_000)
 
 
 def make_state(loop: Loop) -> list[dict[str, Any]]:
-    """Return a state with connections in every phase, and unfinished beginnings."""
+    """Return a state with connections in each phase that a turn leaves, and half handshakes."""
     quota = Quota(1_000_000_000, loop.wallclock)
     loop.restart(limits=LIMITS, quota=quota)
     for start in (b"please relay 0123", b"GET / HTTP/1.1\r\nHo", b"G"):
@@ -84,7 +85,12 @@ def make_state(loop: Loop) -> list[dict[str, Any]]:
         connections=len(loop.server.connections),
         name=b"transit-relay",
     )
-    return [plain(before), *place_server(loop.server, has_backlogs=True)]
+    return [plain(before), *place_server(loop.server)]
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Return the parts of a state in a file."""
+    return list(read_state(os.open(path, os.O_RDONLY)))
 
 
 def resumed(state: list[dict[str, Any]]) -> Server:
@@ -97,10 +103,14 @@ def resumed(state: list[dict[str, Any]]) -> Server:
 
 
 def comparable(state: list[dict[str, Any]]) -> object:
-    """Return a state without the order of its connections and pairs."""
+    """Return a state without the order of its connections and pairs.
+
+    The sweep and the rates are left out, because their numbers of pairs follow that order, and the
+    quota, which has been counted meanwhile.
+    """
     shared = dict(state[1])
     links = shared.pop("links")
-    names = ("fds", "pairs", "sweep", "rates", "bulk", "quota")  # the quota has been counted
+    names = ("fds", "pairs", "sweep", "rates", "quota")
     fixed = {name: value for name, value in links.items() if name not in names}
     conns = sorted(state[2:], key=lambda conn: conn["fd"])
     pairs = sorted(links["pairs"], key=lambda pair: pair["fds"])
@@ -109,13 +119,10 @@ def comparable(state: list[dict[str, Any]]) -> object:
 
 def test_the_state_of_this_version_is_kept(loop: Loop) -> None:
     """The file exists, and has what a state has today: the same fields."""
-    path = FILES / f"{VERSION}.state"
     state = make_state(loop)
     if os.environ.get("RELAY_WRITE_STATE"):
-        path.write_bytes(b"".join(pickle.dumps(part, 4) for part in state))
-    with open(path, "rb") as file:
-        kept = list(read_state(os.dup(file.fileno())))
-    assert fields_of(kept) == fields_of(state)
+        LATEST.write_bytes(b"".join(pickle.dumps(part, 4) for part in state))
+    assert fields_of(load(LATEST)) == fields_of(state)
 
 
 def fields_of(state: list[dict[str, Any]]) -> set[str]:
@@ -140,11 +147,11 @@ def fields_of(state: list[dict[str, Any]]) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(FILES.glob("*.state")), ids=lambda path: path.stem)
 def test_each_released_state_is_resumed(path: Path) -> None:
-    """Encoded again, it is the same."""
-    with open(path, "rb") as file:
-        state = list(read_state(os.dup(file.fileno())))
+    """Encoded again, it is the same. A new field of Predecessor needs a default."""
+    state = load(path)
+    before = Predecessor(**state[0])
     server = resumed(state)
-    assert len(server.connections) == state[0]["connections"] == len(state) - 2
+    assert len(server.connections) == before.connections == len(state) - 2
     assert all(is_consistent(conn) for conn in server.connections)
     assert server.rendezvous.waiting_clients == 4
     assert len(server.rendezvous.pairs) == 3
@@ -154,8 +161,7 @@ def test_each_released_state_is_resumed(path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["shared", "links", "connection", "session", "framing"])
 def test_an_unknown_field_is_refused(place: str) -> None:
-    with open(FILES / f"{VERSION}.state", "rb") as file:
-        state = list(read_state(os.dup(file.fileno())))
+    state = load(LATEST)
     framings = [conn["framing"] for conn in state[2:]]
     framing = next(one["RawFraming"] for one in framings if "RawFraming" in one)
     parts = {
@@ -172,8 +178,7 @@ def test_an_unknown_field_is_refused(place: str) -> None:
 
 def test_a_missing_field_keeps_its_default() -> None:
     """An older program did not write it."""
-    with open(FILES / f"{VERSION}.state", "rb") as file:
-        state = list(read_state(os.dup(file.fileno())))
+    state = load(LATEST)
     for conn in state[2:]:
         conn["is_bulk"] = True
     assert all(conn.is_bulk for conn in resumed(state).connections)
@@ -183,9 +188,8 @@ def test_a_missing_field_keeps_its_default() -> None:
 
 
 def test_a_state_that_is_cut_off_is_refused() -> None:
-    with open(FILES / f"{VERSION}.state", "rb") as file:
-        state = list(read_state(os.dup(file.fileno())))
-    with pytest.raises((StopIteration, RuntimeError)):
+    state = load(LATEST)
+    with pytest.raises(StopIteration):
         resumed(state[:-1])
     with pytest.raises(ValueError, match="more parts"):
         resumed([*state, {}])
