@@ -619,6 +619,15 @@ def test_thresholds_are_reported_once_in_a_month() -> None:
     assert quota.count(6_000) == [80, 95, 100]
 
 
+def test_thresholds_are_reported_again_after_a_reload_that_raised_the_quota() -> None:
+    clock = at("2026-11-28 10:00")
+    quota = Quota(1_000, clock)
+    assert quota.count(1_000) == [80, 95, 100]
+    raised = Quota(2_000, clock)
+    raised.resume(quota.place())
+    assert [raised.count(n) for n in (1_000, 1_600, 1_899, 2_000)] == [[], [80], [], [95, 100]]
+
+
 def test_it_is_used_up_at_its_last_byte() -> None:
     quota = Quota(1_000, at("2026-11-28 10:00"))
     quota.count(999)

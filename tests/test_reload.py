@@ -27,6 +27,7 @@ from helpers import (
     RELAY,
     TIMEOUT,
     Client,
+    Loop,
     RelayProcess,
     WebSocketClient,
     digest,
@@ -38,7 +39,8 @@ from processes import activated
 from test_daemon import NOBODY, Daemon
 from test_systemd import Manager
 
-from transit_relay import read_state, unacknowledged_bytes
+import transit_relay
+from transit_relay import open_endpoint, parse_endpoint, read_state, unacknowledged_bytes
 
 WS_FRAMES = RELAY.with_name("ws_frames.py")
 REFUSED = "reload refused: "
@@ -391,7 +393,7 @@ def test_a_step_that_fails_changes_nothing(
 def test_a_database_that_is_locked_delays_no_reload(
     relay: ReloadingRelay, installation: Installation
 ) -> None:
-    """The records wait, go along, and are written once."""
+    """The records wait, go along, and are written once. The log tells when it works again."""
     with contextlib.closing(sqlite3.connect(installation.folder / "usage.sqlite")) as db:
         db.execute("BEGIN EXCLUSIVE")
         for n in range(5):
@@ -401,6 +403,9 @@ def test_a_database_that_is_locked_delays_no_reload(
         db.execute("ROLLBACK")
     assert relay.stop() == 0
     assert moods(installation.folder) == ["happy"] * 5
+    messages = relay.stderr.decode()
+    failed, reloaded = map(messages.index, ("database is locked", "Transit reloaded"))
+    assert failed < reloaded < messages.index("--usage-db: works again")
 
 
 def test_a_database_that_is_gone_from_the_configuration(installation: Installation) -> None:
@@ -467,6 +472,72 @@ def ends_within_a_line(reader: socket.socket, read: bytearray) -> bool:
             return True
         read += reader.recv(1 << 16)
     return False
+
+
+def test_a_database_in_memory_refuses_every_reload(installation: Installation) -> None:
+    """Its content would be lost, also if the new configuration has another database or none."""
+    local = "port tcp:0:interface=127.0.0.1"
+    installation.configure(local, "usage-db :memory:")
+    with installation.start() as relay:
+        for line in ("usage-db :memory:", "usage-db usage.sqlite", ""):
+            installation.configure(local, line)
+            assert "--usage-db :memory: would lose its content" in relay.refused()
+        pass_on(*relay.meet())
+        assert relay.stop() == 0
+
+
+def test_a_quota_that_is_lowered_ends_waiting_clients(installation: Installation) -> None:
+    """The new program ends them. The rehearsal, which has no sockets of clients, has no fault."""
+    old = "            resume_server(relay.server, state, connect)\n"
+    installation.edit(old, f"{old}            assert not relay.server.faults.count\n")
+    port, database = "port tcp:0:interface=127.0.0.1", "usage-db usage.sqlite"
+    installation.configure(port, database, "monthly-quota 1TB")
+    with installation.start() as relay:
+        pair = relay.meet()
+        pass_on(*pair)
+        waiting = [relay.client() for _ in range(200)]
+        for n, one in enumerate(waiting):
+            one.send(handshake(f"waits{n}x"))
+        relay.refuse_junk()  # after these handshakes
+        installation.configure(port, database, "monthly-quota 1B")
+        relay.reload()
+        for one in waiting:
+            assert one.read_to_end() == b""
+        newcomer = relay.client()
+        newcomer.send(handshake("new"))
+        assert newcomer.read_to_end() == b"quota used up\n"
+        pass_on(*pair)
+        assert relay.stop() == 0
+        assert "fault" not in relay.stderr.decode()
+
+
+@pytest.mark.parametrize("has_one", [False, True], ids=["added", "changed"])
+def test_a_log_fd_that_is_new_is_refused(installation: Installation, has_one: bool) -> None:
+    """After the reload its number could be that of a client."""
+    local = "port tcp:0:interface=127.0.0.1"
+    with open(os.devnull, "wb") as null:
+        if has_one:
+            installation.configure(local, f"log-fd {null.fileno()}")
+        with installation.start(pass_fds=[null.fileno()]) as relay:
+            used = {int(name) for name in os.listdir(f"/proc/{relay.pid}/fd")}
+            number = min({*range(max(used) + 2)} - used)  # in the rehearsal: that of the state
+            installation.configure(local, f"log-fd {number}")
+            assert relay.refused() == f"--log-fd={number} cannot be added by a reload"
+            pass_on(*relay.meet())
+            assert relay.stop() == 0
+
+
+def test_the_rehearsal_counts_endpoints_that_replace_others(installation: Installation) -> None:
+    """The old sockets are closed when the new ones are open."""
+    old = "            count, *sinks = lines[-1][len(REHEARSED) :].split()\n"
+    installation.edit(old, f"{old}            log.info('descriptors: %s', count)\n")
+    installation.configure(*(f"port unix:{name}.sock" for name in "abc"))
+    with installation.start() as relay:
+        installation.configure(*(f"port unix:{name}.sock" for name in "def"))
+        relay.ask()
+        assert int(relay.wait_for("descriptors: (.*)")[1]) >= 6
+        relay.wait_for("Transit reloaded")
+        assert relay.stop() == 0
 
 
 def send_all_that_fits(relay: ReloadingRelay, sender: Client, block: bytes) -> int:
@@ -781,6 +852,33 @@ def test_two_endpoints_with_any_port_have_two(installation: Installation) -> Non
         assert len({*labels[0]}) == 2
         assert sorted(labels[0]) == sorted(labels[1])
         assert relay.stop() == 0
+
+
+@pytest.mark.parametrize("is_paused", [False, True], ids=["a long queue", "a pause"])
+def test_all_newcomers_in_a_queue_are_accepted(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, is_paused: bool
+) -> None:
+    """Those of an endpoint that is gone. No event tells that they are there."""
+    monkeypatch.setattr(transit_relay, "ACCEPTS_PER_WAKEUP", 2)
+    monkeypatch.setattr(transit_relay, "LISTEN_BACKLOG", 4)
+    endpoints = (parse_endpoint(f"tcp:0:interface=127.0.0.1{more}") for more in ("", ":backlog=30"))
+    (kept,), (gone,) = map(open_endpoint, endpoints)
+    loop.restart(kept)
+    if is_paused:
+        loop.server._acceptor.pause("for the test")
+    count = 4 if is_paused else 30
+    with contextlib.ExitStack() as clients:
+        socks = [
+            clients.enter_context(socket.create_connection(gone.sock.getsockname(), TIMEOUT))
+            for _ in range(count)
+        ]
+        loop.server.accept_rest([gone])
+        assert len(loop.server.connections) == count
+        for sock in socks:
+            sock.sendall(b"junk\n")
+        loop.pump()
+        assert [receive(sock, 14) for sock in socks] == [b"bad handshake\n"] * count
+    assert gone.sock.fileno() < 0
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "long"])
