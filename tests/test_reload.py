@@ -14,7 +14,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from importlib.util import cache_from_source
@@ -448,7 +447,7 @@ def test_a_json_line_that_is_half_written_goes_on(installation: Installation) ->
             assert not receive(reader, filler).strip()
             reader.setblocking(False)
             read = bytearray()
-            eventually(lambda: ends_within_a_line(reader, read))
+            eventually(lambda: ends_within_a_line(reader, read), "a part of a line")
             relay.reload()
             assert not peek(reader).endswith(b"\n")
             reader.settimeout(TIMEOUT)
