@@ -785,8 +785,8 @@ def report(result: Result, options: argparse.Namespace) -> None:
 
 # Command line --------------------------------------------------------------------------------
 
-SIZE = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,10})?)(?:([kMG]i?)?B)?")
-FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+SIZE = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,10})?)(?:(k|Ki|[MG]i?)?B)?")
+FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 EPILOG = """\
 endpoints:
   tcp:HOST:PORT                     a client over TCP; an IPv6 address: tcp:[::1]:4001
