@@ -61,7 +61,7 @@ ROUND_TRIPS = 5  # the median counts: one delayed packet has no effect
 ROUND_TRIP_BYTES = 16
 MESSAGE_BYTES = 32 * 1024  # a piece of a transfer; over WebSocket a message
 READ_BYTES = 256 * 1024  # more than a TLS record: `recv` leaves no decrypted bytes behind
-MAX_BYTES = 1 << 30  # of --bytes: the data of one direction is in memory
+MAX_BYTES = 1 << 30  # of --bytes: the data is in memory
 ANSWER_SECONDS = 1.0  # for the text of an HTTP answer that refuses the upgrade
 PROGRESS_SECONDS = 1.0  # until the progress is shown
 PROGRESS_INTERVAL = 0.2  # s between two updates of it
@@ -230,9 +230,9 @@ def look_up(endpoint: Endpoint, watch: Watch) -> list[Any]:
     (answer,) = answers
     if isinstance(answer, list):
         return answer
-    if isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN:
-        raise Failure("no_such_host", f"{endpoint.text}: the name servers do not answer")
-    raise Failure("no_such_host", f"{endpoint.text}: no such host")
+    is_temporary = isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN
+    reason = "temporary failure in name resolution" if is_temporary else "no such host"
+    raise Failure("no_such_host", f"{endpoint.text}: {reason}")
 
 
 def connect_to(info: Any, watch: Watch, until: float) -> socket.socket:
@@ -297,7 +297,7 @@ def start_tls(
                 if isinstance(error, ssl.SSLCertVerificationError):
                     kind = "certificate"
                     reason = f"wrong certificate: {error.verify_message.rstrip('.')}"
-                elif isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                elif type(error) is ssl.SSLError and error.reason:  # not the end, nor a reset
                     kind = "not_a_relay"
                     reason = f"TLS failed: {error.reason.replace('_', ' ').lower()}"
                 raise Failure(kind, f"{endpoint.text}: {reason}") from None
@@ -421,8 +421,9 @@ class WebSocketClient(Client):
         self._is_refused = True
         until = watch.clock() + ANSWER_SECONDS
         with contextlib.suppress(Failure):  # the end of the connection
-            while not self._answer.endswith(REFUSALS) and turn([self], watch, until):
-                pass
+            while not self._answer.endswith(REFUSALS) and len(self._answer) < READ_BYTES:
+                if not turn([self], watch, until):
+                    break
         said = [text.decode("ascii").strip() for text in REFUSALS if self._answer.endswith(text)]
         return f", {said[0]}" if said else ""
 
@@ -486,9 +487,9 @@ def describe(answer: bytes | bytearray) -> str:
     status = re.match(rb"HTTP/[0-9.]+ ([0-9]{3})", answer)
     if status:
         code = status[1].decode("ascii")
-        return f"not a relay for TCP: an HTTP server, status {code}; try ws:// or wss://"
+        return f"not a relay: an HTTP server answered with status {code}; try ws:// or wss://"
     if answer.startswith(b"\x15\x03"):  # an alert: RFC 8446, 5.1 and 6
-        return "not a relay for TCP: a TLS server; try wss://"
+        return "not a relay: a TLS server answered; try wss://"
     line = answer.split(b"\n")[0].decode("latin-1").strip()
     line = re.sub("[0-9A-Za-z_]{16,}", "...", line)  # it can contain our token
     return f"not a relay: it answered {line[:60]!a}"
@@ -522,8 +523,8 @@ class Result:
         self.size = size
         self.started = time.time()  # s since the epoch
         self.duration = 0.0  # s
-        # In s: connect1 and connect2 (lookup, TCP, TLS and upgrade), pair (from the handshakes to
-        # the second `ok`), round_trip (to the other client and back). Those that were reached.
+        # The phases that were reached, in s: connect1 and connect2 (lookup, TCP, TLS and upgrade),
+        # pair (from the second handshake to both `ok`), round_trip (to the other client and back).
         self.phases: dict[str, float] = {}
         self.rate: float | None = None  # bytes per second, if both transfers are complete
         self.state = State.OK
@@ -560,20 +561,24 @@ class Probe:
     def run(self, endpoints: Sequence[Endpoint]) -> None:
         """Connect, pair, measure round trips, and transfer both ways. Raises Failure."""
         clock, result = self._watch.clock, self._result
-        one, other = (self._connect(endpoint) for endpoint in endpoints)
+        token = secrets.token_hex(32)
+        one, other = (self._connect(endpoint, token) for endpoint in endpoints)
         started = clock()
         self._pair(one, other)
         result.phases["pair"] = clock() - started
         times = []
         for _ in range(ROUND_TRIPS):
             data = os.urandom(ROUND_TRIP_BYTES)
-            times.append(self._both_ways(one, other, [data, data], "measuring the round trip"))
+            times.append(self._both_ways(one, other, data, "measuring the round trip"))
         result.phases["round_trip"] = sorted(times)[ROUND_TRIPS // 2]
-        datas = [os.urandom(result.size), os.urandom(result.size)]
-        seconds = self._both_ways(one, other, datas, "transferring")
+        seconds = self._both_ways(one, other, os.urandom(result.size), "transferring")
         result.rate = 2 * result.size / max(seconds, 1e-9)
 
-    def _connect(self, endpoint: Endpoint) -> Client:
+    def _connect(self, endpoint: Endpoint, token: str) -> Client:
+        """Connect a client and send its handshake.
+
+        It is sent at once: a full relay closes a client without handshake, and says nothing.
+        """
         watch, result = self._watch, self._result
         started = watch.clock()
         sock = connect(endpoint, watch)
@@ -584,28 +589,24 @@ class Probe:
         self._stack.callback(client.leave)
         client.open(watch)
         result.phases[f"connect{len(result.phases) + 1}"] = watch.clock() - started
+        client.send(f"please relay {token} for side {secrets.token_hex(8)}\n".encode("ascii"))
+        client.flush()
         return client
 
     def _pair(self, one: Client, other: Client) -> None:
-        """Send both handshakes, and wait for both `ok`."""
+        """Wait for both `ok`."""
         doubt = " (are both of one relay?)" if one.endpoint != other.endpoint else ""
         self._watch.begin(self._names, f"waiting for `ok`{doubt}")
-        token = secrets.token_hex(32)
-        for client in one, other:
-            client.send(f"please relay {token} for side {secrets.token_hex(8)}\n".encode("ascii"))
         while sum(client.has_ok(client.inbox) for client in (one, other)) < 2:
             turn([one, other], self._watch)
         for client in one, other:
             del client.inbox[: len(OK)]
 
-    def _both_ways(self, one: Client, other: Client, datas: list[bytes], doing: str) -> float:
-        """Send data from one to the other, then data back. Return the seconds of both."""
+    def _both_ways(self, one: Client, other: Client, data: bytes, doing: str) -> float:
+        """Send `data` from one client to the other, then back. Return the seconds."""
         started = self._watch.clock()
-        for sender, receiver, data in (one, other, datas[0]), (other, one, datas[1]):
-            self._transfer(sender, receiver, data, doing)
-            for client in one, other:
-                if client.inbox:
-                    raise client.failure("bytes_differ", "bytes differ: more came than were sent")
+        self._transfer(one, other, data, doing)
+        self._transfer(other, one, data, doing)
         return self._watch.clock() - started
 
     def _transfer(self, sender: Client, receiver: Client, data: bytes, doing: str) -> None:
@@ -624,13 +625,16 @@ class Probe:
                     raise
                 came = f"{arrived} of {len(data)} bytes within {self._watch.seconds:g} s"
                 raise Failure("slow", f"{self._names}: slow: {came}") from None
-            size = min(len(receiver.inbox), len(data) - arrived)
-            part, expected = receiver.inbox[:size], view[arrived : arrived + size]
+            size = len(receiver.inbox)
+            if sender.inbox or size > len(data) - arrived:
+                more = "bytes differ: more came than were sent"
+                raise Failure("bytes_differ", f"{self._names}: {more}")
+            part, expected = receiver.inbox, view[arrived : arrived + size]
             if part != expected:
                 place = next(n for n in range(size) if part[n] != expected[n])
                 where = f"byte {arrived + place + 1} of {len(data)}"
                 raise receiver.failure("bytes_differ", f"bytes differ: {where} has changed")
-            del receiver.inbox[:size]
+            receiver.inbox.clear()
             arrived += size
 
 
@@ -767,7 +771,7 @@ def replace_file(path: str, text: str) -> None:
 
 
 def report(result: Result, options: argparse.Namespace) -> None:
-    """Write the metrics, and print the result in the chosen form. Raises Failure (local)."""
+    """Print the result in the chosen form, and write the metrics. Raises Failure (local)."""
     if options.json:
         print(as_json(result), flush=True)
     elif options.nagios:
@@ -787,6 +791,24 @@ def report(result: Result, options: argparse.Namespace) -> None:
 
 SIZE = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,10})?)(?:(k|Ki|[MG]i?)?B)?")
 FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+OPTIONS = """\
+the probe:
+--bytes SIZE: send this many bytes each way, at most 1GiB: 500kB, 10MiB (default: 1 MiB)
+--timeout SECONDS: end the probe after this many seconds, whatever it waits for (default: 30 s)
+--ca FILE: trust the certificates in this file for wss:// (default: those of the system)
+--every SECONDS: repeat the probe: begin one every so many seconds (default: one probe)
+-w, --warning MS,MBPS: exit with 1 if the round trip is longer or the rate is less (default: none)
+-c, --critical MS,MBPS: exit with 2 if the round trip is longer or the rate is less (default: none)
+
+the output:
+--json: print one line of JSON for each probe (default: a block of text)
+--nagios: print one line with performance data, as a Nagios plugin (default: a block of text)
+--metrics FILE: write this textfile for the node exporter of Prometheus; without --json and
+    --nagios, print failures only (default: none)
+--name NAME: add the label name=NAME to the metrics, to tell relays apart (default: none)
+"""
+OPTION = re.compile(r"^(-.*?)(?: ([A-Z]\S*))?: (.*(?:\n {4}.*)*)", re.MULTILINE)
+DEFAULTS = {"bytes": 1 << 20, "timeout": 30.0, "warning": Thresholds(), "critical": Thresholds()}
 EPILOG = """\
 endpoints:
   tcp:HOST:PORT                     a client over TCP; an IPv6 address: tcp:[::1]:4001
@@ -831,6 +853,15 @@ def parse_name(text: str) -> str:
     return text
 
 
+VALUES: dict[str, Callable[[str], object]] = {
+    "FILE": str,
+    "MS,MBPS": Thresholds.parse,
+    "NAME": parse_name,
+    "SECONDS": parse_seconds,
+    "SIZE": parse_size,
+}
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the exit code for Nagios."""
 
@@ -850,44 +881,19 @@ def make_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
+    parser.set_defaults(**DEFAULTS)
     parser.add_argument("endpoints", nargs="+", type=Endpoint.parse, help=argparse.SUPPRESS)
-
-    def add(group: Any, names: str, text: str, **others: Any) -> None:
-        group.add_argument(*names.split(), help=text, **others)
-
-    probe = parser.add_argument_group("the probe")
-    text = "send this many bytes each way, at most 1GiB: 500kB, 10MiB (default: 1 MiB)"
-    add(probe, "--bytes", text, metavar="SIZE", type=parse_size, default=1 << 20)
-    text = "end the probe after this many seconds, whatever it waits for (default: 30 s)"
-    add(probe, "--timeout", text, metavar="SECONDS", type=parse_seconds, default=30.0)
-    text = "trust the certificates in this file for wss:// (default: those of the system)"
-    add(probe, "--ca", text, metavar="FILE")
-    text = "repeat the probe: begin one every so many seconds (default: one probe)"
-    add(probe, "--every", text, metavar="SECONDS", type=parse_seconds)
-    limits: dict[str, Any] = {"metavar": "MS,MBPS", "type": Thresholds.parse}
-    text = "exit with 1 if the round trip is longer or the rate is less (default: none)"
-    add(probe, "-w --warning", text, default=Thresholds(), **limits)
-    text = "exit with 2 if the round trip is longer or the rate is less (default: none)"
-    add(probe, "-c --critical", text, default=Thresholds(), **limits)
-
-    output = parser.add_argument_group("the output")
-    form = output.add_mutually_exclusive_group()
-    text = "print one line of JSON for each probe (default: a block of text)"
-    add(form, "--json", text, action="store_true")
-    text = "print one line with performance data, as a Nagios plugin (default: a block of text)"
-    add(form, "--nagios", text, action="store_true")
-    text = (
-        "write this textfile for the node exporter of Prometheus; without --json and --nagios, "
-        "print failures only (default: none)"
-    )
-    add(output, "--metrics", text, metavar="FILE")
-    text = "add the label name=NAME to the metrics, to tell relays apart (default: none)"
-    add(output, "--name", text, metavar="NAME", type=parse_name)
-
-    about = parser.add_argument_group("about")
-    version = f"{PROGRAM} {__version__}"
-    add(about, "--version", "print the version", action="version", version=version)
-    add(about, "-h --help", "print this text", action="help")
+    for group in OPTIONS.split("\n\n"):
+        title, _, entries = group.partition(":\n")
+        add = parser.add_argument_group(title).add_argument
+        for names, placeholder, text in OPTION.findall(entries):
+            if placeholder:
+                add(*names.split(", "), metavar=placeholder, type=VALUES[placeholder], help=text)
+            else:
+                add(names, action="store_true", help=text)
+    add = parser.add_argument_group("about").add_argument
+    add("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this text")
     return parser
 
 
@@ -898,6 +904,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if len(options.endpoints) > 2:
             parser.error("more than two endpoints")
+        if options.json and options.nagios:
+            parser.error("--json and --nagios exclude each other")
     except SystemExit as end:  # argparse has printed why
         return int(end.code or 0)
     if len(options.endpoints) == 1:
