@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import importlib.util
 import io
@@ -252,6 +253,7 @@ NAGIOS = re.compile(
             *("0.001;90000", "90000:;"),
         ),
         ("-c ,90000", "CRITICAL", r"slow: .* MB/s, threshold 90000", ";", ";90000:"),
+        ("-w ,90000 -c ,80000", "CRITICAL", ".*, threshold 80000", ";", "90000:;80000:"),
     ],
 )
 def test_nagios(
@@ -392,6 +394,14 @@ def test_refused(run: Run) -> None:
     assert (ran.code, ran.reason()) == (2, f"{endpoint}: connection refused")
 
 
+def test_a_connection_that_times_out_in_the_kernel(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe.socket.socket, "connect_ex", lambda *_: errno.ETIMEDOUT)
+    code, out, _ = run("--json", "tcp:127.0.0.1:1")
+    assert code == 2 and json.loads(out)["failure"] == "no_answer"
+
+
 def replace_lookup(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
     """Replace the resolver: it raises, calls or returns `found`."""
 
@@ -462,16 +472,51 @@ def test_addresses_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends == [110, 120, 130]
 
 
-@pytest.mark.parametrize("kind", ["tcp", "ws", "wss"])
-def test_a_server_that_is_silent(kind: str, run: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        endpoint = f"tcp:127.0.0.1:{port}" if kind == "tcp" else f"{kind}://127.0.0.1:{port}/"
-        ran = run(endpoint, timeout=SHORT)
-    doing = {"tcp": "waiting for `ok`", "ws": "upgrading to WebSocket"}
-    doing["wss"] = "doing the TLS handshake"
-    expected = f"{endpoint}: no answer within {SHORT:g} s while {doing[kind]}"
-    assert (ran.code, ran.reason()) == (2, expected)
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Serve]:
+    """Return a function: `silent(clients)` reads and says nothing.
+
+    When the last of so many clients has sent something, the time limit passes.
+    """
+    clock = FakeClock(0.0)
+    monkeypatch.setattr(probe, "Watch", functools.partial(probe.Watch, clock=clock))
+
+    def silent(clients: int) -> Serve:
+        heard = []
+
+        def serve(sock: socket.socket) -> None:
+            heard.append(sock.recv(1 << 16))
+            if len(heard) == clients:
+                clock.now = 1000.0
+            read_to_end(sock)
+
+        return serve
+
+    return silent
+
+
+@pytest.mark.parametrize(
+    ("kind", "clients", "doing"),
+    [
+        ("tcp", 2, "waiting for `ok`"),
+        ("ws", 1, "upgrading to WebSocket"),
+        ("wss", 1, "doing the TLS handshake"),
+    ],
+)
+def test_a_server_that_is_silent(
+    kind: str, clients: int, doing: str, silent: Callable[[int], Serve], run: Run
+) -> None:
+    with Double(silent(clients)) as double:
+        endpoint = getattr(double, kind)
+        ran = run(endpoint, timeout=20)
+    assert (ran.code, ran.reason()) == (2, f"{endpoint}: no answer within 20 s while {doing}")
+
+
+def test_two_relays(run: Run, silent: Callable[[int], Serve], tcp: str) -> None:
+    with Double(silent(1)) as double:
+        reason = run(tcp, double.tcp, timeout=20).reason()
+    doing = "waiting for `ok` (are both of one relay?)"
+    assert reason == f"{tcp} and {double.tcp}: no answer within 20 s while {doing}"
 
 
 def test_a_connection_that_is_not_accepted(run: Run) -> None:
@@ -483,16 +528,8 @@ def test_a_connection_that_is_not_accepted(run: Run) -> None:
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         endpoint = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-        ran = run(endpoint, timeout=SHORT)
+        ran = run(endpoint, timeout=3 * SHORT)
     assert re.fullmatch(rf"{endpoint}: no answer within [\d.]+ s while connecting", ran.reason())
-
-
-def test_two_relays(run: Run, relay: RelayProcess, tcp: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        other = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-        reason = run(tcp, other, timeout=SHORT).reason()
-    assert reason.endswith("while waiting for `ok` (are both of one relay?)")
-    assert reason.startswith(f"{tcp} and {other}: no answer within")
 
 
 @pytest.mark.parametrize("kind", ["tcp", "ws", "wss"])
@@ -606,6 +643,20 @@ def test_our_relay_refuses(kind: str, run: Run) -> None:
         ran = run(f"tcp:127.0.0.1:{port}" if kind == "tcp" else f"ws://127.0.0.1:{port}/")
         assert ran.reason().endswith(": the relay refused a client: not allowed")
         relay.stop_cleanly()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "ws"])
+def test_our_relay_is_full(kind: str, run: Run) -> None:
+    """A pair has both connections. The relay does not end it for others."""
+    options = ("--port", "tcp:0:interface=127.0.0.1", "--max-connections", "2")
+    with RelayProcess(*options) as relay:
+        port = relay.started().port
+        one, other = relay.pair()
+        with one, other:
+            ran = run(f"tcp:127.0.0.1:{port}" if kind == "tcp" else f"ws://127.0.0.1:{port}/")
+    reasons = {"tcp": "the relay refused a client: relay full"}
+    reasons["ws"] = "the upgrade was refused: HTTP status 503, relay full"
+    assert ran.reason().endswith(f": {reasons[kind]}")
 
 
 # Ways to fail: the bytes.
@@ -887,7 +938,7 @@ def test_the_version_is_that_of_the_relay(run: Run) -> None:
 def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the program as a process, in a folder with a copy of it."""
     shutil.copy(FILE, cwd)
-    command = [sys.executable, "-W", "error", FILE.name, *arguments]
+    command = [sys.executable, "-S", "-W", "error", FILE.name, *arguments]  # -S: no packages
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=4 * TIMEOUT)
 
 

@@ -154,10 +154,10 @@ class Watch:
         """`seconds`: the limit. `terminal`: where the progress is shown; None: nowhere."""
         self.seconds = seconds
         self.clock = clock
-        self.started = clock()
-        self.end = self.started + seconds
+        self._started = clock()
+        self.end = self._started + seconds
         self._terminal = terminal
-        self._next_update = self.started + PROGRESS_SECONDS
+        self._next_update = self._started + PROGRESS_SECONDS
         self._is_shown = False
         self._who = self._doing = ""
 
@@ -183,7 +183,7 @@ class Watch:
                 limit = f"no answer within {self.seconds:g} s"
                 raise Failure("no_answer", f"{self._who}: {limit} while {self._doing}")
             if self._terminal is not None and now >= self._next_update:
-                text = f"{self._who}: {self._doing}, {now - self.started:.0f} s"
+                text = f"{self._who}: {self._doing}, {now - self._started:.0f} s"
                 width = shutil.get_terminal_size().columns - 1  # a longer line would wrap
                 self._terminal.write(f"\r\033[K{text[:width]}")
                 self._terminal.flush()
@@ -641,11 +641,13 @@ class Probe:
 def run_probe(options: argparse.Namespace) -> Result:
     """Run one probe. Return its result, also if it failed."""
     result = Result(options.endpoints, options.bytes)
-    watch = Watch(options.timeout, sys.stderr if sys.stderr.isatty() else None)
+    started = time.monotonic()
     try:
         has_tls = any(endpoint.scheme == "wss" for endpoint in options.endpoints)
-        tls = tls_context(options.ca) if has_tls else None
+        tls = tls_context(options.ca) if has_tls else None  # before the time limit begins
         with contextlib.ExitStack() as stack:
+            watch = Watch(options.timeout, sys.stderr if sys.stderr.isatty() else None)
+            stack.callback(watch.clear)
             Probe(result, tls, watch, stack).run(options.endpoints)
         result.judge(options.warning, options.critical)
     except Failure as failure:
@@ -655,9 +657,7 @@ def run_probe(options: argparse.Namespace) -> Result:
     except OSError as error:  # such as too many open files
         result.state = State.UNKNOWN
         result.failure = Failure("local", f"cannot probe: {error}")
-    finally:
-        watch.clear()
-    result.duration = watch.clock() - watch.started
+    result.duration = time.monotonic() - started
     return result
 
 
