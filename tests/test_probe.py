@@ -659,6 +659,26 @@ def test_our_relay_is_full(kind: str, run: Run) -> None:
     assert ran.reason().endswith(f": {reasons[kind]}")
 
 
+def test_a_relay_that_tells_only_one_client(run: Run) -> None:
+    """The other one is closed before. The relay does so if both connect in one turn."""
+    first_closed = threading.Event()
+    connections = iter([1, 2])
+
+    def serve(sock: socket.socket) -> None:
+        is_first = next(connections) == 1
+        read_until(sock, b"\n")
+        if is_first:
+            sock.close()
+            first_closed.set()
+        else:
+            first_closed.wait(TIMEOUT)
+            sock.sendall(b"relay full\n")
+            read_to_end(sock)
+
+    with Double(serve) as double:
+        assert run(double.tcp).reason().endswith(": the relay refused a client: relay full")
+
+
 # Ways to fail: the bytes.
 
 

@@ -62,7 +62,7 @@ ROUND_TRIP_BYTES = 16
 MESSAGE_BYTES = 32 * 1024  # a piece of a transfer; over WebSocket a message
 READ_BYTES = 256 * 1024  # more than a TLS record: `recv` leaves no decrypted bytes behind
 MAX_BYTES = 1 << 30  # of --bytes: the data is in memory
-ANSWER_SECONDS = 1.0  # for the text of an HTTP answer that refuses the upgrade
+ANSWER_SECONDS = 1.0  # for the relay's reason, after another sign of a refusal
 PROGRESS_SECONDS = 1.0  # until the progress is shown
 PROGRESS_INTERVAL = 0.2  # s between two updates of it
 
@@ -577,7 +577,7 @@ class Probe:
     def _connect(self, endpoint: Endpoint, token: str) -> Client:
         """Connect a client and send its handshake.
 
-        It is sent at once: a full relay closes a client without handshake, and says nothing.
+        It is sent at once, because a full relay closes a client without handshake first.
         """
         watch, result = self._watch, self._result
         started = watch.clock()
@@ -598,9 +598,28 @@ class Probe:
         doubt = " (are both of one relay?)" if one.endpoint != other.endpoint else ""
         self._watch.begin(self._names, f"waiting for `ok`{doubt}")
         while sum(client.has_ok(client.inbox) for client in (one, other)) < 2:
-            turn([one, other], self._watch)
+            try:
+                turn([one, other], self._watch)
+            except Failure as failure:
+                if failure.kind == "closed":
+                    self._require_no_refusal(one, other)
+                raise
         for client in one, other:
             del client.inbox[: len(OK)]
+
+    def _require_no_refusal(self, *clients: Client) -> None:
+        """Raise Failure (relay_refused) if a client hears of it within ANSWER_SECONDS.
+
+        A full relay can close one client and tell only the other.
+        """
+        until = self._watch.clock() + ANSWER_SECONDS
+        for client in clients:
+            try:
+                while turn([client], self._watch, until):
+                    client.has_ok(client.inbox)
+            except Failure as failure:
+                if failure.kind == "relay_refused":
+                    raise
 
     def _both_ways(self, one: Client, other: Client, data: bytes, doing: str) -> float:
         """Send `data` from one client to the other, then back. Return the seconds."""
