@@ -8,6 +8,11 @@ share = $(DESTDIR)$(prefix)/share/transit-relay
 entry = $(DESTDIR)$(prefix)/sbin/transit-relay
 man8 = $(DESTDIR)$(prefix)/share/man/man8
 
+# The probe finds ws_frames.py in the same folder.
+probe = packaging/probe/transit_relay_probe.py
+probe_entry = $(DESTDIR)$(prefix)/bin/transit-relay-probe
+man1 = $(DESTDIR)$(prefix)/share/man/man1
+
 # The venv for pytest, if $(PYTHON) has no pytest: one for each value of PYTHON.
 python_name = $(subst /,_,$(PYTHON))
 venv = $(if $(filter python3,$(PYTHON)),.venv,build/venv-$(python_name))
@@ -153,8 +158,8 @@ bench-against: ## compare with another commit, 30 minutes; BENCH=--quick: 8: mak
 
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
 	build/lint/bin/ruff check .
-	build/lint/bin/mypy --strict --python-version 3.9 $(sources)
-	build/lint/bin/mypy --strict --python-version 3.13 $(sources)
+	MYPYPATH=. build/lint/bin/mypy --strict --python-version 3.9 $(sources) $(probe)
+	MYPYPATH=. build/lint/bin/mypy --strict --python-version 3.13 $(sources) $(probe)
 
 build/lint/made: pyproject.toml
 	$(PYTHON) -m venv --clear build/lint
@@ -179,13 +184,15 @@ endef
 
 install: export entry_text := $(entry_text)
 install: ## install below prefix (/usr/local), staged below DESTDIR if that is set
-	install -d '$(share)' '$(dir $(entry))' '$(man8)'
-	install -m 644 $(sources) '$(share)'
+	install -d '$(share)' '$(dir $(entry))' '$(dir $(probe_entry))' '$(man8)' '$(man1)'
+	install -m 644 $(sources) $(probe) '$(share)'
 	install -m 644 packaging/transit-relay.8 '$(man8)'
+	install -m 644 packaging/probe/transit-relay-probe.1 '$(man1)'
 	printf '%s\n' "$$entry_text" | install -m 755 /dev/stdin '$(entry)'
+	printf '%s\n' "$$entry_text" | sed 's/transit_relay/&_probe/' | install -m 755 /dev/stdin '$(probe_entry)'
 
 uninstall: ## remove what install put there
-	rm -f '$(entry)' '$(man8)/transit-relay.8'
+	rm -f '$(entry)' '$(man8)/transit-relay.8' '$(probe_entry)' '$(man1)/transit-relay-probe.1'
 	rm -rf '$(share)'
 
 # Both modules in one file that Python runs: a zip archive after a #! line (PEP 441). All entries

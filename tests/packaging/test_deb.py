@@ -83,6 +83,7 @@ FILES = """
 -rw-r--r-- /lib/systemd/system/transit-relay-ws.socket
 -rw-r--r-- /lib/systemd/system/transit-relay.service
 -rw-r--r-- /lib/systemd/system/transit-relay.socket
+-rw-r--r-- /usr/bin/transit-relay-probe x
 -rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
 -rw-r--r-- /usr/sbin/transit-relay x
 -rw-r--r-- /usr/share/doc/transit-relay/README.md.gz
@@ -100,9 +101,11 @@ FILES = """
 -rw-r--r-- /usr/share/doc/transit-relay/examples/nginx/transit-relay.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/own-listeners.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/stunnel/transit-relay.conf
+-rw-r--r-- /usr/share/man/man1/transit-relay-probe.1.gz
 -rw-r--r-- /usr/share/man/man8/transit-relay.8.gz
 -rw-r--r-- /usr/share/python3/runtime.d/transit-relay.rtupdate x
 -rw-r--r-- /usr/share/transit-relay/transit_relay.py
+-rw-r--r-- /usr/share/transit-relay/transit_relay_probe.py
 -rw-r--r-- /usr/share/transit-relay/ws_frames.py
 """
 

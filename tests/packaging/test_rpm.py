@@ -114,7 +114,7 @@ def test_version(rpm: Path) -> None:
 
 
 def test_it_is_small(rpm: Path) -> None:
-    assert rpm.stat().st_size < 150_000
+    assert rpm.stat().st_size < 165_000
 
 
 def test_files(rpm: Path, tarball: Path, tmp_path: Path) -> None:
