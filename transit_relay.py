@@ -9,12 +9,8 @@ it is used, without addresses, tokens or sides.
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
 beside it, every listener accepts WebSocket clients as well, and can expect PROXY headers.
 
-The file is divided into sections. At run time a section uses names of the sections above it. Some
-calls go to a later section: from a Session, a Pair and a Framing to the Connection, from a Session
-to its Pair and the Rendezvous, from the objects of the Server to the Server, from a Connection to
-the BulkQueue, from the Acceptor to the listeners, and from the Server to the Recorder. Functions
-that a later section registered are called too: for a record, a reached limit, a changed allowance,
-a lack of pipes, a signal, a chore, the steps of a reload, and the start of service and of a stop.
+The file is divided into sections. At run time a section uses names of the sections above it.
+tests/test_layout.py lists the calls that go to objects of a later section.
 
     Constants, errors    numbers with their reasons; roles, limits and phases; exceptions
     Records              the records of connections and pairs; a snapshot of the relay, its text
@@ -135,6 +131,7 @@ STANDARD_FDS = 3  # descriptors 0, 1 and 2
 F_SETPIPE_SZ = 1031  # fcntl.h of Linux; Python has a name for it from 3.10 on
 SPLICE_F_NONBLOCK = 2  # fcntl.h of Linux
 PIPE_USER_PAGES = 16384  # the default of pipe-user-pages-soft, pipe(7)
+MAX_SOCKET_PATH_BYTES = 107  # of Linux, unix(7): without the final zero
 
 
 def error_numbers(*names: str) -> frozenset[int]:
@@ -190,7 +187,7 @@ LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report ackn
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
 SWEEPS_PER_LIMIT = 8  # sweeps over all connections in the time of a stall or idle limit
 SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one per second at most
-FOLDER_LOCK_SECONDS = 5  # how long a start waits for another start in the same folder
+FOLDER_LOCK_SECONDS = 1  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
 EXTEND_SECONDS = 60  # the most that a drain asks systemd for with each status line
@@ -2357,7 +2354,8 @@ class Acceptor(Carried):
                     if listener not in self._optioned:
                         set_options(sock, self._options)
                     peer = self._loop.rendezvous.addresses.judge(address)
-                    self._loop.admit(sock, listener.role, peer, listener.has_proxy_header)
+                    endpoint = listener.endpoint
+                    self._loop.admit(sock, endpoint.role, peer, endpoint.has_proxy_header)
                 except Exception:
                     sock.close()
                     raise
@@ -2498,10 +2496,7 @@ class StopProgress:
 
 
 def is_delivered(conn: Connection) -> bool:
-    """Return whether the peer has acknowledged all bytes and our FIN.
-
-    If the system does not report that: whether they are sent.
-    """
+    """Return whether all bytes and our FIN are acknowledged (sent, if that is not reported)."""
     if conn.phase is Phase.LINGERING:
         return not unacknowledged_bytes(conn.sock)
     return conn.phase is Phase.CLOSED
@@ -3309,7 +3304,7 @@ class Sink(Carried, threading.Thread):
 
     # Unwritten data, the number of dropped records, and what the log has about a failure.
     CARRIED: tuple[str, ...] = (
-        *("_queue", "_batch", "_current", "_failing", "_complained", "dropped"),
+        *("_queue", "_batch", "_current", "_failing", "_complained", "_gone", "dropped"),
     )
     PARSERS: ClassVar[Parsers] = {
         "_queue": lambda records: deque(UsageRecord(**record) for record in records),
@@ -3568,7 +3563,6 @@ class Recorder(Carried):
 # The two destinations of records. The reader of the JSON lines may stall. If it leaves, the sink
 # ends. The database may be locked, damaged or on a full disk: its records wait
 # meanwhile. If it was moved away, a new one is created.
-# sqlite3 is imported with `--usage-db` only.
 
 
 def is_same_file(path: str, file: os.stat_result) -> bool:
@@ -3796,6 +3790,8 @@ class UsageDatabase(Sink):
                 self._report_failure(str(error))
 
     def rehearse(self) -> None:
+        if self._path == ":memory:":
+            raise StartupError("--usage-db :memory: cannot be set by a reload")
         folder = os.path.join(os.path.dirname(self._path), ".")
         for path in (folder, self._path) if os.path.exists(self._path) else (folder,):
             require_writable(f"--usage-db {self._path}", path)
@@ -4082,8 +4078,6 @@ class Listener:
         self.fd = sock.fileno()
         self.endpoint = endpoint
         self.made_file = made_file
-        self.role = endpoint.role
-        self.has_proxy_header = endpoint.has_proxy_header
         is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
         self.port: int | None = sock.getsockname()[1] if is_tcp else None
         self.label = endpoint.text  # for messages; for TCP with the real port and address
@@ -4141,7 +4135,7 @@ class Listener:
 
     def place(self) -> dict[str, object]:
         """Return what a reload carries."""
-        text, role = self.endpoint.text, self.role.value
+        text, role = self.endpoint.text, self.endpoint.role.value
         return {"fd": self.fd, "text": text, "role": role, "made_file": self.made_file}
 
     @classmethod
@@ -4169,7 +4163,7 @@ def _identify(path: str) -> FileIdentity:
 def open_listeners(
     endpoints: Sequence[Endpoint],
     passed: PassedSockets,
-    inherited: Sequence[Listener] = (),
+    inherited: Sequence[Listener] | None = None,
     is_rehearsal: bool = False,
 ) -> list[Listener]:
     """Open all endpoints, or none. Raises StartupError.
@@ -4178,19 +4172,22 @@ def open_listeners(
     the execution, an endpoint that the system refuses is logged, and the others are opened. A
     rehearsal makes no new unix socket, whose file would stay if the rehearsal were killed.
     """
-    may_fail = bool(inherited) and not is_rehearsal
+    may_fail = inherited is not None and not is_rehearsal
+    inherited = inherited or ()
     # Look up the passed descriptors before opening a socket, which could get the number of a
     # descriptor that is not open.
     found = [(passed.find(endpoint), endpoint) for endpoint in endpoints]
-    adopted: set[int | None] = set()
+    given: set[object] = set()  # passed descriptors, and paths
     ipv4_ports = {one.port for one in endpoints if one.interface == ANY_IPV4} - {0}
     listeners: list[Listener] = []
     with contextlib.ExitStack() as undo:
         # Adopt passed sockets first, so that `_open_error_text` finds a path that is given twice.
         for fd, endpoint in sorted(found, key=lambda one: one[0] is None):
-            if fd is not None and fd in adopted:
-                raise StartupError(f"{endpoint.text}: this socket is given twice")
+            name = fd if fd is not None or not endpoint.path else os.path.realpath(endpoint.path)
             try:
+                if name is not None and name in given:
+                    raise StartupError(f"{endpoint.text}: this socket is given twice")
+                given.add(name)
                 # True if another endpoint listens on all of IPv4, on the same port.
                 ipv6_only = endpoint.interface == ANY_IPV6 and endpoint.port in ipv4_ports
                 if is_rehearsal and endpoint.kind == "unix":
@@ -4212,7 +4209,6 @@ def open_listeners(
                     undo.callback(listener.close)
             inherited = [old for old in inherited if all(old.fd != one.fd for one in opened)]
             listeners += opened
-            adopted.add(fd)
         undo.pop_all()
     return listeners
 
@@ -4333,8 +4329,7 @@ def _listen_unix(endpoint: Endpoint) -> Listener:
     # Two relays that start at once must not remove each other's new socket as a stale one.
     lock = _lock_folder(os.path.dirname(path) or ".")
     try:
-        if os.path.lexists(path):
-            _remove_stale_socket(endpoint)
+        _remove_stale_socket(endpoint)
         sock = _listen(socket.AF_UNIX, path, endpoint.backlog)
         return Listener(sock, endpoint, _identify(path))
     finally:
@@ -4363,7 +4358,9 @@ def _lock_folder(folder: str) -> int | None:
 
 
 def require_socket(endpoint: Endpoint) -> None:
-    """Raise StartupError if the path of a unix endpoint has a file that is no socket."""
+    """Raise StartupError if the path of a unix endpoint is too long or has another file."""
+    if len(os.fsencode(endpoint.path)) > MAX_SOCKET_PATH_BYTES:
+        raise StartupError(f"{endpoint.text}: longer than {MAX_SOCKET_PATH_BYTES} bytes")
     if os.path.lexists(endpoint.path) and not stat.S_ISSOCK(os.lstat(endpoint.path).st_mode):
         raise StartupError(f"{endpoint.text}: the file exists and is not a socket")
 
@@ -4371,13 +4368,14 @@ def require_socket(endpoint: Endpoint) -> None:
 def _require_room(endpoint: Endpoint) -> None:
     """Raise OSError or StartupError if a unix socket cannot be made at the path of `endpoint`."""
     require_writable(endpoint.text, os.path.join(os.path.dirname(endpoint.path), "."))
-    if os.path.lexists(endpoint.path):
-        _remove_stale_socket(endpoint, may_remove=False)
+    _remove_stale_socket(endpoint, may_remove=False)
 
 
 def _remove_stale_socket(endpoint: Endpoint, may_remove: bool = True) -> None:
     """Remove the socket file of a dead relay. Raises OSError and StartupError for other files."""
     require_socket(endpoint)
+    if not os.path.lexists(endpoint.path):
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -5157,6 +5155,7 @@ class Predecessor(NamedTuple):
     keepalive_seconds: float
     connections: int  # client sockets that are open in this process; 0 in a rehearsal
     name: bytes  # of the process
+    carried: Mapping[str, Sequence[str]]  # see carried_fields
 
     def take_file(self, option: str, value: object) -> int | None:
         """Return the descriptor of the file of an option, if the option has the same value.
@@ -5179,8 +5178,16 @@ class Predecessor(NamedTuple):
             for conn in server.connections:
                 set_options(conn.sock, socket_options(options.keepalive))
 
-    def require_same(self, options: argparse.Namespace) -> None:
-        """Raise StartupError if an option has changed that a reload cannot change."""
+    def require_compatible(self, options: argparse.Namespace) -> None:
+        """Raise StartupError if this program cannot take over a client, or an option is fixed.
+
+        The clients of the rehearsal are not all: others can connect until the execution.
+        """
+        known = carried_fields()
+        for name, fields in self.carried.items():
+            if not {*fields} <= {*known.get(name, ())}:
+                reason = "it misses a field of" if name in known else "it has no"
+                raise StartupError(f"the new program cannot take over all clients: {reason} {name}")
         for name, value in self.fixed.items():
             if getattr(options, name) != value:
                 raise StartupError(f"--{name} cannot be changed by a reload")
@@ -5197,6 +5204,14 @@ class Links(NamedTuple):
     bulk: Sequence[tuple[int, int]]  # what is queued: descriptor, events
     sweep: Sequence[Any]
     quota: Mapping[str, Any] | None
+
+
+def carried_fields() -> dict[str, tuple[str, ...]]:
+    """Return the names of the carried fields of each class that a client can have."""
+    classes: list[Any] = [Connection, Session, Pair, RawFraming, DetectFraming]
+    if ws_frames:
+        classes += ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming
+    return {one.__name__: one.CARRIED for one in classes}
 
 
 def resume_framing(
@@ -5381,6 +5396,7 @@ def connect_again(server: Server, adopt: Callable[[int], socket.socket], fd: int
 # If a step before execve fails, the relay goes on, and logs `reload refused` with the reason. After
 # execve there is no way back, so the new program goes on wherever it can.
 
+REHEARSALS = 5  # of one reload: another one follows if a file has changed meanwhile
 REHEARSAL_SECONDS = 10
 REHEARSAL_OUTPUT_BYTES = 1024 * 1024
 SINK_PAUSE_SECONDS = 10
@@ -5450,20 +5466,18 @@ class Reload:
         try:
             if self._options.usage_db == ":memory:":
                 raise ReloadRefused("--usage-db :memory: would lose its content")
-            rehearsed = None
-            while rehearsed != self._file_versions():  # else they changed meanwhile
+            for _ in range(REHEARSALS):
                 rehearsed = self._file_versions()
-                self._configs = {}
-                for path in self._options.config:
-                    with contextlib.suppress(OSError):  # the rehearsal has the same error
-                        self._configs[path] = read_text(path)
+                self._read_configs()
                 yield from self._rehearse()
                 yield from self._pause_sinks()
-            yield from self._execute(rehearsed)
+                if rehearsed == self._file_versions():
+                    yield from self._execute(rehearsed)
+            raise ReloadRefused("the program or the configuration changes again and again")
         except (ReloadRefused, MemoryError) as error:
             reason = str(error) or "out of memory"
         except OSError as error:
-            reason = error_text(error)
+            reason = ": ".join(filter(None, (error.filename, error_text(error))))
         except Exception as error:
             reason = f"unexpected {type(error).__name__}"
             self._server.faults.contain(None)
@@ -5471,6 +5485,15 @@ class Reload:
             self._server.recorder.set_pausing(False)
         log.error("reload refused: %s", reason)
         self._manager.reload_refused(reason, self._server.snapshot())
+
+    def _read_configs(self) -> None:
+        """Read the files of --config. Raises ReloadRefused: reading a pipe could take for ever."""
+        self._configs = {}
+        for path in self._options.config:
+            with contextlib.suppress(OSError):  # the rehearsal has the same error
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise ReloadRefused(f"argument --config: {path}: not a regular file")
+                self._configs[path] = read_text(path)
 
     def _file_versions(self) -> list[tuple[int, ...]]:
         """Return device, inode, size and time of each file of the program and configuration."""
@@ -5505,6 +5528,7 @@ class Reload:
             keepalive_seconds=self._options.keepalive,
             connections=0 if is_rehearsal else len(self._server.connections),
             name=name,
+            carried=carried_fields(),
         )
         with open(fd, "wb", closefd=False) as file:
             pickle.dump(predecessor._asdict(), file, 4)
@@ -5548,13 +5572,15 @@ class Reload:
             start = os.fstat(output).st_size - MAX_COMPLAINT_CHARACTERS
             tail = os.pread(output, MAX_COMPLAINT_CHARACTERS, max(0, start))
         lines = [line for line in tail.decode(errors="replace").split("\n") if line.strip()]
-        if lines and lines[-1].startswith(REHEARSED) and not (killed_for or status):
-            count, *sinks = lines[-1][len(REHEARSED) :].split()
-            self._rehearsal_result = int(count), frozenset(sinks)
+        result = re.fullmatch(rf"{REHEARSED} ([0-9]+)(.*)", lines[-1] if lines else "")
+        if result and not (killed_for or status):
+            self._rehearsal_result = int(result[1]), frozenset(result[2].split())
         else:
             ours = [line for line in lines if line.startswith(f"{PROGRAM}: ")]
             told = (ours or lines or [""])[-1].replace(f"{PROGRAM}: ", "", 1)
-            raise ReloadRefused(killed_for or told or f"the rehearsal ended with status {status}")
+            code = os.waitstatus_to_exitcode(status)
+            end = f"exit code {code}" if code >= 0 else f"signal {-code}"
+            raise ReloadRefused(killed_for or told or f"the rehearsal ended with {end}")
 
     def reap(self) -> None:
         """Take the end of killed child processes, without waiting."""
@@ -5591,8 +5617,6 @@ class Reload:
                     break
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
                 yield
-            if rehearsed != self._file_versions():
-                raise ReloadRefused("the program or the configuration has just changed")
             for name, waiting in server.recorder.unwritten().items():
                 if waiting and name not in sinks:
                     text = f"the new configuration has no {name}; records wait: {waiting}"
@@ -5611,6 +5635,8 @@ class Reload:
             for fd in (state, *files, *listeners, *clients):
                 os.set_inheritable(fd, True)
                 undo.callback(os.set_inheritable, fd, False)
+            if rehearsed != self._file_versions():
+                raise ReloadRefused("the program or the configuration has just changed")
             os.execve(sys.executable, arguments, environment)
 
 
@@ -5655,7 +5681,10 @@ def open_relay(
     addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
     old_places = predecessor.listeners if predecessor is not None else ()
     inherited = [Listener.resumed(place) for place in old_places]
-    listeners = open_listeners(endpoints, passed, inherited, is_rehearsal)
+    is_reload = predecessor is not None
+    listeners = open_listeners(endpoints, passed, inherited if is_reload else None, is_rehearsal)
+    if not (listeners or is_rehearsal):  # rather the old endpoints than none
+        listeners = inherited
     inherited_fds, used_fds = ({one.fd for one in group} for group in (inherited, listeners))
     for listener in listeners:
         is_inherited = listener.fd in inherited_fds
@@ -5665,7 +5694,7 @@ def open_relay(
             listener.adjust()
     gone = [old for old in inherited if old.fd not in used_fds]
     for old in gone:
-        if old.endpoint.is_passed:  # its newcomers would never be accepted
+        if old.endpoint.is_passed and is_rehearsal:  # its newcomers would never be accepted
             raise StartupError(f"{old.label}: a reload cannot close a socket that was passed")
     sinks: list[Sink] = []
     quota = Quota(options.monthly_quota) if options.monthly_quota else None
@@ -5711,9 +5740,9 @@ def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False)
     if ws_frames is None:
         log.info("no WebSocket clients: Python finds no ws_frames.py (beside transit_relay.py)")
     suffixes = {Role.WEBSOCKET: " (websocket)"}
-    labels = [one.label + suffixes.get(one.role, "") for one in relay.listeners]
-    web = [one for one in relay.listeners if one.role is Role.WEBSOCKET]
-    ports = [one.port for one in web if one.port and not one.has_proxy_header]
+    labels = [one.label + suffixes.get(one.endpoint.role, "") for one in relay.listeners]
+    web = [one for one in relay.listeners if one.endpoint.role is Role.WEBSOCKET]
+    ports = [one.port for one in web if one.port and not one.endpoint.has_proxy_header]
     urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
     if urls or options.websocket_url:
         log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))
@@ -5748,7 +5777,9 @@ def rehearse(
 
     New TCP endpoints are open, and a new log file exists, for a moment. Raises StartupError.
     """
-    predecessor.require_same(options)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(REHEARSAL_SECONDS)  # the relay may be killed meanwhile
+    predecessor.require_compatible(options)
     with contextlib.ExitStack() as undo:
         passed = Environment.take().passed_sockets(predecessor.pid)
         log_fd = predecessor.take_file("log_fd", options.log_fd)
@@ -5891,7 +5922,7 @@ def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None])
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Return the exit code."""
-    stream = sys.stderr
+    stream, predecessor = sys.stderr, None
     try:
         predecessor, state = take_predecessor()
         options = parse_arguments(arguments, predecessor.configs if predecessor is not None else {})
@@ -5906,6 +5937,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream = sys.stdout
         return serve(options, predecessor, state)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
+        if log.handlers and predecessor is not None:  # after a reload, stderr can be /dev/null
+            log.critical("the reload failed: %s", error)
         print_error(str(error), stream)
     except KeyboardInterrupt:  # before the server handles signals
         pass

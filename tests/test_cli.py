@@ -406,9 +406,9 @@ def test_the_addresses_of_a_websocket_endpoint_have_one_url(
     """An endpoint with a name can have a listener for IPv4 and another one for IPv6."""
     caplog.set_level("INFO", "transit-relay")
     labels = ("tcp:4002:interface=127.0.0.1", "tcp:4002:interface=\\:\\:1")
-    web = {"role": Role.WEBSOCKET, "port": 4002, "has_proxy_header": False}
-    listeners = [SimpleNamespace(label=text, **web) for text in labels]
-    announce(parse_arguments([]), SimpleNamespace(listeners=listeners, remarks=[]))
+    endpoint = parse_endpoint("tcp:4002", Role.WEBSOCKET)
+    listeners = [SimpleNamespace(label=text, endpoint=endpoint, port=4002) for text in labels]
+    announce(parse_arguments([]), SimpleNamespace(listeners=listeners, remark=""))
     assert caplog.messages[-2:] == [
         "WebSocket clients connect to ws://localhost:4002/",
         f"Transit starting on {labels[0]} (websocket), {labels[1]} (websocket)",

@@ -363,7 +363,11 @@ def test_label_is_an_endpoint_with_the_real_port(listen: Listen, text: str, labe
     assert port_of(listener) > 0
     assert listener.label == label.format(port_of(listener))
     endpoint = parse_endpoint(listener.label)
-    assert endpoint.has_proxy_header == listener.has_proxy_header == text.startswith("haproxy:")
+    assert (
+        endpoint.has_proxy_header
+        == listener.endpoint.has_proxy_header
+        == text.startswith("haproxy:")
+    )
 
 
 def somaxconn() -> int:
@@ -814,7 +818,7 @@ def test_a_file_that_is_not_a_socket_is_refused_and_untouched(
 def test_impossible_unix_path(listen: Listen, folder: Path, path: str) -> None:
     with pytest.raises(StartupError) as caught:
         listen(f"unix:{path}")
-    why = "AF_UNIX path too long" if len(path) > 100 else "No such file or directory"
+    why = "longer than 107 bytes" if len(path) > 107 else "No such file or directory"
     assert str(caught.value) == f"unix:{path}: {why}"
 
 
@@ -957,7 +961,7 @@ def test_systemd(activate: Activate, listen: Listen, text: str, position: int) -
     activation = activate(3, LISTEN_FDNAMES="relay:web:")
     listener = listen(text, activation.parse())
     assert listener.label == text
-    assert listener.has_proxy_header == text.startswith("haproxy:")
+    assert listener.endpoint.has_proxy_header == text.startswith("haproxy:")
     meet(listener, socket.AF_INET, activation.addresses[position]).close()
 
 
@@ -1114,7 +1118,7 @@ def test_an_open_descriptor_is_adopted_for_an_endpoint(text: str) -> None:
         meet(listener, socket.AF_INET, ("127.0.0.1", port)).close()
         interface = ":interface=127.0.0.1" if endpoint.interface else ""
         assert listener.label == f"tcp:{port}{interface}"
-        assert (listener.endpoint, listener.role) == (endpoint, Role.WEBSOCKET)
+        assert (listener.endpoint, listener.endpoint.role) == (endpoint, Role.WEBSOCKET)
         assert listener.bound == (socket.AF_INET, ("127.0.0.1", port), False)
 
 

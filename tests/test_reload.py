@@ -269,7 +269,7 @@ def test_a_new_configuration_takes_effect(installation: Installation) -> None:
         ),
         (
             lambda inst: inst.edit("def main(", "os.kill(os.getpid(), 9)\n\n\ndef main("),
-            "the rehearsal ended with status 9",
+            "the rehearsal ended with signal 9",
         ),
         (
             lambda inst: inst.edit("def main(", "while True: print('x' * 99)\n\n\ndef main("),
@@ -380,13 +380,122 @@ def test_a_step_that_fails_changes_nothing(
         waiting = relay.client()
         waiting.send(handshake("waits"))
         for _ in range(2):
-            assert relay.refused() == reason
+            assert relay.refused().endswith(reason)
             for one, other in pairs:
                 pass_on(one, other)
         relay.meet(token="new")
         assert relay.stop() == 0
         assert "contained fault" not in relay.stderr.decode()
     assert sorted(moods(installation.folder)) == ["happy"] * 5 + ["lonely"]
+
+
+def test_a_web_client_of_the_rehearsal_needs_ws_frames(
+    relay: ReloadingRelay, installation: Installation
+) -> None:
+    """The rehearsal refuses a program without it, although no client uses it yet."""
+    one, other = relay.meet()
+    (installation.folder / "ws_frames.py").unlink()
+    installation.forget_bytecode()
+    assert relay.refused().startswith("the new program cannot take over all clients: it has no ")
+    pass_on(one, other)
+    relay.stop_cleanly()
+
+
+def test_a_class_that_carries_less_is_refused(
+    relay: ReloadingRelay, installation: Installation
+) -> None:
+    """Also if no client of this class is there."""
+    installation.edit('    CARRIED = ("_line", "_past_line")', '    CARRIED = ("_line",)')
+    assert relay.refused().endswith("it misses a field of RawFraming")
+    relay.stop_cleanly()
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["port unix:" + "x" * 108], "longer than 107 bytes"),
+        (["port unix:x.sock", "websocket unix:./x.sock"], "this socket is given twice"),
+    ],
+    ids=["too long", "twice"],
+)
+def test_a_unix_socket_that_a_start_would_refuse(
+    relay: ReloadingRelay, installation: Installation, lines: list[str], reason: str
+) -> None:
+    installation.configure(*lines)
+    assert relay.refused().endswith(reason)
+    pass_on(*relay.meet())
+    relay.stop_cleanly()
+
+
+def test_if_no_endpoint_can_be_opened_the_old_ones_stay(installation: Installation) -> None:
+    """The rehearsal makes no unix socket, so it does not find all errors."""
+    old = "def _listen_unix(endpoint: Endpoint) -> Listener:\n"
+    installation.edit(old, old + "    raise OSError(errno.ENOSPC, 'no space')\n")
+    with installation.start() as relay:
+        one, other = relay.meet()
+        installation.configure("port unix:x.sock")
+        for _ in range(2):
+            relay.reload()
+            pass_on(one, other)
+        relay.meet(token="new")
+        assert relay.stderr.count(b"the reload goes on without this endpoint") == 2
+        assert relay.stop() == 0
+
+
+def test_a_configuration_that_is_no_file_is_refused(
+    relay: ReloadingRelay, installation: Installation
+) -> None:
+    """Reading a pipe could take for ever."""
+    installation.config.unlink()
+    os.mkfifo(installation.config)
+    assert relay.refused() == f"argument --config: {installation.config}: not a regular file"
+    pass_on(*relay.meet())
+    assert relay.stop() == 0
+
+
+def test_a_configuration_that_changes_again_and_again(installation: Installation) -> None:
+    """The reload is refused after some rehearsals."""
+    text = "                yield from self._pause_sinks()\n"
+    installation.edit(text, f"                os.utime(self._options.config[0])\n{text}")
+    with installation.start() as relay:
+        assert relay.refused() == "the program or the configuration changes again and again"
+        assert relay.stop() == 0
+
+
+def test_a_rehearsal_ends_when_the_relay_is_killed(installation: Installation) -> None:
+    """It has the sockets of the relay, so the next start would find its address in use."""
+    installation.edit("REHEARSAL_SECONDS = 10", "REHEARSAL_SECONDS = 1")
+    installation.edit(
+        "    predecessor.require_compatible(",
+        "    time.sleep(100)\n    predecessor.require_compatible(",
+    )
+    with installation.start() as relay:
+        relay.ask()
+        relay.wait_for_rehearsal()
+        (child,) = relay.children()
+        relay.process.kill()
+        relay.process.wait()
+        eventually(lambda: has_ended(child), "the rehearsal ends")
+
+
+def test_a_state_that_cannot_be_used_is_in_the_log(installation: Installation) -> None:
+    """A daemon has no stderr after the execution."""
+    installation.edit(
+        "def resume_connection(",
+        "def resume_connection(*_):\n    if os.environ.get('x'):\n        raise ValueError('nothing fits')\n\n\ndef unused(",
+    )
+    old = "        environment = {**os.environ, **self._variables, STATE_VARIABLE: str(state_fd)}\n"
+    last = "        environment |= {'x': 'y'} if hasattr(self, 'y') else {}\n        self.y = 1\n"
+    installation.edit(old, old + last)
+    installation.configure("port unix:x.sock")
+    with installation.start("--logfile", "log", starts=False) as relay:
+        log = installation.folder / "log"
+        wait_for_text(log, "Transit starting on")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(installation.folder / "x.sock"))
+            relay.ask()
+            assert relay.wait() == 1
+    assert "critical: the reload failed: the state" in log.read_text()
 
 
 def test_a_database_that_is_locked_delays_no_reload(
@@ -528,8 +637,8 @@ def test_a_log_fd_that_is_new_is_refused(installation: Installation, has_one: bo
 
 def test_the_rehearsal_counts_endpoints_that_replace_others(installation: Installation) -> None:
     """The old sockets are closed when the new ones are open."""
-    old = "            count, *sinks = lines[-1][len(REHEARSED) :].split()\n"
-    installation.edit(old, f"{old}            log.info('descriptors: %s', count)\n")
+    old = "            self._rehearsal_result = int(result[1])"
+    installation.edit(old, f"            log.info('descriptors: %s', result[1])\n{old}")
     installation.configure(*(f"port unix:{name}.sock" for name in "abc"))
     with installation.start() as relay:
         installation.configure(*(f"port unix:{name}.sock" for name in "def"))

@@ -20,6 +20,7 @@ from transit_relay import (
     Predecessor,
     Quota,
     Server,
+    carried_fields,
     connect_again,
     is_consistent,
     place_server,
@@ -84,6 +85,7 @@ def make_state(loop: Loop) -> list[dict[str, Any]]:
         keepalive_seconds=200.0,
         connections=len(loop.server.connections),
         name=b"transit-relay",
+        carried=carried_fields(),
     )
     return [plain(before), *place_server(loop.server)]
 
