@@ -5938,7 +5938,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(options, predecessor, state)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
         if log.handlers and predecessor is not None:  # after a reload, stderr can be /dev/null
-            log.critical("the reload failed: %s", error)
+            log.error("the reload failed: %s", error)
         print_error(str(error), stream)
     except KeyboardInterrupt:  # before the server handles signals
         pass

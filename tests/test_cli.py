@@ -45,7 +45,14 @@ from processes import (
     with_descriptor,
 )
 
-from transit_relay import Role, __version__, announce, parse_arguments, parse_network
+from transit_relay import (
+    Role,
+    __version__,
+    announce,
+    parse_arguments,
+    parse_endpoint,
+    parse_network,
+)
 
 Start = Callable[..., RelayProcess]
 
