@@ -21,9 +21,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests need no pytest plugins, and must not depend on those of the machine.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: help pytest test test-in-process test-processes test-reloads fuzz fuzz-venv fuzz-guided interop hostile \
-	rates reload-load soak check-packaging bench bench-quick bench-against lint install uninstall \
-	onefile sdist check-sdist deb clean
+.PHONY: help pytest test test-in-process test-processes test-reloads fuzz fuzz-venv fuzz-guided \
+	interop hostile hostile-waiting hostile-alone rates reload-test reload-load soak check-packaging \
+	bench bench-quick bench-against lint install uninstall onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -124,14 +124,19 @@ reload-test: pytest ## the tests of the loop, with a reload before each turn, 10
 		-o faulthandler_timeout=0 $(reload_files)
 
 hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SHORT=1: 3; needs root
+	@status=0; $(MAKE) -s hostile-waiting || status=1; $(MAKE) -s hostile-alone || status=1; exit $$status
+
+hostile-waiting: pytest
 	@mkdir -p build; $(find_pytest); status=0; runs=; \
 	for run in $(hostile_runs); do \
 		$(hostile_pytest) $$(echo "+$$run" | sed 's,+\([a-z]*\), tests/hostile/test_\1.py,g') \
 			>build/hostile-$$run.log 2>&1 & runs="$$runs $$!"; \
 	done; \
 	for run in $$runs; do wait $$run || status=1; done; \
-	cat $(patsubst %,build/hostile-%.log,$(hostile_runs)); \
-	$(hostile_pytest) $(hostile_alone) || status=1; exit $$status
+	cat $(patsubst %,build/hostile-%.log,$(hostile_runs)); exit $$status
+
+hostile-alone: pytest
+	@$(find_pytest); $(hostile_pytest) $(hostile_alone)
 
 rates: pytest ## the rates in real time, 2 minutes; RELAY_HOSTILE_SHORT=1: 50 seconds
 	@$(find_pytest); $(hostile_pytest) tests/hostile/test_real_rates.py
