@@ -86,14 +86,14 @@ FILES = """
 -rw-r--r-- /usr/bin/transit-relay-probe x
 -rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
 -rw-r--r-- /usr/sbin/transit-relay x
--rw-r--r-- /usr/share/doc/transit-relay/README.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/README.md
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.Debian.gz
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.gz
 -rw-r--r-- /usr/share/doc/transit-relay/copyright
--rw-r--r-- /usr/share/doc/transit-relay/docs/differences.md.gz
--rw-r--r-- /usr/share/doc/transit-relay/docs/operating.md.gz
--rw-r--r-- /usr/share/doc/transit-relay/docs/performance.md.gz
--rw-r--r-- /usr/share/doc/transit-relay/docs/protocol.md.gz
+-rw-r--r-- /usr/share/doc/transit-relay/docs/differences.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/operating.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/performance.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/protocol.md
 -rw-r--r-- /usr/share/doc/transit-relay/examples/caddy/Caddyfile
 -rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay-tcp.cfg
 -rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay.cfg
@@ -130,17 +130,14 @@ def test_conffiles(deb: Path) -> None:
     ]
 
 
-def test_no_upgrade_restarts_a_socket(deb: Path) -> None:
-    """New connections queue in it if the service restarts. Admins start the WebSocket one."""
+def test_an_upgrade_restarts_nothing(deb: Path) -> None:
+    """It reloads the service. Admins start the socket for WebSocket."""
     script = run(["dpkg-deb", "--info", deb, "postinst"])
     assert re.findall("deb-systemd-invoke (.+?) >", script) == [
         "start 'transit-relay.socket'",
         "start 'transit-relay.service'",
     ]
-    assert re.findall("deb-systemd-invoke (restart|reload) (.+?) ", script) == [
-        ("reload", "$UNIT"),
-        ("restart", "$UNIT"),
-    ]
+    assert re.findall("deb-systemd-invoke (restart|reload) (.+?) ", script) == [("reload", "$UNIT")]
     assert "deb-systemd-helper enable 'transit-relay.socket'" in script
     assert "deb-systemd-helper debian-installed 'transit-relay-ws.socket'" in script  # not new
 

@@ -159,7 +159,7 @@ def test_fedora_macros(fedora_rpm: Path) -> None:
     assert "/usr/bin/transit-relay" in names
     assert "/units/transit-relay.service" in names
     compiled = [name for name in names if name.endswith(".pyc")]
-    assert len(compiled) == 2
+    assert len(compiled) == 3
     assert all(name.startswith("/usr/share/transit-relay/__pycache__/") for name in compiled)
 
 
