@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -69,6 +73,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return Ran(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """Return the clock of all time limits."""
+    clock = FakeClock(0.0)
+    monkeypatch.setattr(probe, "Deadline", functools.partial(probe.Deadline, clock=clock))
+    return clock
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +159,19 @@ def answering(answer: bytes, after: bytes = b"") -> Serve:
         read_to_end(sock)
 
     return serve
+
+
+def signalling(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> threading.Event:
+    """Return an event that is set when this method is called."""
+    called = threading.Event()
+    method = getattr(owner, name)
+
+    def replacement(*arguments: object) -> object:
+        called.set()
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, replacement)
+    return called
 
 
 class Pairing:
@@ -245,6 +270,7 @@ NAGIOS = re.compile(
         ("", "OK", r"round trip [\d.]+ ms, [\d.]+ MB/s", ";", ";"),
         ("-w 90000,0.001 -c ,0.0001", "OK", "round trip .*", "90000;", "0.001:;0.0001:"),
         ("-w 0.000001,", "WARNING", r"slow: round trip [\d.]+ ms, threshold 1e-06", "1e-06;", ";"),
+        ("-w 90000.125,", "OK", "round trip .*", "90000.125;", ";"),
         ("-w ,90000", "WARNING", r"slow: [\d.]+ MB/s, threshold 90000", ";", "90000:;"),
         (
             "-w 0.001,90000 -c 90000,",
@@ -383,6 +409,37 @@ def test_metrics_that_cannot_be_written(run: Run, tcp: str, tmp_path: Path) -> N
     assert ran.reason() == f"--metrics {tmp_path}/missing/relay.prom: No such file or directory"
 
 
+@pytest.mark.parametrize("kind", ["fifo", "folder", "symbolic link"])
+def test_metrics_replace_regular_files_only(kind: str, run: Run, tcp: str, tmp_path: Path) -> None:
+    file = tmp_path / "relay.prom"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("target")
+        (tmp_path / "target").touch()
+    before = file.lstat()
+    ran = run("--metrics", file, tcp)
+    assert (ran.code, ran.reason()) == (3, f"--metrics {file}: not a regular file")
+    assert file.lstat() == before and not file.with_suffix(".prom.new").exists()
+
+
+def test_metrics_that_fill_the_disk(
+    run: Run, tcp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_text(self: Path, text: str, **_: object) -> None:
+        self.write_bytes(text.encode("ascii")[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "relay.prom"
+    file.write_text("old")
+    monkeypatch.setattr(probe.Path, "write_text", write_text)
+    ran = run("--metrics", file, tcp)
+    assert (ran.code, ran.reason()) == (3, f"--metrics {file}: No space left on device")
+    assert file.read_bytes() == b"old" and os.listdir(tmp_path) == [file.name]
+
+
 # Ways to fail: the network.
 
 
@@ -394,12 +451,15 @@ def test_refused(run: Run) -> None:
     assert (ran.code, ran.reason()) == (2, f"{endpoint}: connection refused")
 
 
-def test_a_connection_that_times_out_in_the_kernel(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.ETIMEDOUT, "no_answer"), (errno.ECONNRESET, "closed")]
+)
+def test_a_connection_that_the_kernel_ends(
+    code: int, kind: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe.socket.socket, "connect_ex", lambda *_: errno.ETIMEDOUT)
-    code, out, _ = run("--json", "tcp:127.0.0.1:1")
-    assert code == 2 and json.loads(out)["failure"] == "no_answer"
+    monkeypatch.setattr(probe.socket.socket, "connect_ex", lambda *_: code)
+    ran = run("--json", "tcp:127.0.0.1:1")
+    assert ran.code == 2 and json.loads(ran.out)["failure"] == kind
 
 
 def replace_lookup(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
@@ -455,11 +515,38 @@ def test_each_address_is_tried(
     assert reason == f"tcp:relay.example:4001: {one}; {one}"
 
 
+def test_an_address_family_that_the_system_lacks(
+    run: Run, relay: RelayProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = (9999, *info("192.0.2.1", 1)[1:])
+    replace_lookup(monkeypatch, [lacking, info("127.0.0.1", relay.port)])
+    assert run("tcp:relay.example:4001").code == 0
+    replace_lookup(monkeypatch, [lacking])
+    ran = run("tcp:relay.example:4001")
+    reason = "tcp:relay.example:4001: address family not supported by protocol"
+    assert (ran.code, ran.reason()) == (2, reason)
+
+
+def test_the_time_ends_before_the_connecting(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect_ex(*_: object) -> int:
+        clock.now = 31.0
+        return errno.EINPROGRESS
+
+    monkeypatch.setattr(probe.socket.socket, "connect_ex", connect_ex)
+    replace_lookup(monkeypatch, [info("192.0.2.1", 1)])
+    endpoint = probe.Endpoint.parse("tcp:relay.example:1")
+    with contextlib.ExitStack() as stack, pytest.raises(probe.Failure) as failed:
+        probe.connect(endpoint, probe.Deadline(30, None), stack)
+    assert str(failed.value) == "tcp:relay.example:1: no answer within 0.0 s while connecting"
+
+
 def test_addresses_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(100.0)
     ends: list[float] = []
 
-    def connect_to(_: object, __: object, until: float) -> None:
+    def connect_to(_: object, __: object, until: float, ___: object) -> None:
         ends.append(until)
         clock.now = until
         raise probe.Failure("no_answer", "no answer")
@@ -467,19 +554,17 @@ def test_addresses_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "connect_to", connect_to)
     replace_lookup(monkeypatch, [info("192.0.2.1", 1)] * 3)
     endpoint = probe.Endpoint.parse("tcp:relay.example:1")
-    with pytest.raises(probe.Failure):
-        probe.connect(endpoint, probe.Watch(30, None, clock))
+    with contextlib.ExitStack() as stack, pytest.raises(probe.Failure):
+        probe.connect(endpoint, probe.Deadline(30, None, clock), stack)
     assert ends == [110, 120, 130]
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Serve]:
+def silent(clock: FakeClock) -> Callable[[int], Serve]:
     """Return a function: `silent(clients)` reads and says nothing.
 
     When the last of so many clients has sent something, the time limit passes.
     """
-    clock = FakeClock(0.0)
-    monkeypatch.setattr(probe, "Watch", functools.partial(probe.Watch, clock=clock))
 
     def silent(clients: int) -> Serve:
         heard = []
@@ -529,16 +614,55 @@ def test_a_connection_that_is_not_accepted(run: Run) -> None:
             client.connect_ex(listener.getsockname())
         endpoint = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
         ran = run(endpoint, timeout=3 * SHORT)
+    assert ran.code == 2
     assert re.fullmatch(rf"{endpoint}: no answer within [\d.]+ s while connecting", ran.reason())
 
 
 @pytest.mark.parametrize("kind", ["tcp", "ws", "wss"])
 def test_a_server_that_closes(kind: str, run: Run) -> None:
     with Double(lambda sock: None) as double:
-        ran = run(getattr(double, kind))
-    assert ran.code == 2
+        code, out, _ = run("--json", getattr(double, kind))
+    found = json.loads(out)
+    assert (code, found["failure"]) == (2, "closed")
     reasons = "the server ended the connection|the connection (was lost|ended in the TLS handshake)"
-    assert re.search(reasons, ran.reason())
+    assert re.search(reasons, found["reason"])
+
+
+def test_a_reset_before_the_tls_handshake(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reset has arrived when the probe begins with TLS."""
+    connected = threading.Event()
+    connect = probe.connect
+
+    def connect_and_wait(*arguments: object) -> socket.socket:
+        sock: socket.socket = connect(*arguments)
+        connected.set()
+        assert select.select([sock], [], [], TIMEOUT)[0]
+        return sock
+
+    def reset(sock: socket.socket) -> None:
+        connected.wait(TIMEOUT)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    monkeypatch.setattr(probe, "connect", connect_and_wait)
+    with Double(reset) as double:
+        code, out, _ = run("--json", double.wss)
+    found = json.loads(out)
+    assert (code, found["failure"]) == (2, "closed")
+    assert found["reason"] == f"{double.wss}: the connection ended in the TLS handshake"
+
+
+def test_random_bytes_do_not_count_in_the_time_limit(
+    run: Run, tcp: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urandom = os.urandom
+
+    def slow_urandom(size: int) -> bytes:
+        clock.now += 1000 if size == SIZE else 0
+        return urandom(size)
+
+    monkeypatch.setattr(probe.os, "urandom", slow_urandom)
+    assert run(tcp, timeout=20).code == 0
+    assert clock.now == 1000
 
 
 # Ways to fail: the server is not a relay.
@@ -573,11 +697,49 @@ def test_a_token_that_a_server_repeats_is_not_printed(run: Run) -> None:
     assert reason.endswith("it answered 'please relay ... for side ...'")
 
 
+@pytest.mark.parametrize("size", [15, 7, 1])
+def test_a_token_that_a_server_sends_in_pieces_is_not_printed(size: int, run: Run) -> None:
+    tokens: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        token = read_until(sock, b"\n").split()[2]
+        tokens.append(token)
+        pieces = [token[start : start + size] for start in range(0, len(token), size)]
+        sock.sendall(b" ".join(pieces[: 1 if size > 7 else None]))
+        read_to_end(sock)
+
+    with Double(serve) as double:
+        reason = run(double.tcp).reason()
+    shown = re.sub("[^0-9a-f]", "", reason.partition("it answered ")[2])
+    assert len(shown) <= 40 - 40 // 8
+    assert not any(token[:8].decode() in reason or token.decode() in shown for token in tokens)
+
+
+def test_more_after_ok(run: Run) -> None:
+    """Nothing can follow `ok` before the other client has its own: memory has a bound."""
+    numbers = itertools.count()
+
+    def serve(sock: socket.socket) -> None:
+        is_first = next(numbers) == 0
+        read_until(sock, b"\n")
+        while is_first:
+            sock.sendall(b"ok\n" + bytes(1 << 16))
+        read_to_end(sock)
+
+    with Double(serve) as double:
+        code, out, _ = run("--json", double.tcp)
+    found = json.loads(out)
+    assert (code, found["failure"]) == (2, "not_a_relay")
+    assert ": not a relay: it answered 'ok\\n\\x00" in found["reason"]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not a relay: it answered 'SSH-2.0-OpenSSH_9.2'"),
         (b"bad handshake\n", "the relay refused a client: bad handshake"),  # it has no WebSocket
+        (b"ok\n", "not a relay: it answered 'ok'"),
+        (b"HTTP/2.0 404 no\r\n\r\n", "not a relay: an HTTP server answered with status 404"),
         (HTTP_400, "the upgrade was refused: HTTP status 400"),
         (b"HTTP/1.1 200 OK\r\n\r\n", "the upgrade was refused: HTTP status 200"),
         (
@@ -600,12 +762,16 @@ def test_upgrades_that_fail(
     assert (ran.code, ran.reason()) == (2, f"{double.ws}: {reason}")
 
 
-def test_a_refusal_that_comes_in_two_pieces(run: Run) -> None:
+def test_a_refusal_that_comes_in_two_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "ANSWER_SECONDS", TIMEOUT)
+    has_status = signalling(monkeypatch, probe.WebSocketClient, "_refusal")
+
     def serve(sock: socket.socket) -> None:
         read_until(sock, b"\r\n\r\n")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in b"HTTP/1.1 503 Full\r\n\r\n", b"relay", b" full\n":
-            sock.sendall(piece)
+        sock.sendall(b"HTTP/1.1 503 Full\r\n\r\nrelay")
+        has_status.wait(TIMEOUT)
+        sock.sendall(b" full\n")
+        read_to_end(sock)
 
     with Double(serve) as double:
         assert run(double.ws).reason().endswith("HTTP status 503, relay full")
@@ -659,19 +825,17 @@ def test_our_relay_is_full(kind: str, run: Run) -> None:
     assert ran.reason().endswith(f": {reasons[kind]}")
 
 
-def test_a_relay_that_tells_only_one_client(run: Run) -> None:
+def test_a_relay_that_tells_only_one_client(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is closed before. The relay does so if both connect in one turn."""
-    first_closed = threading.Event()
+    monkeypatch.setattr(probe, "ANSWER_SECONDS", TIMEOUT)
+    saw_the_end = signalling(monkeypatch, probe.Probe, "_require_no_refusal")
     connections = iter([1, 2])
 
     def serve(sock: socket.socket) -> None:
         is_first = next(connections) == 1
         read_until(sock, b"\n")
-        if is_first:
-            sock.close()
-            first_closed.set()
-        else:
-            first_closed.wait(TIMEOUT)
+        if not is_first:
+            saw_the_end.wait(TIMEOUT)
             sock.sendall(b"relay full\n")
             read_to_end(sock)
 
@@ -745,21 +909,24 @@ def test_a_relay_that_ends_a_transfer(run: Run) -> None:
     assert re.search("the server ended the connection|the connection was lost", reason)
 
 
-def test_a_transfer_that_reaches_the_time_limit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = FakeClock(0.0)
-    monkeypatch.setattr(probe, "Watch", functools.partial(probe.Watch, clock=clock))
+def test_a_transfer_that_reaches_the_time_limit(
+    run: Run, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = probe.Deadline.func.begin
+
+    def begin_and_wait(self: Any, who: str, doing: str) -> None:
+        begin(self, who, doing)
+        if doing == "transferring, 1 %":
+            clock.now = 1000.0
 
     def change(data: bytes, before: int) -> bytes:
-        if before >= ROUND_TRIP_BYTES + 1000:
-            clock.now = 1000.0
-            return b""
-        return data
+        return data[: max(0, ROUND_TRIP_BYTES + 1000 - before)]
 
+    monkeypatch.setattr(probe.Deadline.func, "begin", begin_and_wait)
     with Double(Pairing(change)) as double:
         ran = run(double.tcp, timeout=20)
-    assert ran.code == 2
-    pattern = rf"{double.tcp}: slow: \d+ of {SIZE} bytes within 20 s"
-    assert re.fullmatch(pattern, ran.reason())
+    reason = f"{double.tcp}: slow: 1000 of {SIZE} bytes within 20 s"
+    assert (ran.code, ran.reason()) == (2, reason)
 
 
 def test_a_ping_is_answered(run: Run) -> None:
@@ -781,6 +948,18 @@ def test_a_ping_is_answered(run: Run) -> None:
         reason = run(double.ws).reason()
     assert pongs and set(pongs) == {b"are you there"}
     assert re.search("closed the WebSocket: 1001|the connection was lost", reason)
+
+
+def test_pings_without_end() -> None:
+    """Pongs do not fill the memory while the server reads nothing."""
+    one, other = socket.socketpair()
+    with one, other:
+        client = probe.WebSocketClient(probe.Endpoint.parse("ws://relay.example/"), one)
+        client._is_open = True
+        pings = ws_frames.build_frame(ws_frames.PING, bytes(125)) * 1000
+        for _ in range(10):
+            assert client._decode(pings) == b""
+    assert probe.READ_BYTES <= len(client.outbox) < probe.READ_BYTES + 200
 
 
 # TLS.
@@ -861,13 +1040,55 @@ def test_an_unusable_ca(name: str, run: Run, tmp_path: Path) -> None:
     assert out == f"TRANSIT-RELAY UNKNOWN: --ca {tmp_path / name}: {why[name]}\n"
 
 
-def test_a_machine_without_descriptors(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(24, "Too many open files")
+OPEN_FILES = OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(probe.socket, "socketpair", fail)
-    ran = run("tcp:localhost:1")
-    assert (ran.code, ran.reason()) == (3, "cannot probe: [Errno 24] Too many open files")
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "reason"),
+    [
+        ("socket", "socketpair", OPEN_FILES, "[Errno 24] Too many open files"),
+        ("socket", "getaddrinfo", OPEN_FILES, "[Errno 24] Too many open files"),
+        ("socket", "socket", OPEN_FILES, "[Errno 24] Too many open files"),
+        ("os", "urandom", MemoryError(), "out of memory"),
+        ("threading", "Thread", RuntimeError("can't start new thread"), "can't start new thread"),
+    ],
+    ids=["socketpair", "getaddrinfo", "socket", "memory", "thread"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_machine_without_resources(
+    owner: str, name: str, error: Exception, reason: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    module = getattr(probe, owner)
+    replaced = functools.partial(getattr, module)
+    fake = type(
+        "Module", (), {"__getattr__": lambda _, key: fail if key == name else replaced(key)}
+    )
+    monkeypatch.setattr(probe, owner, fake())
+    code, out, _ = run("--json", "tcp:127.0.0.1:1")
+    found = json.loads(out)
+    assert (code, found["exit_code"], found["failure"]) == (3, 3, "local")
+    assert found["reason"] == f"cannot probe: {reason}"
+
+
+def test_descriptors_above_those_of_select(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[0] <= 1100:
+        pytest.skip("needs more open files")
+    socketpair = socket.socketpair
+
+    def high_socketpair() -> list[socket.socket]:
+        with contextlib.ExitStack() as stack:
+            pair = [stack.enter_context(sock) for sock in socketpair()]
+            numbers = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 1024) for sock in pair]
+        return [socket.socket(fileno=number) for number in numbers]
+
+    monkeypatch.setattr(probe.socket, "socketpair", high_socketpair)
+    ran = run("tcp:127.0.0.1:1")
+    assert ran.code == 3
+    assert re.fullmatch(r"cannot probe: filedescriptor out of range in select\(\)", ran.reason())
 
 
 # The progress.
@@ -875,14 +1096,14 @@ def test_a_machine_without_descriptors(run: Run, monkeypatch: pytest.MonkeyPatch
 
 def test_progress_is_shown_after_a_second() -> None:
     clock, terminal = FakeClock(50.0), io.StringIO()
-    watch = probe.Watch(30, terminal, clock)
-    watch.begin("tcp:relay.example:4001", "connecting")
+    deadline = probe.Deadline(30, terminal, clock)
+    deadline.begin("tcp:relay.example:4001", "connecting")
     one, other = socket.socketpair()
     with one, other:
         for seconds in 0.99, 0.02, 0.1, 0.2:
             clock.advance(seconds)
-            assert watch.wait([], [one]) == ([], [one])
-    watch.clear()
+            assert deadline.wait([], [one]) == ([], [one])
+    deadline.clear()
     line = "\r\033[Ktcp:relay.example:4001: connecting, 1 s"
     assert terminal.getvalue() == f"{line}{line}\r\033[K"
 
@@ -890,6 +1111,7 @@ def test_progress_is_shown_after_a_second() -> None:
 def test_progress_on_a_terminal(
     tcp: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(probe, "PROGRESS_SECONDS", 1000.0)
     assert probe.main(["--timeout", "2000", tcp]) == 0
@@ -923,6 +1145,7 @@ def test_endpoints(text: str) -> None:
     [
         *("", "tcp", "tcp:host", "tcp:host:", "tcp:host:0", "tcp:host:65536", "tcp:host:x"),
         *("tcp::1:4001", "tcp:[::1:4001", "tcp:a b:1", "host:4001", "http://host/", "ws://"),
+        *("tcp:h\u00f6st:1", "tcp:\u0661:1", "tcp:a|b:1", "tcp:[::1|]:1", "tcp:a\x1b:1"),
         *("ws://host:0/", "ws://host:65536/", "ws://user@host/", "ws://host/#part", "wss://[::g]/"),
     ],
 )
@@ -938,6 +1161,7 @@ def test_endpoints_that_are_wrong(text: str, run: Run) -> None:
         *("--bytes 0 tcp:a:1", "--bytes 2GiB tcp:a:1", "--bytes 1XB tcp:a:1", "--bytes -1 tcp:a:1"),
         *("--timeout 0 tcp:a:1", "--timeout nan tcp:a:1", "--every x tcp:a:1", "-w , tcp:a:1"),
         *("-c 1 tcp:a:1", "-w 1,2,3 tcp:a:1", "--name a/b tcp:a:1"),
+        *("--metrics= tcp:a:1", "--ca= tcp:a:1"),
     ],
 )
 def test_a_wrong_command_line(words: str, run: Run) -> None:
@@ -947,7 +1171,7 @@ def test_a_wrong_command_line(words: str, run: Run) -> None:
 
 def test_sizes() -> None:
     sizes = {"1": 1, "1MiB": 1 << 20, "500kB": 500_000, "1.5kB": 1500, "1GiB": 1 << 30, "7B": 7}
-    sizes |= {"2KiB": 2048, "1MB": 10**6, "0.5GB": 5 * 10**8}
+    sizes |= {"2KiB": 2048, "1MB": 10**6, "0.5GB": 5 * 10**8, "1.001kB": 1001}
     assert {text: probe.parse_size(text) for text in sizes} == sizes
 
 
@@ -976,6 +1200,23 @@ def test_the_file_with_ws_frames_beside_it(tcp: str, ws: str, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_standard_output_without_reader(tcp: str, tmp_path: Path) -> None:
+    shutil.copy(FILE, tmp_path)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end) as output:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", FILE.name, "--json", tcp],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=4 * TIMEOUT,
+        )
+    message = "transit-relay-probe: standard output: Broken pipe\n"
+    assert (done.returncode, done.stderr) == (3, message)
+
+
 def test_ipv6(run: Run) -> None:
     try:
         double = Double(Pairing(lambda data, before: data), "::1")
@@ -986,7 +1227,15 @@ def test_ipv6(run: Run) -> None:
         assert run(double.tcp).code == 0
 
 
-# The man page.
+# The man page, and the help.
+
+
+def test_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("--help")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+    assert out.startswith("usage: transit-relay-probe [OPTIONS] ENDPOINT [ENDPOINT]\n")
+    assert all(option in out for option in probe.make_parser()._option_string_actions)
 
 
 def test_the_man_page_has_the_options_of_help() -> None:

@@ -7,21 +7,20 @@ monitors. With ws_frames.py of transit-relay beside it, it also probes ws:// and
 
     Failures        every way to fail, by its cause
     Endpoints       what the command line names
-    Time            Watch: the time limit, all waiting, and the progress on a terminal
+    Time            Deadline: the time limit, all waiting, and the progress on a terminal
     Connections     name lookup, TCP and TLS
     Clients         Client, WebSocketClient: the bytes of one connection
     Probe           pair, round trips and transfers; the Result
     Output          text, JSON, a line for Nagios, a file for Prometheus's node exporter
     Command line    options, repetition, exit code
 
-Sockets are non-blocking, and only `Watch.wait` waits for them. Token and sides are random for each
-probe, and are never printed.
+Sockets are non-blocking, and only `Deadline.wait` waits for them. Token and sides are random for
+each probe. The probe prints neither; an answer that repeats them is shortened.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
 import math
@@ -32,11 +31,13 @@ import select
 import shutil
 import socket
 import ssl
+import stat
 import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -64,13 +65,13 @@ READ_BYTES = 256 * 1024  # more than a TLS record: `recv` leaves no decrypted by
 MAX_BYTES = 1 << 30  # of --bytes: the data is in memory
 ANSWER_SECONDS = 1.0  # for the relay's reason, after another sign of a refusal
 PROGRESS_SECONDS = 1.0  # until the progress is shown
-PROGRESS_INTERVAL = 0.2  # s between two updates of it
+PROGRESS_INTERVAL = 0.2  # s between two updates of the progress
 
 # Failures ------------------------------------------------------------------------------------
 
 
 class State(IntEnum):
-    """The result in one word, with the exit code: as for a Nagios plugin."""
+    """The state of a result; its value is the exit code of a Nagios plugin."""
 
     OK = 0
     WARNING = 1
@@ -82,17 +83,19 @@ FAILURES = {  # the kinds, as JSON and metrics name them
     # The network:
     "no_such_host": "the name cannot be resolved",
     "refused": "the connection was refused, or there is no route",
-    "no_answer": "the time limit passed, and nothing came",
+    "no_answer": "the time limit passed while nothing came",
     "closed": "the connection ended early",
     # The server:
-    "certificate": "it is for another name, not valid now, or of a CA that is not trusted",
+    "certificate": "the certificate is for another name, not valid now, "
+    "or of a CA that is not trusted",
     "not_a_relay": "the server answered what no relay answers",
     # The relay, or a proxy before it:
-    "relay_refused": "it refused a client; the reason has its text or the HTTP status",
+    "relay_refused": "the relay or a proxy refused a client; "
+    "the reason has its text or the HTTP status",
     "bytes_differ": "other bytes arrived than were sent",
     "slow": "a threshold was missed, or the time limit passed during a transfer",
     # This machine:
-    "local": "it cannot probe; the state is UNKNOWN",
+    "local": "this machine cannot probe; the state is UNKNOWN",
 }
 
 
@@ -106,7 +109,7 @@ class Failure(Exception):
 
 # Endpoints -----------------------------------------------------------------------------------
 
-TCP_ENDPOINT = re.compile(r"tcp:(?:\[([^\]\s]+)\]|([^\[\]:/\s]+)):([0-9]{1,5})")
+TCP_ENDPOINT = re.compile(r"tcp:(?:\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z._-]+)):([0-9]{1,5})")
 
 
 class Endpoint(NamedTuple):
@@ -121,17 +124,14 @@ class Endpoint(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """Parse `tcp:HOST:PORT`, or the URL of a WebSocket: RFC 6455, 3.
-
-        Raises ArgumentTypeError.
-        """
+        """Parse `tcp:HOST:PORT` or a WebSocket URL: RFC 6455, 3. Raises ArgumentTypeError."""
         tcp = TCP_ENDPOINT.fullmatch(text)
         if tcp and 0 < int(tcp[3]) < 1 << 16:
             return cls(text, "tcp", tcp[1] or tcp[2], int(tcp[3]))
         if ws_frames is None and text.lower().startswith(("ws://", "wss://")):
             raise argparse.ArgumentTypeError(f"{text} needs ws_frames.py beside this program")
         if ws_frames is not None and ws_frames.URL.fullmatch(text):
-            with contextlib.suppress(ValueError):  # a wrong port, or wrong brackets
+            with suppress(ValueError):  # a wrong port, or wrong brackets
                 url = urllib.parse.urlsplit(text)
                 port = url.port if url.port is not None else {"ws": 80, "wss": 443}[url.scheme]
                 target = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -145,7 +145,7 @@ class Endpoint(NamedTuple):
 # Time ----------------------------------------------------------------------------------------
 
 
-class Watch:
+class Deadline:
     """The time limit of one probe. It waits for sockets, and shows the progress meanwhile."""
 
     def __init__(
@@ -205,70 +205,74 @@ class Watch:
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def look_up(endpoint: Endpoint, watch: Watch) -> list[Any]:
-    """Return the addresses of the host, as `getaddrinfo` does. Raises Failure (no_such_host).
+def look_up(endpoint: Endpoint, deadline: Deadline) -> list[Any]:
+    """Return the addresses of the host, as `getaddrinfo` does. Raises Failure and OSError.
 
-    A thread asks, because the resolver has time limits of its own. The thread does not outlive the
-    program.
+    It runs in a thread, because the resolver may take longer than the time limit. A daemon thread
+    does not delay the exit.
     """
     answers: list[Any] = []
-    ours, its = socket.socketpair()
+    reader, writer = socket.socketpair()
 
     def ask() -> None:
         try:
             host, port = endpoint.host, endpoint.port
             answers.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name has such labels
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or too long
             answers.append(error)
-        with contextlib.suppress(OSError):  # the probe has ended
-            its.send(b"\0")
+        with suppress(OSError):  # the probe has ended
+            writer.send(b"\0")
 
-    watch.begin(endpoint.text, "looking up its name")
-    with ours, its:
+    deadline.begin(endpoint.text, "looking up its name")
+    with reader, writer:
         threading.Thread(target=ask, daemon=True).start()
-        watch.wait([ours], [])
+        deadline.wait([reader], [])
     (answer,) = answers
     if isinstance(answer, list):
         return answer
+    if not isinstance(answer, (socket.gaierror, UnicodeError)):
+        raise answer  # such as too many open files
     is_temporary = isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_AGAIN
     reason = "temporary failure in name resolution" if is_temporary else "no such host"
     raise Failure("no_such_host", f"{endpoint.text}: {reason}")
 
 
-def connect_to(info: Any, watch: Watch, until: float) -> socket.socket:
-    """Connect to an address of `look_up`. Raises Failure (refused; no_answer at `until`)."""
+def connect_to(info: Any, deadline: Deadline, until: float, stack: ExitStack) -> socket.socket:
+    """Connect to an address of `look_up`. Raises Failure. `stack` closes the socket."""
     family, type_, protocol, _, address = info
-    sock = socket.socket(family, type_, protocol)
     try:
+        sock = stack.enter_context(socket.socket(family, type_, protocol))
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
-        if code == errno.EINPROGRESS:
-            limit = f"{until - watch.clock():.3g} s"
-            if not any(watch.wait([], [sock], until)):
-                raise Failure("no_answer", f"no answer within {limit} while connecting")
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            kind = "no_answer" if code == errno.ETIMEDOUT else "refused"
-            raise Failure(kind, os.strerror(code).lower())
-    except BaseException:
-        sock.close()
-        raise
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:  # the next address may have another family
+            raise
+        code = error.errno
+    if code == errno.EINPROGRESS:
+        limit = f"{max(until - deadline.clock(), 0):.1f} s"
+        if not any(deadline.wait([], [sock], until)):
+            raise Failure("no_answer", f"no answer within {limit} while connecting")
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        kind = {errno.ETIMEDOUT: "no_answer", errno.ECONNRESET: "closed"}.get(code, "refused")
+        raise Failure(kind, os.strerror(code).lower())
     return sock
 
 
-def connect(endpoint: Endpoint, watch: Watch) -> socket.socket:
+def connect(endpoint: Endpoint, deadline: Deadline, stack: ExitStack) -> socket.socket:
     """Connect to the first address of the host that answers. Raises Failure.
 
     Each address gets an equal part of the time that is left.
     """
-    infos = look_up(endpoint, watch)
-    watch.begin(endpoint.text, "connecting")
+    infos = look_up(endpoint, deadline)
+    deadline.begin(endpoint.text, "connecting")
     kind, reasons = "", []
     for left, info in zip(range(len(infos), 0, -1), infos):
-        now = watch.clock()
+        now = deadline.clock()
+        until = min(deadline.end, now + (deadline.end - now) / left)
         try:
-            return connect_to(info, watch, min(watch.end, now + (watch.end - now) / left))
+            return connect_to(info, deadline, until, stack)
         except Failure as failure:
             kind = failure.kind
             reasons.append(f"{info[4][0]}: {failure}" if len(infos) > 1 else str(failure))
@@ -276,75 +280,68 @@ def connect(endpoint: Endpoint, watch: Watch) -> socket.socket:
 
 
 def start_tls(
-    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, watch: Watch
+    sock: socket.socket,
+    endpoint: Endpoint,
+    context: ssl.SSLContext,
+    deadline: Deadline,
+    stack: ExitStack,
 ) -> ssl.SSLSocket:
-    """Do the TLS handshake. Close the socket if that fails, and raise Failure."""
-    tls = context.wrap_socket(sock, server_hostname=endpoint.host, do_handshake_on_connect=False)
-    watch.begin(endpoint.text, "doing the TLS handshake")
+    """Do the TLS handshake. Raises Failure. `stack` closes the socket."""
+    deadline.begin(endpoint.text, "doing the TLS handshake")
     kind, reason = "closed", "the connection ended in the TLS handshake"
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(tls.close)
+    try:
+        sock.getpeername()  # raises OSError after a reset, when `wrap_socket` would leak a socket
+        tls = stack.enter_context(
+            context.wrap_socket(sock, server_hostname=endpoint.host, do_handshake_on_connect=False)
+        )
         while True:
             try:
                 tls.do_handshake()
-                on_failure.pop_all()
                 return tls
             except ssl.SSLWantReadError:
-                watch.wait([tls], [])
+                deadline.wait([tls], [])
             except ssl.SSLWantWriteError:
-                watch.wait([], [tls])
-            except OSError as error:
-                if isinstance(error, ssl.SSLCertVerificationError):
-                    kind = "certificate"
-                    reason = f"wrong certificate: {error.verify_message.rstrip('.')}"
-                elif type(error) is ssl.SSLError and error.reason:  # not the end, nor a reset
-                    kind = "not_a_relay"
-                    reason = f"TLS failed: {error.reason.replace('_', ' ').lower()}"
-                raise Failure(kind, f"{endpoint.text}: {reason}") from None
+                deadline.wait([], [tls])
+    except ssl.SSLCertVerificationError as error:
+        kind, reason = "certificate", f"wrong certificate: {error.verify_message.rstrip('.')}"
+    except OSError as error:
+        if type(error) is ssl.SSLError and error.reason:  # not the end, nor a reset
+            kind, reason = "not_a_relay", f"TLS failed: {error.reason.replace('_', ' ').lower()}"
+    raise Failure(kind, f"{endpoint.text}: {reason}")
 
 
 # Clients -------------------------------------------------------------------------------------
 
 
 class Client:
-    """One client over TCP. `turn` moves its bytes."""
+    """One client over TCP. `exchange` moves its bytes."""
 
     def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
         self.endpoint = endpoint
         self.inbox = bytearray()  # received payload that nobody has checked yet
         self._sock = sock
-        self._outbox = bytearray()  # encoded bytes to send
-        self._end = ""  # how the connection ended
+        self.outbox = bytearray()  # encoded bytes to send
+        self.end = ""  # how the connection ended
 
     def fileno(self) -> int:
-        """Return the descriptor, for Watch."""
+        """Return the descriptor, for Deadline."""
         return self._sock.fileno()
 
-    def open(self, watch: Watch) -> None:
+    def open(self, deadline: Deadline) -> None:
         """Do what precedes the byte stream: over TCP nothing."""
 
     def send(self, data: bytes | memoryview) -> None:
         """Queue payload."""
-        self._outbox += self._encode(data)
-
-    @property
-    def is_sending(self) -> bool:
-        """Whether bytes are queued."""
-        return bool(self._outbox)
-
-    def require_open(self) -> None:
-        """Raise Failure (closed) if the connection has ended."""
-        if self._end:
-            raise self.failure("closed", self._end)
+        self.outbox += self._encode(data)
 
     def flush(self) -> None:
         """Send as much as the socket accepts."""
         try:
-            del self._outbox[: self._sock.send(self._outbox)]
+            del self.outbox[: self._sock.send(self.outbox)]
         except WOULD_BLOCK:
             pass
         except OSError:  # what the server sent before can still be read
-            self._outbox.clear()
+            self.outbox.clear()
 
     def read(self) -> None:
         """Read once, and put the payload into the inbox. Raises Failure (not_a_relay)."""
@@ -353,30 +350,29 @@ class Client:
         except WOULD_BLOCK:
             return
         except OSError as error:
-            self._end = self._end or f"the connection was lost: {error.strerror}".lower()
+            self.end = self.end or f"the connection was lost: {error.strerror}".lower()
             return
         self.inbox += self._decode(data)
         if not data:
-            self._end = self._end or "the server ended the connection"
+            self.end = self.end or "the server ended the connection"
 
     def has_ok(self, answer: bytes | bytearray) -> bool:
-        """Return whether `answer` begins with `ok`, or False as long as it can become an answer.
+        """Return whether `answer` is `ok`. False: it is incomplete.
 
-        Raises Failure (relay_refused, not_a_relay).
+        Nothing may follow: the partner sends nothing before both `ok`. Raises Failure
+        (relay_refused, not_a_relay).
         """
         for refusal in REFUSALS:
             if answer.startswith(refusal):
                 text = refusal.decode("ascii").strip()
                 raise self.failure("relay_refused", f"the relay refused a client: {text}")
-        is_known = any(known[: len(answer)] == answer[: len(known)] for known in (OK, *REFUSALS))
-        if not is_known:
-            raise self.failure("not_a_relay", describe(answer))
-        return answer.startswith(OK)
+        if not any(known.startswith(answer) for known in (OK, *REFUSALS)):
+            raise self.failure("not_a_relay", describe(answer, self.endpoint.scheme))
+        return answer == OK
 
     def leave(self) -> None:
-        """End the connection without waiting."""
+        """Send what is queued, without waiting, before the stack closes the socket."""
         self.flush()
-        self._sock.close()
 
     def failure(self, kind: str, reason: str) -> Failure:
         """Return a failure of this client."""
@@ -401,28 +397,28 @@ class WebSocketClient(Client):
         self._is_open = False  # the server has accepted the upgrade
         self._is_refused = False  # the server has not accepted it
 
-    def open(self, watch: Watch) -> None:
+    def open(self, deadline: Deadline) -> None:
         """Upgrade the connection: 4.1. Raises Failure (relay_refused, not_a_relay, closed)."""
         host, target = self.endpoint.authority, self.endpoint.target
-        watch.begin(self.endpoint.text, "upgrading to WebSocket")
-        self._outbox += ws_frames.upgrade_request(host, target, self._nonce)
+        deadline.begin(self.endpoint.text, "upgrading to WebSocket")
+        self.outbox += ws_frames.upgrade_request(host, target, self._nonce)
         try:
             while not self._is_open:
-                turn([self], watch)
+                exchange([self], deadline)
         except ws_frames.UpgradeFailed as error:
             status = ws_frames.STATUS_LINE.match(self._answer)
             if status is None or status[1] == b"101":
                 raise self.failure("not_a_relay", f"not a WebSocket server: {error}") from None
             reason = f"the upgrade was refused: HTTP status {status[1].decode('ascii')}"
-            raise self.failure("relay_refused", reason + self._refusal(watch)) from None
+            raise self.failure("relay_refused", reason + self._refusal(deadline)) from None
 
-    def _refusal(self, watch: Watch) -> str:
+    def _refusal(self, deadline: Deadline) -> str:
         """Return what the relay says in its HTTP answer, if that comes within ANSWER_SECONDS."""
         self._is_refused = True
-        until = watch.clock() + ANSWER_SECONDS
-        with contextlib.suppress(Failure):  # the end of the connection
+        until = deadline.clock() + ANSWER_SECONDS
+        with suppress(Failure):  # the end of the connection
             while not self._answer.endswith(REFUSALS) and len(self._answer) < READ_BYTES:
-                if not turn([self], watch, until):
+                if not exchange([self], deadline, until):
                     break
         said = [text.decode("ascii").strip() for text in REFUSALS if self._answer.endswith(text)]
         return f", {said[0]}" if said else ""
@@ -430,7 +426,7 @@ class WebSocketClient(Client):
     def leave(self) -> None:
         """End the connection with a Close, without waiting."""
         if self._is_open:
-            self._outbox += ws_frames.build_close(ws_frames.NORMAL, secrets.token_bytes(4))
+            self.outbox += ws_frames.build_close(ws_frames.NORMAL, secrets.token_bytes(4))
         super().leave()
 
     def _encode(self, data: bytes | memoryview) -> bytes:
@@ -443,7 +439,8 @@ class WebSocketClient(Client):
             if self._is_refused:
                 return b""
             if not b"HTTP/1.".startswith(self._answer[:7]):  # a relay without WebSocket, or junk
-                self.has_ok(self._answer)
+                if self.has_ok(self._answer):  # to an HTTP request
+                    raise self.failure("not_a_relay", describe(self._answer, self.endpoint.scheme))
                 return b""
             rest = self._reader.receive(data)
             if rest is None:
@@ -454,27 +451,25 @@ class WebSocketClient(Client):
             for event in self._parser.receive(memoryview(data)):
                 if event.opcode == ws_frames.BINARY:
                     payload += event.payload
-                elif event.opcode == ws_frames.PING:
+                elif event.opcode == ws_frames.PING and len(self.outbox) < READ_BYTES:
                     key = secrets.token_bytes(4)
-                    self._outbox += ws_frames.build_frame(ws_frames.PONG, event.payload, key=key)
+                    self.outbox += ws_frames.build_frame(ws_frames.PONG, event.payload, key=key)
                 elif event.opcode == ws_frames.CLOSE:
                     code = int.from_bytes(event.payload[:2], "big") or "without a code"
-                    self._end = f"the server closed the WebSocket: {code}"
+                    self.end = f"the server closed the WebSocket: {code}"
                     break
         except ws_frames.ProtocolError as error:
             raise self.failure("not_a_relay", f"wrong WebSocket frames: {error}") from None
         return payload
 
 
-def turn(clients: Sequence[Client], watch: Watch, until: float = math.inf) -> bool:
-    """Wait until a client can send or receive, and let it. Return False at the time `until`.
-
-    Raises Failure.
-    """
+def exchange(clients: Sequence[Client], deadline: Deadline, until: float = math.inf) -> bool:
+    """Wait until a client can send or receive, and let it. False: `until`. Raises Failure."""
     for client in clients:
-        client.require_open()
-    writers = [client for client in clients if client.is_sending]
-    readable, writable = watch.wait(clients, writers, until)
+        if client.end:
+            raise client.failure("closed", client.end)
+    writers = [client for client in clients if client.outbox]
+    readable, writable = deadline.wait(clients, writers, until)
     for client in writable:
         client.flush()
     for client in readable:
@@ -482,17 +477,18 @@ def turn(clients: Sequence[Client], watch: Watch, until: float = math.inf) -> bo
     return bool(readable or writable)
 
 
-def describe(answer: bytes | bytearray) -> str:
-    """Return what the answer of a server that is not a relay shows of it."""
+def describe(answer: bytes | bytearray, scheme: str) -> str:
+    """Return the reason for an answer that no relay gives. `scheme`: of the endpoint."""
     status = re.match(rb"HTTP/[0-9.]+ ([0-9]{3})", answer)
     if status:
+        hint = "; try ws:// or wss://" if scheme == "tcp" else ""
         code = status[1].decode("ascii")
-        return f"not a relay: an HTTP server answered with status {code}; try ws:// or wss://"
+        return f"not a relay: an HTTP server answered with status {code}{hint}"
     if answer.startswith(b"\x15\x03"):  # an alert: RFC 8446, 5.1 and 6
         return "not a relay: a TLS server answered; try wss://"
-    line = answer.split(b"\n")[0].decode("latin-1").strip()
-    line = re.sub("[0-9A-Za-z_]{16,}", "...", line)  # it can contain our token
-    return f"not a relay: it answered {line[:60]!a}"
+    # The answer can repeat token and sides, whole or in part. Long words are not shown.
+    text = re.sub("[0-9A-Za-z]{8,}", "...", answer.decode("latin-1").strip())
+    return f"not a relay: it answered {text[:40]!a}"
 
 
 # Probe ---------------------------------------------------------------------------------------
@@ -537,9 +533,9 @@ class Result:
         for state, limits in (State.CRITICAL, critical), (State.WARNING, warning):
             found = []
             if limits.round_trip is not None and round_trip > limits.round_trip:
-                found.append(f"round trip {round_trip:.2f} ms, threshold {limits.round_trip:g}")
+                found.append(f"round trip {round_trip:.2f} ms, threshold {limits.round_trip:.12g}")
             if limits.rate is not None and rate < limits.rate:
-                found.append(f"{rate:.2f} MB/s, threshold {limits.rate:g}")
+                found.append(f"{rate:.2f} MB/s, threshold {limits.rate:.12g}")
             if found:
                 self.state, self.failure = state, Failure("slow", f"slow: {'; '.join(found)}")
                 return
@@ -549,18 +545,18 @@ class Probe:
     """Two clients of a relay. `run` fills in the result."""
 
     def __init__(
-        self, result: Result, tls: ssl.SSLContext | None, watch: Watch, stack: contextlib.ExitStack
+        self, result: Result, tls: ssl.SSLContext | None, deadline: Deadline, stack: ExitStack
     ) -> None:
         """`tls`: for wss:// endpoints. `stack`: closes the clients."""
         self._result = result
         self._tls = tls
-        self._watch = watch
+        self._deadline = deadline
         self._stack = stack
         self._names = " and ".join(dict.fromkeys(result.endpoints))
 
-    def run(self, endpoints: Sequence[Endpoint]) -> None:
-        """Connect, pair, measure round trips, and transfer both ways. Raises Failure."""
-        clock, result = self._watch.clock, self._result
+    def run(self, endpoints: Sequence[Endpoint], data: bytes) -> None:
+        """Connect, pair, measure round trips, and transfer `data` both ways. Raises Failure."""
+        clock, result = self._deadline.clock, self._result
         token = secrets.token_hex(32)
         one, other = (self._connect(endpoint, token) for endpoint in endpoints)
         started = clock()
@@ -568,10 +564,10 @@ class Probe:
         result.phases["pair"] = clock() - started
         times = []
         for _ in range(ROUND_TRIPS):
-            data = os.urandom(ROUND_TRIP_BYTES)
-            times.append(self._both_ways(one, other, data, "measuring the round trip"))
+            ping = os.urandom(ROUND_TRIP_BYTES)
+            times.append(self._both_ways(one, other, ping, "measuring the round trip"))
         result.phases["round_trip"] = sorted(times)[ROUND_TRIPS // 2]
-        seconds = self._both_ways(one, other, os.urandom(result.size), "transferring")
+        seconds = self._both_ways(one, other, data, "transferring")
         result.rate = 2 * result.size / max(seconds, 1e-9)
 
     def _connect(self, endpoint: Endpoint, token: str) -> Client:
@@ -579,43 +575,43 @@ class Probe:
 
         It is sent at once, because a full relay closes a client without handshake first.
         """
-        watch, result = self._watch, self._result
-        started = watch.clock()
-        sock = connect(endpoint, watch)
+        deadline, result = self._deadline, self._result
+        started = deadline.clock()
+        sock = connect(endpoint, deadline, self._stack)
         if endpoint.scheme == "wss":
             assert self._tls
-            sock = start_tls(sock, endpoint, self._tls, watch)
+            sock = start_tls(sock, endpoint, self._tls, deadline, self._stack)
         client = (Client if endpoint.scheme == "tcp" else WebSocketClient)(endpoint, sock)
         self._stack.callback(client.leave)
-        client.open(watch)
-        result.phases[f"connect{len(result.phases) + 1}"] = watch.clock() - started
+        client.open(deadline)
+        result.phases[f"connect{len(result.phases) + 1}"] = deadline.clock() - started
         client.send(f"please relay {token} for side {secrets.token_hex(8)}\n".encode("ascii"))
         client.flush()
         return client
 
     def _pair(self, one: Client, other: Client) -> None:
         """Wait for both `ok`."""
-        doubt = " (are both of one relay?)" if one.endpoint != other.endpoint else ""
-        self._watch.begin(self._names, f"waiting for `ok`{doubt}")
+        hint = " (are both of one relay?)" if one.endpoint != other.endpoint else ""
+        self._deadline.begin(self._names, f"waiting for `ok`{hint}")
         while sum(client.has_ok(client.inbox) for client in (one, other)) < 2:
             try:
-                turn([one, other], self._watch)
+                exchange([one, other], self._deadline)
             except Failure as failure:
                 if failure.kind == "closed":
                     self._require_no_refusal(one, other)
                 raise
         for client in one, other:
-            del client.inbox[: len(OK)]
+            client.inbox.clear()
 
     def _require_no_refusal(self, *clients: Client) -> None:
         """Raise Failure (relay_refused) if a client hears of it within ANSWER_SECONDS.
 
         A full relay can close one client and tell only the other.
         """
-        until = self._watch.clock() + ANSWER_SECONDS
+        until = self._deadline.clock() + ANSWER_SECONDS
         for client in clients:
             try:
-                while turn([client], self._watch, until):
+                while exchange([client], self._deadline, until):
                     client.has_ok(client.inbox)
             except Failure as failure:
                 if failure.kind == "relay_refused":
@@ -623,26 +619,29 @@ class Probe:
 
     def _both_ways(self, one: Client, other: Client, data: bytes, doing: str) -> float:
         """Send `data` from one client to the other, then back. Return the seconds."""
-        started = self._watch.clock()
+        started = self._deadline.clock()
         self._transfer(one, other, data, doing)
         self._transfer(other, one, data, doing)
-        return self._watch.clock() - started
+        return self._deadline.clock() - started
 
     def _transfer(self, sender: Client, receiver: Client, data: bytes, doing: str) -> None:
-        """Send `data` from one client to the other, and compare what arrives. Raises Failure."""
+        """Send `data` from one client to the other, and compare what arrives. Raises Failure.
+
+        Bytes after the last transfer of a probe are not read.
+        """
         view = memoryview(data)
         sent = arrived = 0
         while arrived < len(data):
-            self._watch.begin(self._names, f"{doing}, {100 * arrived // len(data)} %")
-            if sent < len(data) and not sender.is_sending:
+            self._deadline.begin(self._names, f"{doing}, {100 * arrived // len(data)} %")
+            if sent < len(data) and not sender.outbox:
                 sender.send(view[sent : sent + MESSAGE_BYTES])
                 sent += MESSAGE_BYTES
             try:
-                turn([sender, receiver], self._watch)
+                exchange([sender, receiver], self._deadline)
             except Failure as failure:
                 if failure.kind != "no_answer" or not arrived:
                     raise
-                came = f"{arrived} of {len(data)} bytes within {self._watch.seconds:g} s"
+                came = f"{arrived} of {len(data)} bytes within {self._deadline.seconds:g} s"
                 raise Failure("slow", f"{self._names}: slow: {came}") from None
             size = len(receiver.inbox)
             if sender.inbox or size > len(data) - arrived:
@@ -664,18 +663,18 @@ def run_probe(options: argparse.Namespace) -> Result:
     try:
         has_tls = any(endpoint.scheme == "wss" for endpoint in options.endpoints)
         tls = tls_context(options.ca) if has_tls else None  # before the time limit begins
-        with contextlib.ExitStack() as stack:
-            watch = Watch(options.timeout, sys.stderr if sys.stderr.isatty() else None)
-            stack.callback(watch.clear)
-            Probe(result, tls, watch, stack).run(options.endpoints)
+        data = os.urandom(options.bytes)  # the same: 1 GiB can take 10 s
+        with ExitStack() as stack:
+            deadline = Deadline(options.timeout, sys.stderr if sys.stderr.isatty() else None)
+            stack.callback(deadline.clear)
+            Probe(result, tls, deadline, stack).run(options.endpoints, data)
         result.judge(options.warning, options.critical)
     except Failure as failure:
-        is_local = failure.kind == "local"
-        result.state = State.UNKNOWN if is_local else State.CRITICAL
+        result.state = State.UNKNOWN if failure.kind == "local" else State.CRITICAL
         result.failure = failure
-    except OSError as error:  # such as too many open files
-        result.state = State.UNKNOWN
-        result.failure = Failure("local", f"cannot probe: {error}")
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        result.state = State.UNKNOWN  # RuntimeError: no thread; ValueError: descriptor 1024
+        result.failure = Failure("local", f"cannot probe: {str(error) or 'out of memory'}")
     result.duration = time.monotonic() - started
     return result
 
@@ -697,10 +696,9 @@ def tls_context(ca: str | None) -> ssl.SSLContext:
 
 
 def as_text(result: Result) -> str:
-    """Return a block for people, or one line if the probe did not come to its end."""
+    """Return a block for people. The result must be complete."""
     title = f"{PROGRAM}: {result.failure or 'ok'}"
-    if result.rate is None:
-        return title
+    assert result.rate is not None
     notes = dict(zip(("connect1", "connect2"), result.endpoints))
     lines = [
         f"  {name.replace('_', ' '):10}{seconds * 1e3:10.2f} ms    {notes.get(name, '')}".rstrip()
@@ -733,18 +731,16 @@ def as_json(result: Result) -> str:
 
 def as_nagios(result: Result, warning: Thresholds, critical: Thresholds) -> str:
     """Return one line with performance data: label=value;warning;critical;minimum."""
-    limits = {"round_trip": "", "rate": ""}
-    for name in limits:
-        pair = [getattr(thresholds, name) for thresholds in (warning, critical)]
-        colon = ":" if name == "rate" else ""  # a range without an end: less is an alert
-        limits[name] = ";".join("" if limit is None else f"{limit:g}{colon}" for limit in pair)
-    data = [
-        f"{name}={seconds * 1e3:.3f}ms;{limits.get(name, ';')};0"
-        for name, seconds in result.phases.items()
-    ]
+
+    def limits(name: str, end: str = "") -> str:
+        values = [getattr(thresholds, name, None) for thresholds in (warning, critical)]
+        return ";".join("" if value is None else f"{value:.12g}{end}" for value in values)
+
+    data = [f"{name}={s * 1e3:.3f}ms;{limits(name)};0" for name, s in result.phases.items()]
     text = str(result.failure).replace("|", "/")  # a bar begins the performance data
     if result.rate is not None:
-        data.append(f"throughput={result.rate / 1e6:.3f}MB;{limits['rate']};0")
+        rates = limits("rate", ":")  # a range without an end: less is an alert
+        data.append(f"throughput={result.rate / 1e6:.3f}MB;{rates};0")
         if result.failure is None:
             round_trip = result.phases["round_trip"] * 1e3
             text = f"round trip {round_trip:.2f} ms, {result.rate / 1e6:.2f} MB/s"
@@ -754,21 +750,15 @@ def as_nagios(result: Result, warning: Thresholds, critical: Thresholds) -> str:
 def as_metrics(result: Result, name: str | None) -> str:
     """Return a file for Prometheus, without addresses. `name`: a label that tells relays apart."""
     kind = result.failure.kind if result.failure else None
+    kinds = {f'kind="{other}"': float(other == kind) for other in FAILURES}
+    phases = {f'phase="{phase}"': seconds for phase, seconds in result.phases.items()}
     rates = {} if result.rate is None else {"": result.rate}
     families: list[tuple[str, str, dict[str, float]]] = [
         ("success", "1 if the bytes arrived and no threshold was missed", {"": float(not kind)}),
-        (
-            "failure",
-            "1 for the kind of the failure, 0 for all others",
-            {f'kind="{other}"': float(other == kind) for other in FAILURES},
-        ),
+        ("failure", "1 for the kind of the failure, 0 for all others", kinds),
         ("start_timestamp_seconds", "When the probe began", {"": result.started}),
         ("duration_seconds", "How long the probe took", {"": result.duration}),
-        (
-            "phase_seconds",
-            "The time of each phase that was reached; round_trip is a median",
-            {f'phase="{phase}"': seconds for phase, seconds in result.phases.items()},
-        ),
+        ("phase_seconds", "Times of the phases that were reached; round_trip is a median", phases),
         ("transfer_bytes", "Bytes to transfer each way", {"": float(result.size)}),
         ("throughput_bytes_per_second", "Rate of the complete transfers", rates),
     ]
@@ -783,10 +773,16 @@ def as_metrics(result: Result, name: str | None) -> str:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Replace a file. Its readers find the old text or the new one. Raises OSError."""
-    new = f"{path}.new"  # the node exporter reads files whose names end in .prom
-    Path(new).write_text(text, encoding="ascii")
-    os.replace(new, path)
+    """Replace a regular file. Its readers find the old text or the new one. Raises OSError."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):  # such as /dev/stdout
+        raise OSError(errno.EINVAL, "not a regular file")
+    new = Path(f"{path}.new")  # the node exporter reads files whose names end in .prom
+    try:
+        new.write_text(text, encoding="ascii")
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def report(result: Result, options: argparse.Namespace) -> None:
@@ -830,8 +826,8 @@ OPTION = re.compile(r"^(-.*?)(?: ([A-Z]\S*))?: (.*(?:\n {4}.*)*)", re.MULTILINE)
 DEFAULTS = {"bytes": 1 << 20, "timeout": 30.0, "warning": Thresholds(), "critical": Thresholds()}
 EPILOG = """\
 endpoints:
-  tcp:HOST:PORT                     a client over TCP; an IPv6 address: tcp:[::1]:4001
-  ws://HOST:PORT/  wss://HOST/      a client over WebSocket; needs ws_frames.py
+  tcp:HOST:PORT                 a client over TCP; with IPv6: tcp:[::1]:4001
+  ws://HOST:PORT/  wss://HOST/  a client over WebSocket; needs ws_frames.py
 
   Two endpoints of one relay show that clients of both kinds can meet. With one
   endpoint, both clients connect to it. The relay counts the transfers of a probe
@@ -842,15 +838,15 @@ thresholds:
   (1 MB = 10^6 bytes). One of the two may be missing: 20,5 or 20, or ,5
 
 exit codes:
-  0 all bytes arrived               1 slow, by -w
-  2 slow, by -c, or a failure       3 wrong command line, or this machine cannot probe
+  0 all bytes arrived    1 slow, by -w    2 slow, by -c, or a failure
+  3 wrong command line, or this machine cannot probe
 """
 
 
 def parse_size(text: str) -> int:
     """Return a size in bytes: `500kB`, `1MiB`. Raises ArgumentTypeError."""
     match = SIZE.fullmatch(text)
-    size = int(float(match[1]) * FACTORS[match[2] or ""]) if match else 0
+    size = round(float(match[1]) * FACTORS[match[2] or ""]) if match else 0
     if not 0 < size <= MAX_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1 B to 1 GiB, as 1MiB")
     return size
@@ -866,9 +862,7 @@ def parse_seconds(text: str) -> float:
 def parse_name(text: str) -> str:
     """Return the value of a label. Raises ArgumentTypeError."""
     if not re.fullmatch("[0-9A-Za-z._-]+", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a word of letters, digits, '.', '_', '-'"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a word of letters, digits, . _ -")
     return text
 
 
@@ -925,11 +919,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("more than two endpoints")
         if options.json and options.nagios:
             parser.error("--json and --nagios exclude each other")
-    except SystemExit as end:  # argparse has printed why
-        return int(end.code or 0)
-    if len(options.endpoints) == 1:
-        options.endpoints *= 2
-    try:
+        if "" in (options.ca, options.metrics):
+            parser.error("--ca and --metrics need a path")
+        options.endpoints = (options.endpoints * 2)[:2]  # one endpoint is for both clients
         while True:
             started = time.monotonic()
             result = run_probe(options)
@@ -937,8 +929,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.every is None:
                 return result.state
             time.sleep(max(0.0, started + options.every - time.monotonic()))
+    except SystemExit as end:  # argparse has printed why
+        return int(end.code or 0)
     except Failure as failure:  # the metrics cannot be written
         print(f"{PROGRAM}: {failure}", file=sys.stderr)
+        return State.UNKNOWN
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at its exit
+        with suppress(OSError):
+            print(f"{PROGRAM}: standard output: {error.strerror}", file=sys.stderr)
         return State.UNKNOWN
     except KeyboardInterrupt:
         return 130
