@@ -464,7 +464,7 @@ class WebSocketClient(Client):
 
 
 def exchange(clients: Sequence[Client], deadline: Deadline, until: float = math.inf) -> bool:
-    """Wait until a client can send or receive, and let it. False: `until`. Raises Failure."""
+    """Let clients send and receive when one can. Return False at `until`. Raises Failure."""
     for client in clients:
         if client.end:
             raise client.failure("closed", client.end)
@@ -830,8 +830,8 @@ endpoints:
   ws://HOST:PORT/  wss://HOST/  a client over WebSocket; needs ws_frames.py
 
   Two endpoints of one relay show that clients of both kinds can meet. With one
-  endpoint, both clients connect to it. The relay counts the transfers of a probe
-  like any others: in its usage records and in its monthly quota.
+  endpoint, both clients connect to it. The relay counts the transfers of a
+  probe like any others: in its usage records and in its monthly quota.
 
 thresholds:
   MS,MBPS is the longest round trip in milliseconds, and the least rate in MB/s
