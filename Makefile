@@ -114,9 +114,10 @@ hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
 hostile_runs = suspended stalled vanished resets+resources
 hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 
-# The files whose tests run a Server in the process of the tests.
+# The files whose tests run a Server in the process of the tests. Those in test_server.py replace
+# parts of it, such as the selector, which a reload makes anew.
 reload_files = $(addprefix tests/test_,$(addsuffix .py,addresses backpressure bandwidth connection \
-	endings framing fuzz handshake limits memory rates rendezvous room server splice walk websocket))
+	endings framing fuzz handshake limits memory rates rendezvous room splice walk websocket))
 
 reload-test: pytest ## the tests of the loop, with a reload before each turn, 10 minutes
 	@$(find_pytest); PYTHONPATH=tests:. RELAY_ENDINGS=$${RELAY_ENDINGS:-100} \
