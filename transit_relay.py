@@ -5477,7 +5477,7 @@ class Reload:
         except (ReloadRefused, MemoryError) as error:
             reason = str(error) or "out of memory"
         except OSError as error:
-            reason = ": ".join(filter(None, (error.filename, error_text(error))))
+            reason = f"{error.filename or 'the system'}: {error_text(error)}"
         except Exception as error:
             reason = f"unexpected {type(error).__name__}"
             self._server.faults.contain(None)
