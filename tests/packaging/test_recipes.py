@@ -125,26 +125,30 @@ chmod 755 run
 """
 
 
-# For each supervisor four commands: supervise the current folder; stop the relay and wait for its
-# end; start it again; end the supervisor.
+# For each supervisor five commands: supervise the current folder; reload the relay; stop it, and
+# wait for its end; start it again; end the supervisor.
 SUPERVISORS = {
     "daemontools": (
         "supervise .",
+        "svc -h .",
         "svc -d .; wait_until sh -c 'svstat . | grep \": down\"'",
         "svc -u .",
         "svc -dx .",
     ),
-    "runit": ("runsv .", "sv -w 20 stop .", "sv -w 20 start .", "sv -w 20 exit ."),
+    "runit": ("runsv .", "sv hup .", "sv -w 20 stop .", "sv -w 20 start .", "sv -w 20 exit ."),
 }
 
 
 @pytest.mark.parametrize("name", SUPERVISORS)
 def test_supervisors(host: Host, name: str) -> None:
-    supervise, stop, start, end = SUPERVISORS[name]
+    supervise, reload, stop, start, end = SUPERVISORS[name]
     output = host.run(
         f"""\
         {SERVICE}
         {supervise} >log 2>&1 &
+        transfer
+        {reload} >&2
+        wait_until grep -q "Transit reloaded" log
         transfer
         {{ {stop}; {start}; }} >&2
         transfer
@@ -155,7 +159,7 @@ def test_supervisors(host: Host, name: str) -> None:
         """,
         run=RUN,
     )
-    assert output == ["transferred", "transferred", f"{ROW} {ROW}", "2"]
+    assert output == [*["transferred"] * 3, f"{ROW} {ROW} {ROW}", "2"]
 
 
 def test_logrotate(host: Host) -> None:
