@@ -9,7 +9,7 @@ from helpers import BINARY, PING, PONG, TIMEOUT, WebSocketClient, frame, handsha
 from processes import patched
 from watched import WATCHED, Scene, shorter
 
-SUSPENDED_SECONDS = shorter(120, 8)
+SUSPENDED_SECONDS = shorter(120, 30)
 # In the short form the relay sends Pings sooner: it has to be suspended longer than it waits.
 PING_SECONDS = shorter(25, 2)
 
