@@ -273,7 +273,19 @@ class Run:
                 self.samples.setdefault(quantity, []).append(value)
 
     def _measure(self, step: Step) -> Measured:
-        """Return the results of one step. Raise BenchError if the step fails."""
+        """Return the results of one step. Raise BenchError if the step fails.
+
+        A step of another program is repeated once after an error, which is not ours.
+        """
+        try:
+            return self._attempt(step)
+        except BenchError as error:
+            if step.comparator.startswith("ours"):
+                raise
+            report_progress(f"{error}; repeated")
+        return self._attempt(step)
+
+    def _attempt(self, step: Step) -> Measured:
         signal.alarm(STEP_SECONDS)
         try:
             with tempfile.TemporaryDirectory(prefix="step-", dir=relays.BUILD) as folder:
