@@ -5206,12 +5206,16 @@ class Links(NamedTuple):
     quota: Mapping[str, Any] | None
 
 
+# The classes of framings whose place in a stream is carried, by name.
+FRAMINGS: dict[str, Any] = {"RawFraming": RawFraming, "DetectFraming": DetectFraming}
+if ws_frames:
+    web_framings = ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming
+    FRAMINGS.update((one.__name__, one) for one in web_framings)
+
+
 def carried_fields() -> dict[str, tuple[str, ...]]:
     """Return the names of the carried fields of each class that a client can have."""
-    classes: list[Any] = [Connection, Session, Pair, RawFraming, DetectFraming]
-    if ws_frames:
-        classes += ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming
-    return {one.__name__: one.CARRIED for one in classes}
+    return {one.__name__: one.CARRIED for one in (Connection, Session, Pair, *FRAMINGS.values())}
 
 
 def resume_framing(
@@ -5219,18 +5223,17 @@ def resume_framing(
 ) -> ws_frames.Framing:
     """Return the framing that a state describes: the name of its class, and the fields.
 
-    Raises AttributeError for an unknown class.
+    Raises KeyError for an unknown class.
     """
     ((name, fields),) = place.items()
     if name == "Framing":
         return DISCARD
-    own = {one.__name__: one for one in (RawFraming, DetectFraming)}
     framing: ws_frames.Framing
-    if name in own:
-        framing = own[name](session, transport)
+    if FRAMINGS[name] in (RawFraming, DetectFraming):
+        framing = FRAMINGS[name](session, transport)
     else:
-        inner = own["DetectFraming" if name == "ProxyFraming" else "RawFraming"]
-        framing = getattr(ws_frames, name)(session, transport, inner(session, transport))
+        inner = DetectFraming if name == "ProxyFraming" else RawFraming
+        framing = FRAMINGS[name](session, transport, inner(session, transport))
     framing.resume(fields)
     return framing
 
@@ -5462,7 +5465,6 @@ class Reload:
 
     def _reload(self) -> Iterator[None]:
         """Reload in steps. Return if that is refused."""
-        reason = ""
         try:
             if self._options.usage_db == ":memory:":
                 raise ReloadRefused("--usage-db :memory: would lose its content")
@@ -5681,8 +5683,7 @@ def open_relay(
     addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
     old_places = predecessor.listeners if predecessor is not None else ()
     inherited = [Listener.resumed(place) for place in old_places]
-    is_reload = predecessor is not None
-    listeners = open_listeners(endpoints, passed, inherited if is_reload else None, is_rehearsal)
+    listeners = open_listeners(endpoints, passed, inherited if predecessor else None, is_rehearsal)
     if not (listeners or is_rehearsal):  # rather the old endpoints than none
         listeners = inherited
     inherited_fds, used_fds = ({one.fd for one in group} for group in (inherited, listeners))

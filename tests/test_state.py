@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ListRecorder, Loop, WebSocketClient, handshake
+from helpers import Client, ListRecorder, Loop, WebSocketClient, handshake
 
 import transit_relay
 from transit_relay import (
@@ -37,6 +37,18 @@ LATEST = FILES / f"{VERSION}.state"
 LIMITS = Limits(max_rate=1_000_000, wait_seconds=1_000, idle_seconds=1_000)
 
 
+def fill_backlog(loop: Loop, sender: Client, receiver: Client) -> None:
+    """Send until bytes are queued for the receiver, which does not read."""
+    sender.sock.setblocking(False)
+    assert receiver.conn is not None
+    while receiver.conn.backlog is None:
+        loop.advance(0.05)
+        try:
+            sender.sock.send(bytes(4096))
+        except BlockingIOError:
+            continue
+
+
 def make_state(loop: Loop) -> list[dict[str, Any]]:
     """Return a state with connections in each phase that a turn leaves, and half handshakes."""
     quota = Quota(1_000_000_000, loop.wallclock)
@@ -48,28 +60,13 @@ def make_state(loop: Loop) -> list[dict[str, Any]]:
         loop.client(kind).send(handshake(f"waits{len(kind)}", "side"))
         loop.client(kind).send(handshake(f"waits{len(kind)}", "side"))
         loop.client(kind).send_wire(b"junk\n")
-    one, other = loop.meet("unix", "ws-unix", "backlog")
-    one.sock.setblocking(False)
-    assert other.conn is not None
-    while other.conn.backlog is None:
-        loop.advance(0.05)
-        try:
-            one.sock.send(bytes(4096))
-        except BlockingIOError:
-            continue
+    fill_backlog(loop, *loop.meet("unix", "ws-unix", "backlog"))
     first, second = loop.meet("ws-unix", "unix", "half")
     assert isinstance(first, WebSocketClient)
     first.send_wire(first.encode(b"payload")[0][:3])
     leaver, stayed = loop.meet("unix", "ws-unix", "left")
-    assert stayed.conn is not None and second.conn is not None
-    leaver.sock.setblocking(False)
-    while stayed.conn.backlog is None:
-        loop.advance(0.05)
-        try:
-            leaver.sock.send(bytes(4096))
-        except BlockingIOError:
-            continue
-    assert leaver.conn is not None
+    fill_backlog(loop, leaver, stayed)
+    assert leaver.conn is not None and second.conn is not None
     leaver.conn.session.client_ended()  # as at a time limit: its partner flushes
     loop.advance(1)
     phases = {conn.phase for conn in loop.server.connections}
