@@ -318,7 +318,7 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
         self.endpoint = endpoint
-        self.inbox = bytearray()  # received payload that nobody has checked yet
+        self.inbox = bytearray()  # received payload that is not checked yet
         self._sock = sock
         self.outbox = bytearray()  # encoded bytes to send
         self.end = ""  # how the connection ended

@@ -36,7 +36,11 @@ MAX_WAITING = Limits().max_waiting_per_source
 SOURCE = "198.51.100.1"  # in PROXY headers
 SOURCE_CLIENTS = 15  # of each source, if there are many sources
 SEGMENT_PAIRS = 10
+MIXED_PAIRS = 300
 STALL_BYTES = 4096  # the size of kernel buffers; with larger ones the kernel would hold gigabytes
+STATUS_BURST = 200  # connections to a status listener, at once
+STATUS_REQUEST = b"GET /status.json HTTP/1.1\r\nHost: relay\r\n\r\n"
+STATUS_STEP_SECONDS = 1.0  # real time: the pace of slow status clients
 LIMIT_SECONDS = 300  # of one wait
 STEP_SECONDS = 0.01  # real time: the pace of a slow flood
 
@@ -112,6 +116,47 @@ def same_token(port: int, count: int) -> Found:
 def random_tokens(port: int, count: int) -> Found:
     """Each waits under a token of its own."""
     return waiting(port, (handshake(clients.new_token(), "side") for _ in range(count)), count)
+
+
+def mixed(port: int, count: int) -> Found:
+    """MIXED_PAIRS pairs at rest. Half of the other connections wait, and half send nothing."""
+    made = [make_pair(port) for _ in range(MIXED_PAIRS)]
+    others = [connect(port) for _ in range(count - 2 * MIXED_PAIRS)]
+    waiting_ones = others[::2]
+    for sock in waiting_ones:
+        sock.send(handshake(clients.new_token(), "side"))
+    wait_at_peak()
+    close_newest_first([*(sock for pair in made for sock in pair), *others])
+    silent_count = len(others) - len(waiting_ones)
+    found = [("lonely", len(waiting_ones)), ("empty", silent_count), ("happy", MIXED_PAIRS)]
+    return [(mood, 0, 0, times) for mood, times in found]
+
+
+def bad_status_clients(port: int, count: int) -> Found:
+    """Clients of a status listener: `count` slow ones, as many that never read, and a burst.
+
+    Each of the first two kinds sends a byte per step. That fails for one that the listener has
+    ended, which then comes back. Those of the burst send nothing.
+    """
+
+    def begin(request: bytes) -> socket.socket:
+        sock = connect(port, STALL_BYTES)
+        sock.send(request)
+        return sock
+
+    requests = [b"", STATUS_REQUEST] * count
+    socks = [begin(request) for request in requests]
+    burst = [connect(port) for _ in range(STATUS_BURST)]
+    print("peak", flush=True)
+    while not is_ended(STATUS_STEP_SECONDS):
+        for number, request in enumerate(requests):
+            try:
+                socks[number].send(b"G")
+            except ConnectionError:
+                socks[number].close()
+                socks[number] = begin(request)
+    close_newest_first([*socks, *burst])
+    return []
 
 
 class Crowd:
@@ -395,8 +440,8 @@ FLOODS: dict[str, Callable[[int, int], Found]] = {
     **{
         flood.__name__: flood
         for flood in (
-            *(silent, slow, bad, same_token, random_tokens, one_source, many_sources),
-            *(segments, stalled, pairs),
+            *(silent, slow, bad, same_token, random_tokens, mixed, one_source, many_sources),
+            *(segments, stalled, pairs, bad_status_clients),
         )
     },
 }
