@@ -7,7 +7,10 @@ relay then passes bytes between them until a client leaves or the relay stops. I
 it is used, without addresses, tokens or sides.
 
 This file alone is a complete relay for raw clients, over TCP and unix sockets. With ws_frames.py
-beside it, every listener accepts WebSocket clients as well, and can expect PROXY headers.
+beside it, every listener accepts WebSocket clients as well, and can expect PROXY headers. With
+transit_relay_status.py beside both, `--status` answers HTTP requests about the relay itself. With
+transit_relay_gateway.py, `--forward` makes a gateway, which connects to another relay for each
+client.
 
 The file is divided into sections. At run time a section uses names of the sections above it.
 tests/test_layout.py lists the calls that go to objects of a later section.
@@ -15,23 +18,25 @@ tests/test_layout.py lists the calls that go to objects of a later section.
     Constants, errors    numbers with their reasons; roles, limits and phases; exceptions
     Records              the records of connections and pairs; a snapshot of the relay, its text
     Carried state        what a reload carries of each object
+    Counters             what happened since the start
     Kernel               socket options, acknowledgements, pipes for splice
     Rates                how much a pair may read now; the bytes of a month
     Timers               time limits of connections, and periodic tasks
+    Signals              how signals reach the loop
     Addresses            where a client comes from: its peer, or what a proxy tells
     Session              one client's rules (no sockets)
     Rendezvous           waiting clients and pairs
     Framing              the encoding of a client: its detection, and raw bytes
     Connection           one socket: its backlog, its interest, its phases
     Accepting            listeners in the loop, and the pauses when resources run out
-    Signals and stops    how signals reach the loop; the phases of the end
+    Stops                the phases of the end
     Faults               contained exceptions: counted, logged, without data of a client
     Bulk                 the queue of large reads and writes: small messages do not wait for them
     Limits               what ends, refuses or slows clients, and how the relay makes room
     Server               the event loop, which also closes sockets
     Recorder             takes records out of the loop: one queue and one thread per sink
     Sinks                JSON lines, and the usage database
-    Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text
+    Endpoints            `tcp:4001`, `unix:/run/x.sock`, ...: parse their text; hints for clients
     Listeners            open the sockets of endpoints, or adopt those that are open
     Messages             stderr, stdout or the log file
     Daemon               pidfile, log file, user, background, systemd
@@ -59,7 +64,7 @@ a kernel pipe, if a pipe is free.
 The end of a client: a read returns no bytes, or a WebSocket Close arrives. Its Session ends the
 pair. Each Connection flushes its backlog, shuts down writing, and lingers until the peer's end, or
 until LINGER_SECONDS after the peer's kernel has acknowledged everything. A Connection whose peer
-has ended already is closed after the flush. `Server._reap` closes sockets at the end of a turn, or
+has ended already is closed after the flush. `Server.reap` closes sockets at the end of a turn, or
 earlier if accept needs a descriptor.
 """
 
@@ -72,6 +77,8 @@ import errno
 import fcntl
 import gc
 import grp
+import importlib
+import itertools
 import json
 import logging
 import os
@@ -89,6 +96,7 @@ import termios
 import threading
 import time
 import traceback
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -176,10 +184,11 @@ FEW_BYTES = 64  # so few unacknowledged bytes may be Pings, and do not make a pa
 KEEPALIVE_INTERVAL_SECONDS = 15  # between two TCP keepalive probes
 KEEPALIVE_PROBES = 4  # without an answer, before the kernel ends the connection
 ACCEPTS_PER_WAKEUP = 64  # per listener and turn, so that a flood does not starve the pairs
-ACCEPT_RETRY_SECONDS = 1  # after EMFILE and similar; asyncio's ACCEPT_RETRY_DELAY
+PAUSE_SECONDS = 1  # after EMFILE and similar; asyncio's ACCEPT_RETRY_DELAY
 LISTEN_BACKLOG = 1024  # newcomers that the kernel queues; its own limit is somaxconn
 MAX_OPEN_FILES = 1024 * 1024  # the soft limit is raised no further than this
-RESERVED_FDS = 16  # kept free of connections and pipes: the selector, SQLite's journal, log files
+# Kept free of clients and pipes: for status clients, the selector, SQLite's journal, log files.
+RESERVED_FDS = 16
 MEMORY_RESERVE_BYTES = 4 * 1024 * 1024  # released at a MemoryError, so that handlers can go on
 SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspended
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
@@ -190,6 +199,11 @@ SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one p
 FOLDER_LOCK_SECONDS = 1  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
+MAX_STATUS_CLIENTS = 8  # at one time; they use reserved descriptors
+STATUS_CLIENT_SECONDS = 60  # after this time, the next check closes a status client
+STATUS_WAIT_SECONDS = 0.02  # when all places are taken, one is made after this time
+LATE_TURN_SECONDS = 1  # a turn of the loop that takes longer makes the relay unhealthy ...
+UNHEALTHY_SECONDS = 60  # ... for so long
 EXTEND_SECONDS = 60  # the most that a drain asks systemd for with each status line
 MAX_CONFIG_CHARACTERS = 1024 * 1024
 MAX_COMPLAINT_CHARACTERS = 1000  # an error message is cut here, as it can contain user input
@@ -208,17 +222,21 @@ STOP_POLL_SECONDS = 0.05  # how often a stop checks whether it is complete
 
 
 class Role(enum.Enum):
-    """The encoding that a listener expects of its clients."""
+    """What a listener expects of its clients."""
 
     PORT = "port"  # --port: raw, unless the first bytes are one of ws_frames.HTTP_BEGINNINGS
     WEBSOCKET = "websocket"  # --websocket: HTTP, unless the first bytes begin a handshake
+    STATUS = "status"  # --status: one HTTP request about the relay
+
+
+RELAY_ROLES = (Role.PORT, Role.WEBSOCKET)  # of listeners whose clients get a partner
 
 
 class Reason(enum.Enum):
     """Why the relay ends a connection. ws_frames has a Close code for each value."""
 
     ENDED = "ended"  # any other end: a client left or broke a rule, a time limit, a fault
-    REFUSED = "refused"  # for a limit other than a time limit; a later attempt may succeed
+    REFUSED = "refused"  # for another limit, or without a relay behind; a later try may succeed
     STOPPING = "stopping"  # the relay stops
 
 
@@ -240,6 +258,7 @@ class Limit(enum.Enum):
 # What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
 REFUSALS = {
     Limit.CONNECTIONS: b"relay full\n",
+    Limit.DESCRIPTORS: b"relay full\n",  # of a gateway, which needs a second one
     Limit.SOURCE: b"too many waiting\n",
     Limit.ALLOW: b"not allowed\n",
     Limit.QUOTA: b"quota used up\n",
@@ -254,12 +273,15 @@ class Phase(enum.Enum):
     LINGERING = "lingering"
     CLOSED = "closed"
 
+    __hash__ = object.__hash__  # that of Enum is a Python function, and phases are counted
+
 
 class ServerPhase(enum.Enum):
     """The phases of a Server, in their order. All but the first and the last have a deadline."""
 
     SERVING = "serving"
-    DRAINING = "draining"  # pairs run on, and all other clients are ended; only with --drain
+    # Pairs run on, status clients are served, and all other clients are ended; only with --drain.
+    DRAINING = "draining"
     STOPPING_BYTES = "stopping: bytes"  # a pair ends when the bytes that had arrived are read
     STOPPING_RECORDS = "stopping: records"  # all connections are closed
     OVER = "over"
@@ -314,11 +336,47 @@ def startup_errors(subject: str) -> Iterator[None]:
         raise StartupError(f"{subject}: {error_text(error)}") from None
 
 
+# Modules that an option needs, and their folders below packaging/ in a source tree.
+PARTS = {"transit_relay_status": "status-page", "transit_relay_gateway": "gateway"}
+
+
+def import_part(option: str, module: str, attribute: str) -> Any:
+    """Return an attribute of one of PARTS, which `option` needs. Raises StartupError."""
+    source_tree = os.path.join(os.path.dirname(__file__), "packaging", PARTS[module])
+    if os.path.isdir(source_tree) and source_tree not in sys.path:
+        sys.path.append(source_tree)
+    # The module imports transit_relay, which may run as `__main__`.
+    sys.modules.setdefault("transit_relay", sys.modules[__name__])
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a broken copy can raise any
+        why = f"{module}.py cannot be imported: {error}"
+        if isinstance(error, ImportError) and error.name == module:
+            why = f"Python finds no {module}.py (beside transit_relay.py)"
+    raise StartupError(f"{option}: {why}")
+
+
 def parse_number(text: str, highest: int, base: int = 10) -> int | None:
     """Return `text` as a number, or None if it is not one from 0 to `highest` (15 digits)."""
     digits = "[0-7]" if base == 8 else "[0-9]"
     number = int(text, base) if re.fullmatch(digits + "{1,15}", text) else None
     return None if number is None or number > highest else number
+
+
+def whole_number(text: str, highest: int = 2**31 - 1) -> int:
+    """Parse the value of an option that is a whole number. Raises UsageError."""
+    value = parse_number(text, highest)
+    if value is None:
+        raise UsageError(f"{text!r} is not a whole number from 0 to {highest}")
+    return value
+
+
+def duration(text: str) -> float:
+    """Parse the value of an option that is a time. Raises UsageError."""
+    with contextlib.suppress(ValueError):
+        if text.isascii() and "_" not in text and 0 <= float(text) < float("inf"):
+            return float(text)
+    raise UsageError(f"{text!r} is not a number of seconds from 0 on")
 
 
 class Throttle:
@@ -361,6 +419,9 @@ class UsageRecord(NamedTuple):
         )
 
 
+STOPPING = "stopping"  # in Snapshot.problems: the relay drains or stops
+
+
 class Current(NamedTuple):
     """The row of the table `current`, in the order of its columns. It is never blurred."""
 
@@ -372,7 +433,7 @@ class Current(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The state of the relay at one moment, for `current` and for the status line."""
+    """The state of the relay at one moment, for `current`, systemd and the status listener."""
 
     started_at: float  # seconds since the epoch
     taken_at: float  # seconds since the epoch
@@ -384,7 +445,8 @@ class Snapshot(NamedTuple):
     relayed_bytes: int  # since the start, running pairs included
     incomplete_bytes: int  # of pairs that are not yet recorded
     faults: int  # since the start: contained exceptions, and refusals of the selector
-    drain_seconds: float  # for which pairs may run on, if the relay drains; else 0
+    drain_seconds_left: float  # for which pairs may run on, if the relay drains; else 0
+    problems: tuple[str, ...]  # why the relay is not healthy
 
     def current(self) -> Current:
         """Return the row of `current` for this moment."""
@@ -397,6 +459,16 @@ class Snapshot(NamedTuple):
         )
 
 
+class SinkStatus(NamedTuple):
+    """How a sink is doing."""
+
+    written: int  # records since the start
+    dropped: int  # likewise
+    waiting: int  # records
+    is_failing: bool  # the last write failed, or an error ended the sink
+    totals: Mapping[str, tuple[int, int]] | None  # see Sink
+
+
 def blur_size(size: int) -> int:
     """Round `size` (bytes) down, to 1 kB, 1 MB or 100 MB depending on its magnitude."""
     if size < 1_000_000:
@@ -406,11 +478,57 @@ def blur_size(size: int) -> int:
     return size // 100_000_000 * 100_000_000
 
 
+def find_problems(loop: Server) -> Iterator[str]:
+    """Yield why the relay is not healthy."""
+    if loop.phase is not ServerPhase.SERVING:
+        yield STOPPING
+    elif loop._acceptor.retry_at < float("inf"):
+        yield "not accepting"
+    for name, sink in loop.recorder.status().items():
+        if sink.is_failing:
+            yield f"records failing: {name}"
+    if loop.clock.monotonic() < loop.rendezvous.unreachable_until:
+        yield "no connection to the relay behind"
+    if loop.clock.monotonic() < loop.late_until:
+        yield "loop late"
+
+
+def count_pairs(loop: Server) -> int:
+    """Return the number of pairs, without those of a gateway that are not answered."""
+    pairs = loop.rendezvous.pairs
+    if not loop.rendezvous.is_gateway:
+        return len(pairs)
+    return sum(pair.waiting_time is not None for pair in pairs)
+
+
+def take_snapshot(loop: Server) -> Snapshot:
+    """Return the state of the relay."""
+    now, rendezvous = loop.wallclock(), loop.rendezvous
+    return Snapshot(
+        # Computed each time, because the wall clock may have been set since the start.
+        started_at=now - (loop.clock.monotonic() - loop._started),
+        taken_at=now,
+        pairs=count_pairs(loop),
+        waiting_clients=rendezvous.waiting_clients,
+        waiting_tokens=len(rendezvous.waiting),
+        connections=len(loop.connections),
+        pairs_ended=sum(rendezvous.counters.pairs.values()),
+        relayed_bytes=rendezvous.relayed_bytes(),
+        incomplete_bytes=rendezvous.incomplete_bytes(),
+        faults=loop.faults.count,
+        drain_seconds_left=loop.ending.drain_seconds_left,
+        problems=tuple(find_problems(loop)),
+    )
+
+
 def status_line(now: Snapshot) -> str:
     """Return one line for `systemctl status`."""
-    drain = f"draining, at most {now.drain_seconds:.0f} s left; " if now.drain_seconds else ""
+    drain = (
+        f"draining, at most {now.drain_seconds_left:.0f} s left; " if now.drain_seconds_left else ""
+    )
+    problems = "".join(f"{problem}; " for problem in now.problems if problem != STOPPING)
     return (
-        f"{drain}{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
+        f"{drain}{problems}{count_text(now.pairs, 'pair')}, {now.waiting_clients:,} waiting,"
         f" {count_text(now.connections, 'connection')}; since the start"
         f" {count_text(now.pairs_ended, 'pair')} ended, {size_text(now.relayed_bytes)} relayed"
     )
@@ -462,8 +580,9 @@ class Carried:
         for name, value in place.items():
             if name not in self.CARRIED:
                 raise ValueError(f"{type(self).__name__} has no {name}")
-            if type(value) is dict and hasattr(getattr(self, name), "resume"):
-                getattr(self, name).resume(value)
+            if hasattr(getattr(self, name), "resume"):
+                if value is not None:  # the predecessor had such an object
+                    getattr(self, name).resume(value)
             elif value is not None and name in self.PARSERS:
                 setattr(self, name, self.PARSERS[name](value))
             else:
@@ -504,6 +623,99 @@ class Tally(Carried):
             log.log(level, "%s%s", message, more)
         else:
             self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
+
+
+# Counters ------------------------------------------------------------------------------------
+# What happened since the start, for the status listener. All numbers are kept up to date, so that
+# nothing needs to be counted when they are shown.
+
+TRANSPORTS = ("tcp", "websocket")  # of clients; `tcp` stands for all raw ones
+# By the number of WebSocket clients in a pair: their transports, and the key in Counters.relayed of
+# bytes from a raw client and from a WebSocket client.
+PAIR_TRANSPORTS = ("tcp-tcp", "tcp-websocket", "websocket-websocket")
+FLOWS = ("tcp-tcp", ""), ("tcp-websocket", "websocket-tcp"), ("", "websocket-websocket")
+MOODS = ("happy", "lonely", "redundant", "impatient", "errory", "empty")
+# Why a client does not come to wait for a partner: its first line, its PROXY header, or the status
+# of the answer to its request (503: the relay is full).
+HTTP_FAILURES = ("http_400", "http_405", "http_426", "http_431", "http_503")
+# Of a gateway: no connection, or an invalid answer; a refusal by the relay behind.
+GATEWAY_FAILURES = ("not_forwarded", "refused_behind")
+FAILURES = ("bad_handshake", "proxy_header", *HTTP_FAILURES, *GATEWAY_FAILURES)
+
+
+class Counts(dict[Any, int]):
+    """Counts by key. All keys are known from the start."""
+
+    def __init__(self, keys: Iterable[Any]) -> None:
+        super().__init__(dict.fromkeys(keys, 0))
+
+    def place(self) -> dict[Any, int]:
+        """Return the counts."""
+        return dict(self)
+
+    def resume(self, place: Mapping[Any, int]) -> None:
+        """Go on with the counts that `place` returned. Leave out unknown keys."""
+        self.update((key, count) for key, count in place.items() if key in self)
+
+
+class Histogram(Carried):
+    """Counts values in buckets."""
+
+    CARRIED = ("bounds", "counts", "total")
+    PARSERS: ClassVar[Parsers] = {"counts": list}
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds = bounds  # the upper bounds of the buckets, inclusive, ascending
+        self.counts = [0] * (len(bounds) + 1)  # values in each bucket; the last one has no bound
+        self.total: float = 0  # the sum of the values
+
+    def resume(self, place: Mapping[str, Any]) -> None:
+        """Go on with the counts that `place` returned, if the buckets are still the same."""
+        if place.get("bounds") == self.bounds:
+            super().resume(place)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Counters(Carried):
+    """Counts and histograms since the start."""
+
+    CARRIED = (
+        *("connections", "ended", "ended_bytes", "failures", "pairs", "relayed"),
+        *("durations", "rates", "sizes", "turns", "waits"),
+    )
+
+    def __init__(self) -> None:
+        self.connections = 0  # accepted, without those of status clients
+        # Clients; a pair counts as two happy ones.
+        self.ended = Counts(itertools.product(MOODS, TRANSPORTS))
+        self.failures = Counts(FAILURES)
+        self.pairs = Counts(PAIR_TRANSPORTS)  # ended ones
+        self.ended_bytes = 0  # of ended pairs
+        self.relayed = Counts(flow for flows in FLOWS for flow in flows if flow)  # bytes
+        # Of ended pairs: seconds between the accepts, seconds from the later accept to the end,
+        # bytes, and bytes per second.
+        self.waits = Histogram(0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
+        self.durations = Histogram(0.1, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
+        self.sizes = Histogram(*(10.0**exponent for exponent in range(3, 13)))
+        self.rates = Histogram(*(10.0**exponent for exponent in range(3, 11)))
+        self.turns = Histogram(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)  # of the loop (seconds)
+
+    def pair_ended(self, transports: str, record: UsageRecord) -> None:
+        """Count an ended pair. `transports`: one of PAIR_TRANSPORTS."""
+        self.ended_bytes += record.total_bytes
+        for transport in transports.split("-"):
+            self.ended["happy", transport] += 1
+        self.pairs[transports] += 1
+        waiting_time = record.waiting_time or 0
+        duration = record.total_time - waiting_time
+        self.waits.add(waiting_time)
+        self.durations.add(duration)
+        self.sizes.add(record.total_bytes)
+        self.rates.add(record.total_bytes / duration if duration else 0)
 
 
 # Kernel --------------------------------------------------------------------------------------
@@ -557,6 +769,21 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
             rest += memoryview(part)[sent:]
         sent = max(0, sent - len(part))
     return rest
+
+
+def receive_into(buffer: memoryview, sock: socket.socket, most: int) -> int:
+    """Read at most `most` bytes. Return how many came; 0: the end or a reset; -1: none yet.
+
+    This is a function of its own for CPython 3.11: in a long function, at an offset of more than
+    256, an exception that no handler takes needs an integer. Without memory for it, the interpreter
+    looks for the handler again, for ever.
+    """
+    try:
+        return sock.recv_into(buffer, most)
+    except BlockingIOError:
+        return -1
+    except OSError:  # a reset or a timeout; all earlier bytes have been read
+        return 0
 
 
 def takes_bytes(fd: int, seconds: float) -> bool:
@@ -703,6 +930,11 @@ class PipePool:
             pipe.close()
         else:
             self._idle.append(pipe)
+
+    @property
+    def open_pipes(self) -> int:
+        """Return how many pipes are lent or idle."""
+        return self._lent + len(self._idle)
 
     def close_idle(self) -> None:
         """Close the idle pipes."""
@@ -993,6 +1225,10 @@ class Quota(Carried):
         """Leave out the bytes that were relayed without a quota, before a reload."""
         self._relayed_bytes = relayed_bytes
 
+    def status(self) -> tuple[str, int, int]:
+        """Return the month, the bytes relayed in it, and the quota."""
+        return (*self.row(), self._max_bytes)
+
     @property
     def is_used_up(self) -> bool:
         """Return whether the bytes of the month have reached the quota."""
@@ -1007,6 +1243,13 @@ class MemoryBudget:
         self._max_bytes = max_bytes
         self.queued_bytes = 0
         self.change(0)
+
+    def count(self, conn: Connection) -> None:
+        """Count the backlog of a connection, which has changed."""
+        size = conn.queued_bytes()
+        if size != conn.counted_bytes:
+            self.change(size - conn.counted_bytes)
+            conn.counted_bytes = size
 
     def change(self, size: int) -> None:
         """Add `size` (negative: the backlogs shrank) to the sum, and compute the largest read."""
@@ -1073,6 +1316,9 @@ class TimeLimit:
     def connections(self) -> Iterator[Connection]:
         """Yield the connections for which the limit runs, the earliest first."""
         return iter(self._since)
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def place(self) -> tuple[tuple[int, float], ...]:
         """Return the descriptor of each connection, and when its limit began."""
@@ -1150,6 +1396,7 @@ class Timers:
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
         self.silent = TimeLimit(PING_SECONDS)  # WebSockets without traffic
         self._queues: tuple[TimeLimit, ...] = tuple(getattr(self, name) for name in self.QUEUES)
+        self.status_clients = TimeLimit(STATUS_CLIENT_SECONDS)  # all that are connected
         self._chores: list[tuple[Throttle, Callable[[], None]]] = []
         self._chores_due = float("inf")
 
@@ -1170,14 +1417,19 @@ class Timers:
         """Return when the first limit or chore is due; infinity if there is none."""
         return min(self._chores_due, *(queue.next_due() for queue in self._queues))
 
+    def end_status_clients(self, now: float) -> None:
+        """Close the status clients that have been connected for too long."""
+        for conn in self.status_clients.take_expired(now):
+            conn.doom()
+
     def forget(self, conn: Connection) -> None:
         """Remove a closed connection from all queues."""
-        for queue in self._queues:
+        for queue in (*self._queues, self.status_clients):
             queue.cancel(conn)
 
     def place(self) -> dict[str, object]:
         """Return the entries of the queues."""
-        return {name: getattr(self, name).place() for name in self.QUEUES}
+        return {name: getattr(self, name).place() for name in (*self.QUEUES, "status_clients")}
 
     def resume(self, place: Mapping[str, Any], connections: Mapping[int, Connection]) -> None:
         """Go on with the entries that `place` returned, for connections by descriptor."""
@@ -1186,10 +1438,64 @@ class Timers:
                 getattr(self, name).start(connections[fd], since)
 
 
+# Signals -------------------------------------------------------------------------------------
+# A signal handler notes the signal and wakes the loop, which acts on it.
+
+
+class Signals:
+    """The handled signals, and the socket pair by which they wake the loop."""
+
+    def __init__(self) -> None:
+        self._noted: deque[int] = deque()
+        # By number: what the loop calls after that signal. To be filled before `install`.
+        self.actions: dict[int, Callable[[], None]] = {}
+        self._sockets: tuple[socket.socket, ...] = ()
+
+    def open(self) -> int:
+        """Make the sockets. Return the descriptor to wait for. Raises OSError."""
+        self._sockets = socket.socketpair()
+        for sock in self._sockets:
+            sock.setblocking(False)
+        return self._sockets[0].fileno()
+
+    def install(self) -> None:
+        """Install the handlers. Ignore those of IGNORED_SIGNALS that have no action."""
+        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+        for number in IGNORED_SIGNALS - set(self.actions):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid finds no child
+        for number in self.actions:
+            signal.signal(number, lambda number, _: self._noted.append(number))
+        # The parent process may have blocked them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.actions)
+
+    def on_ready(self, _mask: int) -> None:
+        """Read the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            self._sockets[0].recv(4096)
+
+    def take_actions(self) -> Iterator[Callable[[], None]]:
+        """Yield the action of each noted signal."""
+        while self._noted:
+            yield self.actions[self._noted.popleft()]
+
+    @property
+    def has_noted(self) -> bool:
+        """Return whether a signal waits for its action."""
+        return bool(self._noted)
+
+    def close(self) -> None:
+        """Close the sockets. Signals do not wake the loop any more."""
+        signal.set_wakeup_fd(-1)
+        for sock in self._sockets:
+            sock.close()
+
+
 # Addresses -----------------------------------------------------------------------------------
 # Where a client comes from: the peer of its socket, unless a proxy tells another address, in a
 # PROXY header or in X-Forwarded-For. Only limits need it. Of a client's address the relay keeps a
-# keyed hash of the IPv4 address or of the IPv6 network /64, in memory. The result is a Peer.
+# keyed hash of the IPv4 address or of the IPv6 network /64, in memory. The result is a Peer. (A
+# gateway keeps the address itself until its PROXY header is sent or the client is closed.)
 #
 # In this section an address is bytes: its family, then its 4 or 16 bytes. An IPv4-mapped IPv6
 # address is an IPv4 address.
@@ -1205,7 +1511,7 @@ DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]
 class Peer(NamedTuple):
     """What the limits need to know of the origin of a client."""
 
-    source: bytes | None  # the keyed hash of its address; None: exempt from limits per source
+    source: bytes | None  # a hash, or the address, see above; None: exempt from limits per source
     is_allowed: bool = True  # by --allow
     is_trusted: bool = False  # its X-Forwarded-For counts
 
@@ -1308,8 +1614,11 @@ class Addresses(Carried):
         if not is_told and address.startswith(EXEMPT):
             is_ordinary = is_allowed and not is_trusted
             return LOCAL_PEER if is_ordinary else Peer(None, is_allowed, is_trusted)
-        digest = self._hash(self._key + address[:9], digest_size=8)  # of IPv6 the /64
-        return Peer(digest.digest(), is_allowed, is_trusted)
+        return Peer(self.source_of(address), is_allowed, is_trusted)
+
+    def source_of(self, address: bytes) -> bytes:
+        """Return the keyed hash of an address."""
+        return self._hash(self._key + address[:9], digest_size=8).digest()  # of IPv6 the /64
 
 
 # Session -------------------------------------------------------------------------------------
@@ -1327,6 +1636,7 @@ class State(enum.Enum):
     WAIT_UPGRADE = "wait_upgrade"
     WAIT_HANDSHAKE = "wait_handshake"
     WAIT_PARTNER = "wait_partner"
+    FORWARDED = "forwarded"  # in a gateway only: see ClientSession there
     RELAYING = "relaying"
     DONE = "done"
 
@@ -1379,6 +1689,7 @@ class Session(Carried):
     limited: a handshake from a client that a limit refuses, here `--max-waiting-per-source`.
     full: the relay is full, and the first bytes have come.
     postponed: the byte stream, and so the record, begins after an upgrade or a PROXY header.
+    A status client stays in wait_upgrade until its answer, so it has no record.
     The record of a pair (mood happy) is written in `end_sent` of the client that stayed. After a
     fault, `Rendezvous.expel` may write it.
     """
@@ -1402,7 +1713,7 @@ class Session(Carried):
         """Begin at the accept. `started`: the time of day (s since the epoch)."""
         self.transport = transport
         self.rendezvous = rendezvous
-        self.state = State.WAIT_UPGRADE if role is Role.WEBSOCKET else State.WAIT_HANDSHAKE
+        self.state = State.WAIT_HANDSHAKE if role is Role.PORT else State.WAIT_UPGRADE
         self.accepted = rendezvous.clock()  # monotonic seconds
         self.started = started  # the same moment, seconds since the epoch
         self.refused_by: Limit | None = None  # set before the handshake
@@ -1410,7 +1721,7 @@ class Session(Carried):
         self.is_trusted: bool
         self.peer_known(peer)
         self.handshake: Handshake | None = None  # while the client waits for a partner
-        self.pair: Pair | None = None  # while relaying
+        self.pair: Pair | None = None  # while relaying or forwarded
         self.ended_pair: Pair | None = None  # this client stayed; the record is not yet written
 
     def __repr__(self) -> str:
@@ -1424,14 +1735,12 @@ class Session(Carried):
     @property
     def is_waiting(self) -> bool:
         """Whether the client waits for a partner."""
-        return self.state is State.WAIT_PARTNER
+        return self.state in (State.WAIT_PARTNER, State.FORWARDED)
 
     @property
     def is_over(self) -> bool:
         """Whether later bytes of the client have no effect."""
         return self.state is State.DONE
-
-    # Events.
 
     def peer_known(self, peer: Peer | None) -> None:
         """Note where the client comes from, if it is known: at its accept, or from a proxy."""
@@ -1450,6 +1759,10 @@ class Session(Carried):
         if self.is_trusted:
             self.peer_known(self.rendezvous.addresses.judge_forwarded(values))
 
+    def handshake_failed(self, failure: str) -> None:
+        """Count why the client got no partner: one of FAILURES."""
+        self.rendezvous.counters.failures[failure] += not self.transport.is_status
+
     def stream_postponed(self) -> None:
         """Note that the byte stream begins later: after an upgrade, or after a PROXY header."""
         assert self.state is State.WAIT_HANDSHAKE, self
@@ -1467,6 +1780,7 @@ class Session(Carried):
         assert self.state is State.WAIT_HANDSHAKE, self
         self.handshake = parse_handshake(line)
         if self.handshake is None:
+            self.handshake_failed("bad_handshake")
             self._end("errory", BAD_HANDSHAKE)
             return
         limit = self.refused_by or self.rendezvous.refusal(self)
@@ -1475,7 +1789,7 @@ class Session(Carried):
             return
         self.state = State.WAIT_PARTNER
         self.rendezvous.join(self)
-        if self.state is State.WAIT_PARTNER:
+        if self.is_waiting:
             self.transport.session_changed()
 
     def relay_full(self) -> None:
@@ -1498,7 +1812,7 @@ class Session(Carried):
         """Send bytes to the partner. A client without a partner is refused."""
         pair = self.pair
         if pair is not None:
-            pair.count(len(data))
+            pair.count(len(data), not self.transport.framing.is_raw)
             pair.partner_of(self).transport.send(data)
         elif self.state is State.WAIT_PARTNER:
             self._end("impatient", IMPATIENT)
@@ -1507,7 +1821,7 @@ class Session(Carried):
 
     def matched(self, pair: Pair) -> None:
         """Enter the pair: the Rendezvous found a partner."""
-        assert self.state is State.WAIT_PARTNER, self
+        assert self.is_waiting, self
         self.handshake = None  # the token and the side are not needed any more
         self.pair = pair
         self.state = State.RELAYING
@@ -1541,7 +1855,7 @@ class Session(Carried):
 
     def partner_left(self, reason: Reason) -> None:
         """End because the partner left."""
-        assert self.state is State.RELAYING, self
+        assert self.state in (State.FORWARDED, State.RELAYING), self
         self.ended_pair, self.pair = self.pair, None
         self.state = State.DONE
         self.transport.finish(reason)
@@ -1560,7 +1874,7 @@ class Session(Carried):
     def _end(self, mood: str | None, reply: bytes = b"", reason: Reason = Reason.ENDED) -> None:
         """Leave the Rendezvous or the pair; without a pair, record the `mood`; reply; finish."""
         pair, self.pair = self.pair, None
-        if self.state is State.WAIT_PARTNER:
+        if self.is_waiting:
             self.rendezvous.forget(self)
         self.handshake = None
         self.state = State.DONE
@@ -1586,30 +1900,35 @@ class Pair(Carried):
 
     CARRIED = (
         *("accepted", "allowance", "is_direct", "level_used", "started"),
-        *("total_bytes", "waiting_time"),
+        *("total_bytes", "transports", "waiting_time"),
     )
-    __slots__ = (*CARRIED, "sessions")
+    __slots__ = (*CARRIED, "_flows", "_relayed", "sessions")
 
     def __init__(self, one: Session, other: Session) -> None:
         first, second = (one, other) if one.accepted <= other.accepted else (other, one)
         self.sessions: tuple[Session, ...] = (one, other)
         self.started = first.started  # seconds since the epoch
         self.accepted = first.accepted  # monotonic seconds
-        self.waiting_time = second.accepted - first.accepted
+        self.waiting_time: float | None = second.accepted - first.accepted  # None: not answered
         self.total_bytes = 0  # from both clients while the pair ran
         self.allowance: int | None = None  # set by Rates; None: no rate; 0: it must not be read
         self.level_used = 0.0  # what it has used of the level that Rates has for each pair
+        raw_clients = one.transport.framing.is_raw + other.transport.framing.is_raw
+        self.transports = PAIR_TRANSPORTS[2 - raw_clients]
+        self._flows = FLOWS[2 - raw_clients]
+        self._relayed = one.rendezvous.counters.relayed
         # Between two raw clients, later reads bypass Framing and Session.
-        self.is_direct = one.transport.framing.is_raw and other.transport.framing.is_raw
+        self.is_direct = raw_clients == 2
 
     def partner_of(self, session: Session) -> Session:
         """Return the other session of a running pair."""
         one, other = self.sessions
         return other if session is one else one
 
-    def count(self, size: int) -> None:
+    def count(self, size: int, is_from_websocket: bool = False) -> None:
         """Count `size` bytes that one client sent to the other."""
         self.total_bytes += size
+        self._relayed[self._flows[is_from_websocket]] += size
 
     def remove(self, leaver: Session) -> Session:
         """Remove the session whose client left. Return the session that stayed."""
@@ -1630,7 +1949,10 @@ class Rendezvous(Carried):
     side: other clients would have been matched. So a newcomer matches all of them or none.
     """
 
-    CARRIED = ("_ended_bytes", "addresses", "pairs_ended")
+    CARRIED: tuple[str, ...] = ("addresses", "counters")
+    make_session: ClassVar[type[Session]] = Session
+    is_gateway: ClassVar[bool] = False  # if True, the clients that wait are in pairs
+    unreachable_until = float("-inf")  # monotonic seconds; a gateway is unhealthy until then
 
     def __init__(
         self,
@@ -1644,6 +1966,7 @@ class Rendezvous(Carried):
         self.record = record  # called with each record
         self.clock = clock
         self.addresses = addresses or Addresses()
+        self.counters = Counters()
         self.is_quota_used_up = False  # newcomers are refused
         self._rates = rates or Rates(0, 0, clock)
         self.limit_reached: Callable[[Limit], None] = lambda limit: None  # called at a refusal
@@ -1654,8 +1977,10 @@ class Rendezvous(Carried):
         self.waiting_clients = 0
         self.waiting_by_source: dict[bytes | None, int] = {}  # None: of all exempt clients
         self.pairs: set[Pair] = set()
-        self.pairs_ended = 0
-        self._ended_bytes = 0
+
+    def attach(self, loop: Server) -> None:
+        """Report reached limits to a Server, whose Rendezvous this is."""
+        self.limit_reached = loop.limits.note
 
     def join(self, newcomer: Session) -> None:
         """Match the newcomer with the newest client that waits under its token, or let it wait.
@@ -1738,6 +2063,7 @@ class Rendezvous(Carried):
 
     def record_single(self, session: Session, mood: str) -> None:
         """Record a client that never had a partner."""
+        self.counters.ended[mood, TRANSPORTS[not session.transport.framing.is_raw]] += 1
         total_time = self.clock() - session.accepted
         self.record(UsageRecord(session.started, total_time, None, 0, mood))
 
@@ -1745,9 +2071,9 @@ class Rendezvous(Carried):
         """Record a pair that is over."""
         self._rates.leave(pair)
         self.pairs.discard(pair)
-        self.pairs_ended += 1
-        self._ended_bytes += pair.total_bytes
-        self.record(pair.record(self.clock()))
+        record = pair.record(self.clock())
+        self.counters.pair_ended(pair.transports, record)
+        self.record(record)
 
     def expel(self, session: Session) -> None:
         """Remove `session` from all collections after a fault, and count the waiting clients again.
@@ -1790,7 +2116,7 @@ class Rendezvous(Carried):
 
     def relayed_bytes(self) -> int:
         """Return the bytes of all pairs since the start."""
-        return self._ended_bytes + self.incomplete_bytes()
+        return self.counters.ended_bytes + self.incomplete_bytes()
 
 
 # Framing -------------------------------------------------------------------------------------
@@ -1801,6 +2127,8 @@ class Rendezvous(Carried):
 #
 #     [ProxyFraming] --> DetectFraming --+--> RawFraming
 #                                        +--> [HttpFraming] --> [WebSocketFraming]
+#
+# A status client has a [StatusFraming] instead, for one HTTP request.
 #
 # When the Connection finishes, DISCARD replaces the last Framing.
 
@@ -1923,6 +2251,16 @@ class DetectFraming(Framing):
         transport.framing.receive(data)
 
 
+def first_framing(
+    session: Session, transport: Connection, role: Role, has_proxy_header: bool
+) -> ws_frames.Framing:
+    """Return the Framing of a newcomer. The other values are those of its listener."""
+    framing: ws_frames.Framing = DetectFraming(session, transport)
+    if role is Role.STATUS:
+        framing = ws_frames.StatusFraming(session, transport)
+    return ws_frames.ProxyFraming(session, transport, framing) if has_proxy_header else framing
+
+
 # Connection ----------------------------------------------------------------------------------
 # A Connection has one non-blocking socket, a backlog, an interest and a phase. The interest is the
 # set of events that the selector waits for. It is computed from the fields of the connection and
@@ -1956,15 +2294,17 @@ class Connection(Carried):
     any        doom                       closed     the backlog is discarded
 
     flushed: the backlog is sent, or a write failed and it was discarded.
-    doom: a stall, an eviction, the end of a stop, a fault, or a refusal of the selector.
+    doom: a stall, an eviction, the time limit of a status client, the end of a stop, a fault, a
+    refusal of the selector, or a failed dial of a gateway.
     The Server closes the socket of a closed connection at the end of the turn.
     """
 
-    CARRIED = (
+    CARRIED: tuple[str, ...] = (
         *("is_bulk", "_linger_deadline", "_peer_ended", "_write_failed"),
-        *("fd", "phase", "read_bytes", "sent_bytes", "session"),
+        *("fd", "is_status", "phase", "read_bytes", "sent_bytes", "session"),
     )
     PARSERS: ClassVar[Parsers] = {"phase": Phase}
+    is_connected = True  # False: a gateway still dials
     __slots__ = (
         *(*CARRIED, "backlog", "framing"),  # see place_connection
         *("_server", "counted_bytes", "is_unpolled", "mask", "sock"),
@@ -1976,10 +2316,10 @@ class Connection(Carried):
         self.sock = sock
         self.fd = sock.fileno()
         self._server = server
-        self.session = Session(self, server.rendezvous, server.wallclock(), role, peer)
-        self.framing: ws_frames.Framing = DetectFraming(self.session, self)
-        if has_proxy_header:
-            self.framing = ws_frames.ProxyFraming(self.session, self, self.framing)
+        rendezvous, started = server.rendezvous, server.wallclock()
+        self.session = rendezvous.make_session(self, rendezvous, started, role, peer)
+        self.is_status = role is Role.STATUS  # of a status listener
+        self.framing = first_framing(self.session, self, role, has_proxy_header)
         self.phase = Phase.OPEN
         self.read_bytes = 0  # all that was read, as it was on the wire
         self.sent_bytes = 0  # all that the kernel accepted, likewise
@@ -1987,7 +2327,7 @@ class Connection(Carried):
         self.backlog: bytearray | Pipe | None = None
         self.counted_bytes = 0  # of the backlog, in the server's MemoryBudget
         self.mask = 0  # the registered events; only Server.update_interest sets this
-        self.is_unpolled = False  # in the bulk queue, and not in the selector
+        self.is_unpolled = False  # not in the selector: in the bulk queue, or a gateway's dial
         self.is_bulk = False  # the last read was large or costly: the next one is queued
         self._write_failed = False  # later bytes for this client are discarded
         self._peer_ended = False  # the peer's end, or its reset, was read
@@ -1997,20 +2337,15 @@ class Connection(Carried):
     def __repr__(self) -> str:
         """Return the state of the connection, without data of its client."""
         flags = " write_failed" * self._write_failed + " peer_ended" * self._peer_ended
-        return (
-            f"<Connection fd={self.fd} {self.phase.value} {self.session.state.value}"
-            f" read={'on' if self.mask & EVENT_READ else 'off'}"
-            f" write={'on' if self.mask & EVENT_WRITE else 'off'}"
-            f" queued={self.queued_bytes()}{flags}>"
-        )
+        polled = " read" * bool(self.mask & EVENT_READ) + " write" * bool(self.mask & EVENT_WRITE)
+        states = f"{self.phase.value} {self.session.state.value}"
+        return f"<Connection fd={self.fd} {states}{polled} queued={self.queued_bytes()}{flags}>"
 
     @property
     def partner(self) -> Connection | None:
-        """Return the connection of the partner, while relaying."""
+        """Return the connection of the partner, if the client is in a pair."""
         pair = self.session.pair
         return None if pair is None else pair.partner_of(self.session).transport
-
-    # Readiness.
 
     def interest(self) -> int:
         """Return the events that this connection can handle now."""
@@ -2053,7 +2388,7 @@ class Connection(Carried):
             assert isinstance(self.backlog, bytearray), "the backlog is a pipe"
             for part in (data, *more):
                 self.backlog += part
-            self._count_backlog()
+            self._server.memory.count(self)
             return
         try:
             sent = self.sock.sendmsg((data, *more)) if more else self.sock.send(data)
@@ -2068,6 +2403,10 @@ class Connection(Carried):
             if left:
                 self._set_backlog(left)
 
+    def answer(self, request: ws_frames.Request) -> bytes:
+        """Return the answer to a status client."""
+        return bytes(self._server.answer_status(request))
+
     def queued_bytes(self) -> int:
         """Return the size of the backlog."""
         return len(self.backlog or ())
@@ -2080,7 +2419,7 @@ class Connection(Carried):
         """After the handshake: start the time limit of a client that waits, or register a pair."""
         timers = self._server.timers
         timers.handshaking.cancel(self)  # each entry of 15,000 clients would take 0.1 KB
-        if self.session.state is State.WAIT_PARTNER:
+        if self.session.is_waiting:
             timers.waiting.start(self, self._server.clock())
         else:
             timers.waiting.cancel(self)
@@ -2095,15 +2434,13 @@ class Connection(Carried):
         if self.phase is not Phase.OPEN:
             return
         closing_bytes, self.framing = self.framing.closing_bytes(reason.value), DISCARD
-        self.phase = Phase.FLUSHING
+        self._enter(Phase.FLUSHING)
         if self.backlog is not None and not len(self.backlog):
             self._set_backlog(None)
         if closing_bytes:
             self.write(closing_bytes)
         self.advance()
         self._server.update_interest(self)
-
-    # How bytes move.
 
     def receive(self, largest: int = PIPE_BYTES) -> int:
         """Read once, at most `largest` bytes, and pass them on. Return how many came."""
@@ -2126,12 +2463,9 @@ class Connection(Carried):
         if pair is not None and self.is_bulk and (count := self._splice(pair, most)):
             return count
         buffer = self._server.buffer
-        try:
-            count = self.sock.recv_into(buffer, min(self.framing.max_read_bytes, most, largest))
-        except BlockingIOError:
+        count = receive_into(buffer, self.sock, min(self.framing.max_read_bytes, most, largest))
+        if count < 0:
             return 0
-        except OSError:  # a reset or a timeout; all earlier bytes have been read
-            count = 0
         if not count:
             self._peer_ended = True
             self.session.client_ended()
@@ -2176,7 +2510,7 @@ class Connection(Carried):
         assert self.backlog is not None
         before = len(self.backlog)
         if not self._flush(self.backlog):
-            self._count_backlog()
+            self._server.memory.count(self)
             return before - len(self.backlog)
         self._set_backlog(None)
         self.framing.backlog_sent()
@@ -2212,17 +2546,11 @@ class Connection(Carried):
         old, self.backlog = self.backlog, backlog
         if isinstance(old, Pipe):
             self._server.pipes.give_back(old)
-        self._count_backlog()
+        self._server.memory.count(self)
         self._server.update_interest(self)
         partner = self.partner
         if partner is not None:
             self._server.update_interest(partner)
-
-    def _count_backlog(self) -> None:
-        size = self.queued_bytes()
-        if size != self.counted_bytes:
-            self._server.memory.change(size - self.counted_bytes)
-            self.counted_bytes = size
 
     def release_pipe(self, pipe: Pipe) -> None:
         """Move the bytes of `pipe`, the backlog, to memory, if there is room. Give it back."""
@@ -2231,13 +2559,18 @@ class Connection(Carried):
 
     # What closes this socket, and when: see the table in the docstring.
 
+    def _enter(self, phase: Phase) -> None:
+        old, self.phase = self.phase, phase
+        self._server.connections_by_phase[old] -= 1
+        self._server.connections_by_phase[phase] += 1
+
     def advance(self) -> None:
         """Enter the next phase, if its condition holds."""
         is_flushed = self.phase is Phase.FLUSHING and self.backlog is None
         if self._peer_ended and (is_flushed or self.phase is Phase.LINGERING):
             self.doom()
         elif is_flushed:
-            self.phase = Phase.LINGERING
+            self._enter(Phase.LINGERING)
             with contextlib.suppress(OSError):  # after a reset, the next read returns the error
                 self.sock.shutdown(socket.SHUT_WR)
             self.session.end_sent()
@@ -2259,7 +2592,7 @@ class Connection(Carried):
     def doom(self) -> None:
         """Have the socket closed at the end of this turn."""
         if self.phase is not Phase.CLOSED:
-            self.phase = Phase.CLOSED
+            self._enter(Phase.CLOSED)
             self._server.doom(self)
             self._server.update_interest(self)
 
@@ -2273,9 +2606,10 @@ class Connection(Carried):
 
 
 # Accepting -----------------------------------------------------------------------------------
-# The Acceptor accepts newcomers. It pauses when a resource is used up (descriptors: if no client
-# makes room), and after an error of accept or of the selector that may concern the next one too.
-# During a pause the listeners are not in the selector, and newcomers wait in the kernel's queue.
+# An Acceptor accepts newcomers. It pauses when a resource is used up (descriptors: if no client
+# makes room; for status clients none does), and after an error of accept or of the selector that
+# may concern the next one too. During a pause the listeners are not in the selector, and newcomers
+# wait in the kernel's queue.
 
 
 class ListenerHandler(NamedTuple):
@@ -2290,7 +2624,10 @@ class ListenerHandler(NamedTuple):
 
 
 class Acceptor(Carried):
-    """Accepts the newcomers of all listeners, or pauses."""
+    """Accepts the newcomers of a group of listeners, or pauses.
+
+    The Server has one for clients of the relay, and one for status clients.
+    """
 
     CARRIED = ("_may_end_early", "retry_at")
 
@@ -2342,7 +2679,8 @@ class Acceptor(Carried):
                 # As the listener was ready, there is one newcomer: make room for this one.
                 if error.errno == errno.EMFILE and count:
                     return
-                if error.errno == errno.EMFILE and self._loop.free_descriptor():
+                may_evict = error.errno == errno.EMFILE and not listener.endpoint.is_status
+                if may_evict and self._loop.free_descriptor():
                     has_made_room = True
                 elif error.errno in OUT_OF_RESOURCES:
                     self.pause(error_text(error))
@@ -2360,22 +2698,23 @@ class Acceptor(Carried):
                     sock.close()
                     raise
 
-    def pause(self, why: str, may_end_early: bool = True) -> None:
-        """Stop accepting for ACCEPT_RETRY_SECONDS. Log the reason, at most once a minute."""
+    def pause(self, why: str, may_end_early: bool = True, seconds: float = PAUSE_SECONDS) -> None:
+        """Stop accepting for so many seconds. Log the reason, at most once a minute."""
         if not self.is_accepting:
             return
         now = self._loop.clock()
         self._may_end_early = may_end_early
-        self.retry_at = now + ACCEPT_RETRY_SECONDS
+        self.retry_at = now + seconds
         self._unregister()
         if self._complaints.take(now):
-            log.warning("newcomers have to wait: %s", why)
+            who = "newcomers" if self is self._loop._acceptor else "status clients"
+            log.warning("%s have to wait: %s", who, why)
 
     def end_pause(self, now: float) -> None:
         """End a pause, if its time is over or if it may end earlier."""
         if self.is_accepting or (now < self.retry_at and not self._may_end_early):
             return
-        self.retry_at = now + ACCEPT_RETRY_SECONDS  # if `_register` fails
+        self.retry_at = now + PAUSE_SECONDS  # if `_register` fails
         self._unregister()
         try:
             self._register()
@@ -2402,59 +2741,9 @@ class Acceptor(Carried):
                     self._selector.unregister(listener.fd)
 
 
-# Signals and stops ---------------------------------------------------------------------------
-# A signal handler notes the signal and wakes the loop, which acts on it. A stop signal begins the
-# Ending. `StopProgress` checks whether a stop has delivered everything. A drain, which may precede
-# a stop, waits for pairs only.
-
-
-class Signals:
-    """The handled signals, and the socket pair by which they wake the loop."""
-
-    def __init__(self) -> None:
-        self._noted: deque[int] = deque()
-        # By number: what the loop calls after that signal. To be filled before `install`.
-        self.actions: dict[int, Callable[[], None]] = {}
-        self._sockets: tuple[socket.socket, ...] = ()
-
-    def open(self) -> int:
-        """Make the sockets. Return the descriptor to wait for. Raises OSError."""
-        self._sockets = socket.socketpair()
-        for sock in self._sockets:
-            sock.setblocking(False)
-        return self._sockets[0].fileno()
-
-    def install(self) -> None:
-        """Install the handlers. Ignore those of IGNORED_SIGNALS that have no action."""
-        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
-        for number in IGNORED_SIGNALS - set(self.actions):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid finds no child
-        for number in self.actions:
-            signal.signal(number, lambda number, _: self._noted.append(number))
-        # The parent process may have blocked them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.actions)
-
-    def on_ready(self, _mask: int) -> None:
-        """Read the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
-            self._sockets[0].recv(4096)
-
-    def take_actions(self) -> Iterator[Callable[[], None]]:
-        """Yield the action of each noted signal."""
-        while self._noted:
-            yield self.actions[self._noted.popleft()]
-
-    @property
-    def has_noted(self) -> bool:
-        """Return whether a signal waits for its action."""
-        return bool(self._noted)
-
-    def close(self) -> None:
-        """Close the sockets. Signals do not wake the loop any more."""
-        signal.set_wakeup_fd(-1)
-        for sock in self._sockets:
-            sock.close()
+# Stops ---------------------------------------------------------------------------------------
+# A stop signal begins the Ending. `StopProgress` checks whether a stop has delivered everything. A
+# drain, which may precede a stop, waits for pairs only.
 
 
 class StopProgress:
@@ -2538,7 +2827,7 @@ class Ending:
         if self.phase is ServerPhase.DRAINING:
             self._end_drain(name)
         elif self.phase is ServerPhase.SERVING and self._drain_seconds:
-            pairs = len(self._loop.rendezvous.pairs)
+            pairs = count_pairs(self._loop)
             log.info("%s: draining for at most %g s; pairs: %d", name, self._drain_seconds, pairs)
             self.drain()
         elif self.phase is ServerPhase.SERVING:
@@ -2551,14 +2840,14 @@ class Ending:
             self.phase = ServerPhase.OVER
 
     def drain(self) -> None:
-        """Begin to drain: close listeners, end clients without a partner, and let pairs run on."""
+        """Begin to drain: accept no more clients, and end those that have no partner."""
         self._deadline = self._loop.clock() + self._drain_seconds
         self.phase = ServerPhase.DRAINING
         self._signals = 1
         self._end_unpaired()
 
     def _end_drain(self, why: str) -> None:
-        log.info("%s: the drain ends; pairs left: %d", why, len(self._loop.rendezvous.pairs))
+        log.info("%s: the drain ends; pairs left: %d", why, count_pairs(self._loop))
         self.stop()
 
     def stop(self) -> None:
@@ -2570,12 +2859,13 @@ class Ending:
         self._end_pairs(self._progress.finished_leavers(self._loop.connections))
 
     def _end_unpaired(self) -> None:
-        """Close the listeners, and end all clients without a partner."""
-        faults = self._loop.faults
+        """Close listeners, and end all clients without a partner; in a drain, no status clients."""
+        faults, is_drain = self._loop.faults, self.phase is ServerPhase.DRAINING
         faults_before = faults.count
-        faults.guard(self._loop.close_listeners)
+        faults.guard(partial(self._loop.close_listeners, keep_status=is_drain))
         for conn in tuple(self._loop.connections):
-            if conn.session.pair is None:
+            is_unpaired = conn.session.pair is None or conn.session.is_waiting
+            if is_unpaired and not (is_drain and conn.is_status):
                 faults.guard(partial(conn.session.client_ended, Reason.STOPPING), conn)
         self._unpaired_are_ended = faults.count == faults_before
 
@@ -2640,7 +2930,10 @@ class Faults(Carried):
         try:
             work()
         except Exception:
-            self.contain(served)
+            try:
+                self.contain(served)
+            except MemoryError:
+                self.need_repair = True
 
     def contain(self, served: object) -> None:
         """Note the exception that is being handled, and end the connection that was served."""
@@ -2651,7 +2944,7 @@ class Faults(Carried):
         elif isinstance(served, ListenerHandler):  # it would be ready again at once
             self.guard(partial(served.acceptor.pause, "accepting failed", may_end_early=False))
         elif isinstance(served, Acceptor):  # it could not resume
-            served.retry_at = self._loop.clock() + ACCEPT_RETRY_SECONDS
+            served.retry_at = self._loop.clock() + PAUSE_SECONDS
 
     def shed_backlog(self) -> None:
         """Note a MemoryError of the loop itself. Close the connection with the largest backlog."""
@@ -2693,6 +2986,8 @@ class Faults(Carried):
         queued_bytes = sum(conn.counted_bytes for conn in loop.connections)
         loop.memory.change(queued_bytes - loop.memory.queued_bytes)
         connections = tuple(loop.connections)
+        for phase in Phase:
+            loop.connections_by_phase[phase] = sum(conn.phase is phase for conn in connections)
         self.need_repair = False  # from here on all is guarded
         for conn in connections:
             if conn.backlog is not None and not len(conn.backlog):
@@ -2715,7 +3010,8 @@ class Faults(Carried):
 
     def note(self, what: str, error: OSError) -> None:
         """Note an error of the system that ends a connection."""
-        self._count(what, f"{what}: {error_text(error)}")
+        message = f"{what}: {error_text(error)}"
+        self._tally.note(what, self._loop.clock(), logging.ERROR, message)
 
     def restore_memory_reserve(self) -> None:
         """Allocate the reserve again, if it was released and there is room."""
@@ -2729,15 +3025,18 @@ class Faults(Carried):
         assert error is not None
         if isinstance(error, MemoryError):
             self._memory_reserve = None
-        with contextlib.suppress(MemoryError):  # then the log lacks it
-            frames = traceback.extract_tb(error.__traceback__)
-            place = f"{frames[-1].name}, line {frames[-1].lineno}"
-            lines = "".join(traceback.format_list(frames))
-            has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
-            text = f": {error}" if has_own_text and str(error) else ""
-            self._count(place, f"contained fault in {place}:\n{lines}{type(error).__name__}{text}")
+        try:
+            self._log_exception(error)
+        except MemoryError:  # then the log lacks it
+            pass
 
-    def _count(self, place: str, message: str) -> None:
+    def _log_exception(self, error: BaseException) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{frames[-1].name}, line {frames[-1].lineno}"
+        lines = "".join(traceback.format_list(frames))
+        has_own_text = isinstance(error, (AssertionError, OSError, MemoryError))
+        text = f": {error}" if has_own_text and str(error) else ""
+        message = f"contained fault in {place}:\n{lines}{type(error).__name__}{text}"
         self._tally.note(place, self._loop.clock(), logging.ERROR, message)
 
 
@@ -2747,15 +3046,15 @@ def is_consistent(conn: Connection) -> bool:
     rendezvous, pair = session.rendezvous, session.pair
     if (session.state is State.DONE) != (conn.phase is not Phase.OPEN):
         return False
-    if (session.state is State.RELAYING) != (pair is not None):
+    if (session.state in (State.FORWARDED, State.RELAYING)) != (pair is not None):
         return False
     if conn.phase is Phase.FLUSHING and conn.backlog is None:
         return False
-    if pair is not None:
-        return pair in rendezvous.pairs and session in pair.sessions
+    if pair is not None and not (pair in rendezvous.pairs and session in pair.sessions):
+        return False
     if session.ended_pair is not None:
         return session.ended_pair in rendezvous.pairs
-    if session.state is State.WAIT_PARTNER:
+    if session.is_waiting:
         handshake = session.handshake
         return handshake is not None and session in rendezvous.waiting.get(handshake.token, ())
     return True
@@ -2787,7 +3086,8 @@ class BulkQueue:
         served: list[Connection] = []
         moved = 0
         deadline = self._loop.clock() + TURN_BULK_SECONDS
-        for _ in range((len(self.ready) + 3) // 4):
+        quarter = (len(self.ready) + 3) // 4
+        while self.ready and len(served) < quarter:  # a gateway can close some of them meanwhile
             conn, ready = self.ready.popitem(last=False)
             served.append(conn)
             try:
@@ -2820,8 +3120,9 @@ class BulkQueue:
 
 # Limits --------------------------------------------------------------------------------------
 # What happens when a client reaches a limit: that is counted and logged, and the client is ended.
-# (--max-memory and the rates slow clients.) Session and Connection report a reached limit through
-# `Rendezvous.limit_reached`, which is `LimitEnforcer.note`.
+# (--max-memory and the rates slow clients. The limits of status clients are not counted.) Session
+# and Connection report a reached limit through `Rendezvous.limit_reached`, which is
+# `LimitEnforcer.note`.
 
 
 class LimitEnforcer(Carried):
@@ -2833,6 +3134,7 @@ class LimitEnforcer(Carried):
         self._loop = loop
         self._faults = faults
         self._limits = limits
+        self.max_connections = limits.max_connections
         self.reached = Tally()  # by the option of the limit
         self._is_quota_used_up = False
         loop.rates.must_wait = self.allowance_changed
@@ -2840,8 +3142,10 @@ class LimitEnforcer(Carried):
         shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
         seconds = shortest / SWEEPS_PER_LIMIT
         shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
-        self.share_seconds = max(seconds / shares, 1) if shortest else 0  # 0: no sweeps
         self.sweep = Sweep(loop.connections, shares)
+        if shortest:
+            loop.timers.every(max(seconds / shares, 1), self.check_progress)
+        loop.timers.every(CURRENT_SECONDS, lambda: loop.timers.end_status_clients(loop.clock()))
 
     def note(self, limit: Limit) -> None:
         """Count that a limit ended, refused or slowed a client. Log it, at most once a minute."""
@@ -2851,22 +3155,41 @@ class LimitEnforcer(Carried):
 
     def has_room(self) -> bool:
         """Return whether a newcomer has room. If necessary, evict clients for it."""
-        most = self._limits.max_connections
-        while 0 < most <= len(self._loop.connections) - len(self._loop.doomed):
-            if not self.make_room(Limit.CONNECTIONS):
+        most = self.max_connections
+        had_room = False  # the last one that was evicted
+        while not had_room and 0 < most <= len(self._loop.connections) - len(self._loop.doomed):
+            conn = self._first_to_go()
+            if conn is None:
                 return False
+            # Then one is enough, also if there are too many: the maximum was lowered.
+            had_room = not conn.session.is_over and conn.session.refused_by is not Limit.CONNECTIONS
+            self._evict(conn, Limit.CONNECTIONS)
         return True
 
     def make_room(self, limit: Limit) -> bool:
         """Evict a client for a newcomer. Return whether there was one to evict."""
         conn = self._first_to_go()
-        if conn is None:
-            return False
-        if conn.session.state is not State.DONE:
+        if conn is not None:
+            self._evict(conn, limit)
+        return conn is not None
+
+    def _evict(self, conn: Connection, limit: Limit) -> None:
+        if not conn.session.is_over:
             self.note(limit)
         self._faults.guard(partial(conn.session.client_ended, Reason.REFUSED), conn)
         self._faults.guard(conn.doom, conn)
-        return True
+
+    def take_status_place(self) -> bool:
+        """Make room for a status client. Return whether it takes the last place."""
+        clients = self._loop.timers.status_clients
+        if len(clients) >= MAX_STATUS_CLIENTS:
+            next(clients.connections()).doom()
+            self._loop.reap()
+        return len(clients) == MAX_STATUS_CLIENTS - 1
+
+    def counts(self) -> dict[Limit, int]:
+        """Return how often each limit ended, refused or slowed a client."""
+        return {limit: self.reached.counts.get(limit.value, 0) for limit in Limit}
 
     def _first_to_go(self) -> Connection | None:
         """Return the client that is evicted first, if there is one.
@@ -2875,7 +3198,8 @@ class LimitEnforcer(Carried):
         one that waits. A pair does not go, nor a client that has bytes to get.
         """
         for conn in self._loop.timers.linger_polls.connections():
-            if conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock):
+            has_all = conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock)
+            if has_all and not conn.is_status:  # those have places of their own
                 return conn
         silent = self._loop.timers.handshaking.oldest(is_before_handshake)
         if silent is not None:
@@ -2926,20 +3250,20 @@ class LimitEnforcer(Carried):
             if is_before_handshake(conn):
                 self._end(Limit.HANDSHAKE, conn)
         for conn in self._loop.timers.waiting.take_expired(now):
-            if conn.session.state is State.WAIT_PARTNER:
+            if conn.session.is_waiting:
                 self._end(Limit.WAIT, conn)
 
     def check_progress(self) -> None:
-        """Check a share of all connections for a stall, and their pairs for idleness."""
+        """Check a share of the connections, without status clients, for stalls and idle pairs."""
         now, limits = self._loop.clock(), self._limits
         for conn in self.sweep.take():
             pair = conn.session.pair
-            if conn.phase is Phase.CLOSED:
+            if conn.phase is Phase.CLOSED or conn.is_status or not conn.is_connected:
                 continue
             if 0 < limits.stall_seconds <= self._stalled_seconds(conn, now):
                 self._end(Limit.STALL, conn)
                 self._faults.guard(conn.doom, conn)  # nothing more can be sent
-            elif pair is not None and limits.idle_seconds:
+            elif pair is not None and pair.waiting_time is not None and limits.idle_seconds:
                 # A pair that has queued bytes, also in the kernel, or no allowance is not idle.
                 ends = filter(None, (conn, conn.partner))
                 queues = ((one.backlog, unacknowledged_bytes(one.sock) or 0) for one in ends)
@@ -2979,7 +3303,7 @@ def is_before_handshake(conn: Connection) -> bool:
 # Each turn waits for events with a select and calls the handlers of the ready sockets. Small moves
 # are made at once. Large or costly ones are queued (see Bulk).
 #
-# Closing is deferred: `doom` notes a connection, and `_reap` closes it at the end of the turn, or
+# Closing is deferred: `doom` notes a connection, and `reap` closes it at the end of the turn, or
 # earlier if accept needs its descriptor. A closed connection ignores later events of the turn.
 #
 # An exception of a handler is contained (see Faults), and so is a MemoryError of the loop itself.
@@ -2989,7 +3313,10 @@ def is_before_handshake(conn: Connection) -> bool:
 class Server(Carried):
     """The event loop. It owns the objects that all connections share."""
 
-    CARRIED = ("_acceptor", "_started", "clock", "faults", "limits", "recorder", "rendezvous")
+    CARRIED = (
+        *("_acceptor", "_started", "_status_acceptor"),
+        *("clock", "faults", "history", "late_until", "limits", "recorder", "rendezvous"),
+    )
 
     def __init__(
         self,
@@ -3004,6 +3331,7 @@ class Server(Carried):
         quota: Quota | None = None,
         addresses: Addresses | None = None,
         drain_seconds: float = 0,
+        make_rendezvous: Callable[..., Rendezvous] = Rendezvous,
     ) -> None:
         """Make a Server. It opens and registers nothing before `start`.
 
@@ -3016,7 +3344,7 @@ class Server(Carried):
         self.wallclock = wallclock
         self.recorder = recorder
         self.rates = Rates(limits.max_rate, limits.max_pair_rate, self.clock)
-        self.rendezvous = Rendezvous(
+        self.rendezvous = make_rendezvous(
             recorder.record, clock, self.rates, limits.max_waiting_per_source, addresses
         )
         self.buffer = memoryview(bytearray(READ_BYTES))  # shared by all connections
@@ -3026,16 +3354,21 @@ class Server(Carried):
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        self._acceptor = Acceptor(self, listeners, limits.keepalive_seconds)
+        groups = ([one for one in listeners if one.endpoint.is_status is n] for n in (False, True))
+        self._acceptors = tuple(Acceptor(self, one, limits.keepalive_seconds) for one in groups)
+        self._acceptor, self._status_acceptor = self._acceptors
+        self.connections_by_phase = dict.fromkeys(Phase, 0)  # how many connections are in each
+        self.answer_status: Any = ws_frames and ws_frames.not_found  # until open_relay sets it
+        self.history: Any = None  # of transit_relay_status; without it, what a reload carried
+        self._woke_at = 0.0  # when the last select returned (monotonic seconds)
+        self.late_until = float("-inf")  # so long the loop counts as late (monotonic seconds)
         self.doomed: OrderedDict[Connection, None] = OrderedDict()
         self.bulk = BulkQueue(self, self.faults)
         self.timers = Timers(limits)
         self.timers.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
         self.timers.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
         self.limits = LimitEnforcer(self, self.faults, limits)
-        self.rendezvous.limit_reached = self.limits.note
-        if self.limits.share_seconds:
-            self.timers.every(self.limits.share_seconds, self.limits.check_progress)
+        self.rendezvous.attach(self)
         self.quota = quota
         self._check_quota = partial(self.limits.check_quota, quota)
         if quota is not None:
@@ -3050,12 +3383,14 @@ class Server(Carried):
         """Open the selector and begin to accept. Raises OSError."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.signals.open(), EVENT_READ, self.signals)
-        self._acceptor.start(self._selector)
+        for acceptor in self._acceptors:
+            acceptor.start(self._selector)
         # After a reload there are connections. Of a pair, the client comes first whose turn it is.
         for pair in self.rendezvous.pairs:
             self.limits.allowance_changed(pair)
         for conn in self.connections:
             self.update_interest(conn)
+        self._woke_at = self.clock.monotonic()
 
     @property
     def phase(self) -> ServerPhase:
@@ -3080,7 +3415,7 @@ class Server(Carried):
         try:
             self.run_once(self._timeout())
         except MemoryError:  # in the loop itself; the next turn goes on with what this one left
-            self.faults.shed_backlog()
+            self.faults.guard(self.faults.shed_backlog)
             self.faults.guard(self._end_turn)
 
     def run_once(self, timeout: float) -> None:
@@ -3104,14 +3439,14 @@ class Server(Carried):
         self._end_turn()
 
     def _end_turn(self) -> None:
-        self._reap()
+        self.reap()
         if self.faults.need_repair:
             self.faults.repair()
-            self._reap()
+            self.reap()
         self.faults.restore_memory_reserve()
 
     def _wait(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for events, and return them.
+        """Wait for events, and return them. Count for how long the last turn has worked.
 
         If the process is suspended meanwhile (SIGSTOP, a paused container), the monotonic clock
         goes on, and select can return an empty list although sockets are ready. Then ask again
@@ -3120,8 +3455,13 @@ class Server(Carried):
         assert self._selector is not None, "not started"
         monotonic = self.clock.monotonic
         before = monotonic()
+        worked_seconds = before - self._woke_at  # a suspension meanwhile counts too
+        self.rendezvous.counters.turns.add(worked_seconds)
+        if worked_seconds > LATE_TURN_SECONDS:
+            self.late_until = before + UNHEALTHY_SECONDS
         events = self._selector.select(timeout)
-        suspended_seconds = monotonic() - before - timeout
+        self._woke_at = monotonic()
+        suspended_seconds = self._woke_at - before - timeout
         if suspended_seconds > SUSPENDED_SECONDS:
             self.clock.suspended_seconds += suspended_seconds
             events = events or self._selector.select(0)
@@ -3129,8 +3469,8 @@ class Server(Carried):
 
     def _timeout(self) -> float:
         """Return how long the select may wait (seconds)."""
-        due = min(self.timers.next_due(), self._acceptor.retry_at, self.rates.next_due())
-        due = min(due, self.ending.next_due())
+        retry_at = min(self._acceptor.retry_at, self._status_acceptor.retry_at)
+        due = min(self.timers.next_due(), self.rates.next_due(), self.ending.next_due(), retry_at)
         longest = float("inf") if self.between_turns is None else RELOAD_POLL_SECONDS
         return min(max(0.0, due - self.clock()), longest)
 
@@ -3140,8 +3480,9 @@ class Server(Carried):
             self.faults.guard(conn.framing.keep_alive, conn)
         for conn in self.timers.linger_polls.take_expired(now):
             self.faults.guard(partial(conn.check_linger, now), conn)
-        if now >= self._acceptor.retry_at:
-            self.faults.guard(partial(self._acceptor.end_pause, now), self._acceptor)
+        for acceptor in self._acceptors:
+            if now >= acceptor.retry_at:
+                self.faults.guard(partial(acceptor.end_pause, now), acceptor)
         for work in self.timers.due_chores(now):
             self.faults.guard(work)
         if self.phase is not ServerPhase.SERVING:
@@ -3158,21 +3499,7 @@ class Server(Carried):
 
     def snapshot(self) -> Snapshot:
         """Return the state of the relay."""
-        now, rendezvous = self.wallclock(), self.rendezvous
-        return Snapshot(
-            # Computed each time, because the wall clock may have been set since the start.
-            started_at=now - (self.clock.monotonic() - self._started),
-            taken_at=now,
-            pairs=len(rendezvous.pairs),
-            waiting_clients=rendezvous.waiting_clients,
-            waiting_tokens=len(rendezvous.waiting),
-            connections=len(self.connections),
-            pairs_ended=rendezvous.pairs_ended,
-            relayed_bytes=rendezvous.relayed_bytes(),
-            incomplete_bytes=rendezvous.incomplete_bytes(),
-            faults=self.faults.count,
-            drain_seconds=self.ending.drain_seconds_left,
-        )
+        return take_snapshot(self)
 
     # What a Connection asks for.
 
@@ -3198,12 +3525,14 @@ class Server(Carried):
         """Close `conn` at the end of this turn."""
         self.doomed[conn] = None
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         """Close the doomed connections, and those that are doomed meanwhile."""
         if not self.doomed:
             return
+        closed_kinds = set()
         while self.doomed:
             conn, _ = self.doomed.popitem(last=False)
+            closed_kinds.add(conn.is_status)
             self.bulk.ready.pop(conn, None)
             try:
                 self._close(conn)
@@ -3211,8 +3540,10 @@ class Server(Carried):
                 self.faults.contain(conn)
             if conn.sock.fileno() < 0:  # else a fault left it open: `repair` tries again
                 self.connections.discard(conn)
-        if not self._acceptor.is_accepting:
-            self.faults.guard(partial(self._acceptor.end_pause, self.clock()), self._acceptor)
+                self.connections_by_phase[conn.phase] -= 1
+        for acceptor in map(self._acceptors.__getitem__, closed_kinds):
+            if not acceptor.is_accepting:
+                self.faults.guard(partial(acceptor.end_pause, self.clock()), acceptor)
 
     def _close(self, conn: Connection) -> None:
         """Close a connection. A step that fails does not prevent the next ones."""
@@ -3224,15 +3555,17 @@ class Server(Carried):
             finally:
                 self.timers.forget(conn)
 
-    def close_listeners(self) -> None:
-        """Accept no more newcomers."""
+    def close_listeners(self, keep_status: bool = False) -> None:
+        """Accept no more newcomers; with `keep_status`, only status clients."""
         self._acceptor.close()
+        if not keep_status:
+            self._status_acceptor.close()
 
     def close_connections(self) -> None:
         """Close all connections at once."""
         for conn in self.connections:
             conn.doom()
-        self._reap()
+        self.reap()
 
     def finish_records(self) -> None:
         """Let the sinks write the last records and end."""
@@ -3261,30 +3594,50 @@ class Server(Carried):
     ) -> None:
         """Add the newcomer of `sock`. `role` and `has_proxy_header`: those of its listener."""
         conn = None
+        acceptor = self._acceptors[role is Role.STATUS]
         try:
             sock.setblocking(False)
-            if len(self.connections) >= self._max_open and not self.free_descriptor():
-                sock.close()  # without an answer: the rest is reserved for records
-                self._acceptor.pause("no file descriptor is left for newcomers")
+            if role is Role.STATUS:
+                if self.limits.take_status_place():
+                    # After that, another one evicts the oldest. So all have some time.
+                    acceptor.pause(
+                        f"{MAX_STATUS_CLIENTS} are connected", seconds=STATUS_WAIT_SECONDS
+                    )
+            elif not self.has_descriptor():
+                sock.close()  # without an answer: the rest is reserved
+                self.limits.note(Limit.DESCRIPTORS)
+                acceptor.pause("no file descriptor is left for newcomers")
                 return
-            has_room = self.limits.has_room()
+            has_room = role is Role.STATUS or self.limits.has_room()
             conn = Connection(sock, self, role, peer, has_proxy_header)
             if not has_room:
                 conn.session.refused_by = Limit.CONNECTIONS
-            self.connections.add(conn)
-            self.timers.handshaking.start(conn, self.clock())
+            self.add(conn)
+            self.rendezvous.counters.connections += not conn.is_status
+            queue = self.timers.status_clients if conn.is_status else self.timers.handshaking
+            queue.start(conn, self.clock())
             self.update_interest(conn)
             if not conn.mask:  # the end of this one makes no room, so it must not end the pause
-                self._acceptor.pause("the selector refused one", may_end_early=False)
+                acceptor.pause("the selector refused one", may_end_early=False)
         except Exception:
             if conn is None:
                 sock.close()
             self.faults.contain(conn)
 
+    def add(self, conn: Connection) -> None:
+        """Add a connection, which is not in the selector."""
+        self.connections.add(conn)
+        self.connections_by_phase[conn.phase] += 1
+
+    def has_descriptor(self) -> bool:
+        """Return whether a descriptor is left for a connection. If necessary, evict a client."""
+        clients = len(self.connections) - len(self.timers.status_clients)
+        return clients < self._max_open or self.free_descriptor()
+
     def free_descriptor(self) -> bool:
         """Evict a client and close its socket now. Return whether there was one to evict."""
         is_evicted = self.limits.make_room(Limit.DESCRIPTORS)
-        self._reap()
+        self.reap()
         return is_evicted
 
 
@@ -3304,7 +3657,8 @@ class Sink(Carried, threading.Thread):
 
     # Unwritten data, the number of dropped records, and what the log has about a failure.
     CARRIED: tuple[str, ...] = (
-        *("_queue", "_batch", "_current", "_failing", "_complained", "_gone", "dropped"),
+        *("_queue", "_batch", "_current", "_failing", "_complained", "_gone"),
+        *("dropped", "written_records"),
     )
     PARSERS: ClassVar[Parsers] = {
         "_queue": lambda records: deque(UsageRecord(**record) for record in records),
@@ -3322,6 +3676,7 @@ class Sink(Carried, threading.Thread):
         self._batch: list[UsageRecord] = []  # taken from the queue, not yet written
         self._current: Current | None = None  # to be written with the next batch
         self.dropped = 0  # records, counted since the start
+        self.written_records = 0  # likewise
         self._stopping = False
         self._pausing = False
         self._may_write_again = True  # the one write of a pause is still allowed
@@ -3332,6 +3687,8 @@ class Sink(Carried, threading.Thread):
         self._failing = False  # the last write failed
         self._complained = False  # a warning about the failure was logged
         self._complaints = Throttle()
+        # None until UsageDatabase has read them: how many records it has, and their bytes, by mood.
+        self.totals: Mapping[str, tuple[int, int]] | None = None
 
     def prepare(self) -> None:
         """Open the destination and test that it can be written. Raises StartupError."""
@@ -3366,11 +3723,14 @@ class Sink(Carried, threading.Thread):
             self._pausing = False
             self._changed.notify()
 
-    @property
-    def unwritten(self) -> int:
-        """Return how many records wait."""
+    def status(self) -> SinkStatus:
+        """Return how the sink is doing."""
         with self._changed:
-            return len(self._queue) + len(self._batch)
+            waiting = len(self._queue) + len(self._batch)
+            is_failing = not self._gone and (
+                self._failing or (self.finished and not self._stopping)
+            )
+            return SinkStatus(self.written_records, self.dropped, waiting, is_failing, self.totals)
 
     def set_pausing(self, is_pausing: bool) -> None:
         """Begin a pause, before which the thread may write once, or end it."""
@@ -3454,6 +3814,7 @@ class Sink(Carried, threading.Thread):
             return
         with self._changed:
             del self._batch[:written]
+            self.written_records += written
             if self._current is current:
                 self._current = None
         self._failing = False
@@ -3466,7 +3827,8 @@ class Sink(Carried, threading.Thread):
         self._failing = True
         if self._complaints.take(time.monotonic()):
             self._complained = True
-            log.warning("%s: %s; %d records wait", self.name, reason, self.unwritten)
+            waiting = self.status().waiting
+            log.warning("%s: %s; %d records wait", self.name, reason, waiting)
 
 
 class Recorder(Carried):
@@ -3550,13 +3912,13 @@ class Recorder(Carried):
         for sink in self._sinks:
             sink.join(max(0.0, deadline - time.monotonic()))
 
-    def unwritten(self) -> dict[str, int]:
-        """Return how many records wait, by sink."""
-        return {sink.name: sink.unwritten for sink in self._sinks}
+    def status(self) -> dict[str, SinkStatus]:
+        """Return how each sink is doing, by its name."""
+        return {sink.name: sink.status() for sink in self._sinks}
 
     def lost(self) -> int:
         """Return how many records are unwritten or counted as dropped, summed over all sinks."""
-        return sum(sink.unwritten + sink.dropped for sink in self._sinks)
+        return sum(one.waiting + one.dropped for one in (sink.status() for sink in self._sinks))
 
 
 # Sinks ---------------------------------------------------------------------------------------
@@ -3757,6 +4119,18 @@ def _update_quota(db: sqlite3.Connection, quota: Quota) -> None:
     db.execute("INSERT INTO `quota` (`month`, `bytes`) VALUES (?, ?)", row)
 
 
+Totals = Mapping[str, tuple[int, int]]  # the number of records and their bytes, by mood
+
+
+def add_up(totals: Totals, rows: Iterable[tuple[str, int, int]]) -> Totals:
+    """Return `totals` with more records: mood, number, bytes."""
+    result = dict(totals)
+    for mood, count, size in rows:
+        old_count, old_size = result.get(mood, (0, 0))
+        result[mood] = old_count + count, old_size + size
+    return result
+
+
 class UsageDatabase(Sink):
     """`--usage-db`: rows in SQLite, many to a transaction."""
 
@@ -3764,9 +4138,14 @@ class UsageDatabase(Sink):
     PARSERS: ClassVar[Parsers] = {**Sink.PARSERS, "_latest": Sink.PARSERS["_current"]}
     gather_seconds = GATHER_SECONDS
 
-    def __init__(self, path: str, quota: Quota | None = None) -> None:
-        """Import sqlite3, but touch no file. Raises StartupError."""
+    def __init__(self, path: str, quota: Quota | None = None, has_totals: bool = False) -> None:
+        """Import sqlite3, but touch no file. Raises StartupError.
+
+        `has_totals`: keep `totals`. They are read after the first write, and again when the file
+        was opened anew.
+        """
         super().__init__("--usage-db")
+        self._has_totals = has_totals
         self._quota = quota  # loaded at the first write; its row is written with each `current`
         try:
             import sqlite3
@@ -3801,7 +4180,32 @@ class UsageDatabase(Sink):
         """Write all or nothing. Write `current` each time, because a new file has no such row."""
         self._latest = current or self._latest
         self._transact(batch, "COMMIT")
+        if self.totals is not None:
+            rows = ((record.mood, 1, record.total_bytes) for record in batch)
+            self.totals = add_up(self.totals, rows)
+        elif self._has_totals:
+            with contextlib.suppress(self._sqlite_error, MemoryError):
+                self._read_totals()  # if this fails, the next write tries again
         return len(batch)
+
+    def _read_totals(self) -> None:
+        """Read the totals, unless the relay stops or reloads meanwhile."""
+        assert self._db is not None
+        # A large table takes seconds. SQLite interrupts the query if this function returns 1.
+        self._db.set_progress_handler(lambda: int(self._stopping or self._pausing), 10_000)
+        # Another program may have written anything. TOTAL does not overflow.
+        query = (
+            "SELECT `result`, COUNT(*),"
+            " TOTAL(CASE WHEN typeof(`total_bytes`) = 'integer' THEN `total_bytes` END)"
+            f" FROM `usage` NOT INDEXED WHERE `result` IN {MOODS} GROUP BY `result`"
+        )
+        try:
+            rows = self._db.execute(query).fetchall()
+        finally:
+            self._db.set_progress_handler(None, 0)
+        self.totals = add_up(
+            dict.fromkeys(MOODS, (0, 0)), ((mood, count, int(size)) for mood, count, size in rows)
+        )
 
     def close(self) -> None:
         if self._db is not None:
@@ -3843,14 +4247,15 @@ class UsageDatabase(Sink):
             self.close()
         if self._db is None:
             self._db = open_usage_database(self._path)
+            self.totals = None
             self._file = None if self._path == ":memory:" else os.stat(self._path)
         return self._db
 
 
 # Endpoints -----------------------------------------------------------------------------------
-# The values of --port and --websocket, in the syntax of Twisted: a kind, then fields between
-# colons, by position or as name=value. A backslash escapes the next character. `haproxy:` may
-# stand before the kind: then each connection begins with a PROXY header.
+# The values of --port, --websocket and --status, in the syntax of Twisted: a kind, then fields
+# between colons, by position or as name=value. A backslash escapes the next character. `haproxy:`
+# may stand before the kind: then each connection begins with a PROXY header.
 # The service manager passes sockets that are open already; an endpoint can name one of them.
 
 # The fields of each kind, in the order in which they may be written without a name.
@@ -3872,6 +4277,7 @@ NUMERIC_FIELDS = {
     "fileno": (2**31 - 1, 10),
 }
 SOCKET_DOMAINS = ("INET", "INET6", "UNIX")  # ignored: the socket has one already
+LOOPBACK = ("localhost", "127.", "::1")  # beginnings of interfaces for this machine only
 # The HOST of HOST:PORT, as many programs expect it: empty, an address (in brackets), or a name.
 HOST = re.compile(r"|\*|localhost|[\w-]+(?:\.[\w-]+)+|\[?[0-9A-Fa-f\\]*:[0-9A-Fa-f:.\\]*\]?")
 ANY_IPV4, ANY_IPV6 = "0.0.0.0", "::"
@@ -3879,7 +4285,7 @@ FIRST_PASSED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 
 
 class Endpoint(NamedTuple):
-    """One `--port` or `--websocket`, parsed but not yet opened."""
+    """One `--port`, `--websocket` or `--status`, parsed but not yet opened."""
 
     text: str
     kind: str
@@ -3895,9 +4301,22 @@ class Endpoint(NamedTuple):
     has_proxy_header: bool = False  # each connection begins with one
 
     @property
+    def is_status(self) -> bool:
+        """Return whether it is for status clients."""
+        return self.role is Role.STATUS
+
+    @property
     def is_passed(self) -> bool:
         """Return whether another process opened the socket, and has it open too."""
         return self.kind in ("fd", "systemd")
+
+
+# By the name of a passed socket. Any other one is used like `--port`.
+PASSED_ROLES = {
+    "haproxy-websocket": Role.WEBSOCKET,
+    "status": Role.STATUS,
+    "websocket": Role.WEBSOCKET,
+}
 
 
 class PassedSockets(NamedTuple):
@@ -3925,13 +4344,12 @@ class PassedSockets(NamedTuple):
         return cls(total, tuple(names.split(":")) if names else ())
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all sockets as endpoints. Three names set the role and the PROXY header."""
+        """Return all sockets as endpoints. Some names set the role and the PROXY header."""
         found = []
         for n in range(self.total):
             name = self.names[n] if n < len(self.names) else ""
             prefix = PROXY_PREFIX if name in ("haproxy", "haproxy-websocket") else ""
-            is_web = name in ("websocket", "haproxy-websocket")
-            role = Role.WEBSOCKET if is_web else Role.PORT
+            role = PASSED_ROLES.get(name, Role.PORT)
             found.append(parse_endpoint(f"{prefix}systemd:index={n}", role))
         return found
 
@@ -4051,6 +4469,50 @@ def _suggestion(text: str, kind: str, prefix: str) -> str:
         with contextlib.suppress(UsageError):
             return f"; did you mean {parse_endpoint(prefix + guess).text!r}?"
     return f", write {prefix}KIND:... (KIND: one of {', '.join(ENDPOINT_FIELDS)})"
+
+
+def parse_host(text: str) -> str:
+    """Return the value of --print-hints, an address without brackets. Raises UsageError."""
+    address = parse_address(re.sub(r"^\[(.*:.*)]$", r"\1", text))
+    if address is not None and "%" not in text:
+        family = socket.AF_INET if address[:1] == IPV4 else socket.AF_INET6
+        return socket.inet_ntop(family, address[1:])
+    if re.fullmatch(r"([\w-]+\.)*(?!\d+\.?$)[\w-]+\.?", text, re.ASCII):
+        return text
+    raise UsageError(f"{text!r} is not the name or the IP address of a host")
+
+
+def format_hints(host: str, endpoints: Sequence[Endpoint], websocket_url: str | None) -> str:
+    """Return the text of --print-hints: how clients reach `endpoints` at `host`."""
+    direct = [one for one in endpoints if one.port and not one.has_proxy_header]
+    is_local = host.startswith(LOOPBACK)
+    known = [one for one in direct if is_local or not one.interface.startswith(LOOPBACK)]
+    tcp, web = ([*dict.fromkeys(x.port for x in known if x.role is role)] for role in RELAY_ROLES)
+    ports: list[object] = [*tcp] or ["PORT"]
+    unknown = "" if tcp else ", ".join(one.text for one in endpoints if one.role is Role.PORT)
+    at, quote = (f"[{host}]", "'") if ":" in host else (host, "")  # for a shell, [...] is a pattern
+    helper = f"{quote}tcp:{at}:{ports[0]}{quote}"
+    url = websocket_url or (f"ws://{at}:{(web or tcp)[0]}/" if ws_frames and (web or tcp) else "")
+    base: dict[str, object] = {"type": "direct-tcp-v1", "priority": 0.0, "hostname": host}
+    hints = [{**base, "port": port} for port in ports]
+    if url:  # in the spelling of the specification, of the client in Rust, and of a fork in Go
+        hints += [{"type": kind, "url": url} for kind in ("websocket-v1", "websocket")]
+        parts = re.fullmatch(r"(wss?)://\[?([^]/?]+?)]?(?::([0-9]+))?/?", url)
+        if parts:  # the spelling of the fork has no path
+            number = int(parts[3] or {"ws": 80, "wss": 443}[parts[1]])
+            hints.append({"type": f"direct-{parts[1]}-v1", "hostname": parts[2], "port": number})
+    relay_hint = json.dumps({"type": "relay-v1", "hints": hints})
+    blocks = {
+        "Replace PORT: these endpoints do not tell the TCP port that clients connect to:": unknown,
+        "Python client (the receiver: `receive` in place of `send FILE`):": (
+            f"wormhole --transit-helper={helper} send FILE"
+        ),
+        "The same, for a whole shell:": f"export WORMHOLE_TRANSIT_HELPER={helper}",
+        "Rust client:": f"wormhole-rs send --relay-server={helper.replace(':', '://', 1)} FILE",
+        "WebSocket clients:": url,
+        "Relay hint of the transit protocol:": relay_hint.replace(': "PORT"}', ": PORT}"),
+    }
+    return "\n\n".join(f"{heading}\n{line}" for heading, line in blocks.items() if line)
 
 
 # Listeners -----------------------------------------------------------------------------------
@@ -4655,8 +5117,8 @@ class ServiceManager:
     def _state(self, now: Snapshot) -> str:
         """Return the status. During a drain, ask for time too: TimeoutStopSec= may be shorter."""
         status = f"STATUS={self._status_prefix}{status_line(now)}"
-        seconds = min(EXTEND_SECONDS, now.drain_seconds + STOP_GRANT_SECONDS)
-        extension = f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}\n" if now.drain_seconds else ""
+        seconds = min(EXTEND_SECONDS, now.drain_seconds_left + STOP_GRANT_SECONDS)
+        extension = f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}\n" if now.drain_seconds_left else ""
         return extension + status
 
     def notify(self, message: str, must_arrive: bool = False) -> None:
@@ -4840,7 +5302,7 @@ exit codes:
   2 wrong command line or configuration
 """
 
-REPEATABLE = ("port", "websocket", "allow", "trust_forwarded_for", "config")
+REPEATABLE = ("port", "websocket", "status", "allow", "trust_forwarded_for", "config")
 MAX_KEEPALIVE_SECONDS = 32767  # Linux: MAX_TCP_KEEPIDLE
 
 
@@ -4871,22 +5333,6 @@ def print_error(message: str, stream: TextIO | None) -> None:
         print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
-def whole_number(text: str, highest: int = 2**31 - 1) -> int:
-    """Parse the value of an option that is a whole number. Raises UsageError."""
-    value = parse_number(text, highest)
-    if value is None:
-        raise UsageError(f"{text!r} is not a whole number from 0 to {highest}")
-    return value
-
-
-def duration(text: str) -> float:
-    """Parse the value of an option that is a time. Raises UsageError."""
-    with contextlib.suppress(ValueError):
-        if text.isascii() and "_" not in text and 0 <= float(text) < float("inf"):
-            return float(text)
-    raise UsageError(f"{text!r} is not a number of seconds from 0 on")
-
-
 def websocket_url(text: str) -> str:
     """Check the address of a WebSocket. Raises UsageError."""
     if ws_frames and not ws_frames.URL.fullmatch(text):  # else `choose_endpoints` refuses any
@@ -4904,6 +5350,11 @@ def nonempty(text: str) -> str:
 def allow_empty(parse: Callable[[str], object]) -> Callable[[str], object]:
     """Return a parser that passes an empty value on to `reset_empty_options`."""
     return lambda text: parse(text) if text or parse is nonempty else text
+
+
+def parse_forward(text: str) -> object:
+    """Parse the value of --forward. Raises UsageError and StartupError."""
+    return import_part("--forward", "transit_relay_gateway", "parse_target")(text)
 
 
 LIMIT_OPTIONS = (  # in the order of the fields of Limits
@@ -4924,6 +5375,12 @@ where it listens:
 -u, --websocket-url URL: the address for WebSocket clients that is printed at the start, if a proxy
     or a router stands before the relay (default: ws://localhost:PORT/ for each --websocket on TCP
     without haproxy:)
+--status ENDPOINT: answer HTTP requests about the relay itself here, for its operator: /metrics for
+    Prometheus, /healthz, /status.json, and / as a page or a text; can be given several times
+    (default: none)
+--forward TARGET: be a gateway: find no partners here, but connect to another relay for each client,
+    with raw TCP: tcp:HOST:PORT or unix:PATH, with haproxy: before it if that relay expects PROXY
+    headers; write no records (default: find partners here)
 
 what it records:
 --usage-db FILE: write usage records to this SQLite database, which is created if it is missing;
@@ -4983,12 +5440,15 @@ how it runs:
 --check: check the options and most of what a start needs, but not that ports are free, files can be
     written and privileges suffice; print `check ok`; open no port and change no file (default:
     start the relay)
+--print-hints HOST: print what clients need to use this relay at a name or an address: options, a
+    relay hint and the address for WebSocket clients; open nothing (default: start the relay)
 """
 OPTION = re.compile(r"^(-.*?)(?: ([A-Z]\S*))?: (.*(?:\n {4}.*)*)", re.MULTILINE)
 # By the placeholder of the value. An option can have a parser of its own.
 VALUE_PARSERS: dict[str, Callable[[str], object]] = {
     "ENDPOINT": parse_endpoint,
     "--websocket": partial(parse_endpoint, role=Role.WEBSOCKET),
+    "--status": partial(parse_endpoint, role=Role.STATUS),
     "URL": websocket_url,
     "FILE": str,
     "--config": nonempty,
@@ -5001,6 +5461,8 @@ VALUE_PARSERS: dict[str, Callable[[str], object]] = {
     "--max-memory": partial(parse_size, least=LEAST_MEMORY_BYTES),
     "RATE": parse_rate,
     "NETWORK": parse_network,
+    "HOST": parse_host,
+    "TARGET": parse_forward,
 }
 
 
@@ -5056,6 +5518,11 @@ def parse_arguments(
     kept = [argument for name, argument in in_files if name not in replaced]
     options = parser.parse_args([*kept, *arguments])
     reset_empty_options(options, {name for name, _ in in_files}, parser)
+    for name in ("usage_db", "log_fd", "monthly_quota"):
+        value = getattr(options, name)
+        if options.forward is not None and value is not None and (value or name == "log_fd"):
+            text = f"a gateway writes no records, so --{name.replace('_', '-')} has no use"
+            parser.error(f"argument --forward: {text}")
     if options.monthly_quota and not options.usage_db:
         parser.error("argument --monthly-quota: it needs --usage-db")
     if options.quota_rate and not options.monthly_quota:
@@ -5107,7 +5574,7 @@ def read_config(path: str, parser: Parser, text: str | None = None) -> list[tupl
         if not match:
             parser.error(f"{line!r} is not of the form `option value`")
         option, value = match.groups()
-        if option in ("check", "config", "help", "version"):
+        if option in ("check", "config", "help", "print-hints", "version"):
             parser.error(f"{option} is for the command line only")
         argument = f"--{option}" if value is None else f"--{option}={value}"
         reset_empty_options(parser.parse_args([argument]), set(), parser)  # exits at this line
@@ -5117,17 +5584,26 @@ def read_config(path: str, parser: Parser, text: str | None = None) -> list[tupl
 
 
 def choose_endpoints(options: argparse.Namespace, passed: PassedSockets) -> list[Endpoint]:
-    """Return the endpoints of the options, else the passed sockets. Raises StartupError."""
-    ports = options.port or ([] if options.websocket else passed.endpoints())
-    # `--websocket` alone does not replace the default of `--port`.
-    endpoints = [*(ports or [parse_endpoint("tcp:4001")]), *options.websocket]
+    """Return the endpoints of the options. Raises StartupError.
+
+    Without `--port` and `--websocket`, the passed sockets are added. If no endpoint but those for
+    status clients is found, or only `--websocket`, tcp:4001 is added.
+    """
+    named = {passed.find(one) for one in options.status} if passed.total else set()
+    others = [one for one in passed.endpoints() if passed.find(one) not in named]
+    ports = options.port or ([] if options.websocket else others)
+    if all(one.is_status for one in ports):
+        ports = [parse_endpoint("tcp:4001"), *ports]
+    endpoints = [*ports, *options.websocket, *options.status]
     if ws_frames is None and (
         options.websocket_url
         or options.trust_forwarded_for
-        or any(one.role is Role.WEBSOCKET or one.has_proxy_header for one in endpoints)
+        or any(one.role is not Role.PORT or one.has_proxy_header for one in endpoints)
     ):
         missing = "Python finds no ws_frames.py (beside transit_relay.py)"
-        raise StartupError(f"WebSocket and haproxy: {missing}")
+        raise StartupError(f"WebSocket, --status and haproxy: {missing}")
+    if any(one.is_status for one in endpoints):
+        import_part("--status", "transit_relay_status", "StatusPages")  # it may be missing
     return endpoints
 
 
@@ -5156,6 +5632,8 @@ class Predecessor(NamedTuple):
     connections: int  # client sockets that are open in this process; 0 in a rehearsal
     name: bytes  # of the process
     carried: Mapping[str, Sequence[str]]  # see carried_fields
+    sends_proxy_header: bool | None  # by --forward; None: it is no gateway
+    target_addresses: Sequence[Any]  # of --forward, found by the rehearsal: see Target.resolve
 
     def take_file(self, option: str, value: object) -> int | None:
         """Return the descriptor of the file of an option, if the option has the same value.
@@ -5183,6 +5661,9 @@ class Predecessor(NamedTuple):
 
         The clients of the rehearsal are not all: others can connect until the execution.
         """
+        # A client may have sent no handshake yet: is its address hashed?
+        if getattr(options.forward, "sends_proxy_header", None) is not self.sends_proxy_header:
+            raise StartupError("--forward and its haproxy: cannot be added or removed by a reload")
         known = carried_fields()
         for name, fields in self.carried.items():
             if not {*fields} <= {*known.get(name, ())}:
@@ -5206,16 +5687,31 @@ class Links(NamedTuple):
     quota: Mapping[str, Any] | None
 
 
+# The classes of connections, by name. transit_relay_gateway adds another one.
+CONNECTIONS: dict[str, type[Connection]] = {"Connection": Connection}
 # The classes of framings whose place in a stream is carried, by name.
 FRAMINGS: dict[str, Any] = {"RawFraming": RawFraming, "DetectFraming": DetectFraming}
 if ws_frames:
-    web_framings = ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming
+    web_framings = (
+        *(ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming),
+        ws_frames.StatusFraming,
+    )
     FRAMINGS.update((one.__name__, one) for one in web_framings)
 
 
 def carried_fields() -> dict[str, tuple[str, ...]]:
-    """Return the names of the carried fields of each class that a client can have."""
-    return {one.__name__: one.CARRIED for one in (Connection, Session, Pair, *FRAMINGS.values())}
+    """Return the names of the carried fields of each class that belongs to a client."""
+    classes = (*CONNECTIONS.values(), Session, Pair, *FRAMINGS.values())
+    return {one.__name__: one.CARRIED for one in classes}
+
+
+# The framings that contain another one, and the class of that one. For a status client, the one in
+# a ProxyFraming is a StatusFraming.
+INNER_FRAMINGS = {
+    "HttpFraming": "RawFraming",
+    "ProxyFraming": "DetectFraming",
+    "WebSocketFraming": "RawFraming",
+}
 
 
 def resume_framing(
@@ -5229,11 +5725,12 @@ def resume_framing(
     if name == "Framing":
         return DISCARD
     framing: ws_frames.Framing
-    if FRAMINGS[name] in (RawFraming, DetectFraming):
+    inner = INNER_FRAMINGS.get(name)
+    if inner is None:
         framing = FRAMINGS[name](session, transport)
     else:
-        inner = DetectFraming if name == "ProxyFraming" else RawFraming
-        framing = FRAMINGS[name](session, transport, inner(session, transport))
+        inner = "StatusFraming" if transport.is_status else inner
+        framing = FRAMINGS[name](session, transport, FRAMINGS[inner](session, transport))
     framing.resume(fields)
     return framing
 
@@ -5250,15 +5747,18 @@ def place_connection(conn: Connection, has_backlog: bool) -> dict[str, Any]:
         backlog = backlog.read_all()
         conn._set_backlog(backlog)
     framing = {type(conn.framing).__name__: conn.framing.place()}
-    return {**conn.place(), "backlog": plain(backlog), "framing": framing}
+    name = type(conn).__name__
+    return {**conn.place(), "class": name, "backlog": plain(backlog), "framing": framing}
 
 
 def resume_connection(conn: Connection, place: Mapping[str, Any]) -> None:
     """Let a new connection go on with the state that `place_connection` returned."""
     fields = dict(place)
+    del fields["class"]
     backlog = fields.pop("backlog")
-    conn.framing = resume_framing(fields.pop("framing"), conn.session, conn)
+    framing = fields.pop("framing")
     conn.resume(fields)
+    conn.framing = resume_framing(framing, conn.session, conn)
     conn._set_backlog(None if backlog is None else bytearray(backlog))
 
 
@@ -5286,20 +5786,24 @@ def place_server(server: Server, has_backlogs: bool = True) -> Iterator[dict[str
 
 
 def resume_server(
-    server: Server, state: Iterator[dict[str, Any]], connect: Callable[[int], Connection]
+    server: Server,
+    state: Iterator[dict[str, Any]],
+    connect: Callable[[type[Connection], int], Connection],
 ) -> None:
     """Let a new Server go on with a state from `place_server`.
 
-    `connect` returns a new connection for a descriptor. Raises ValueError, TypeError and others.
+    `connect` returns a new connection of a class for a descriptor. Raises ValueError, TypeError and
+    others.
     """
     shared = next(state)
     links = Links(**shared.pop("links"))
     server.resume(shared)
     conns: dict[int, Connection] = {}
     for fd in links.fds:
-        conns[fd] = connect(fd)
-        resume_connection(conns[fd], next(state))
-        server.connections.add(conns[fd])
+        fields = next(state)
+        conns[fd] = connect(CONNECTIONS[fields["class"]], fd)
+        resume_connection(conns[fd], fields)
+        server.add(conns[fd])
     for fd in links.waiting:
         server.rendezvous.resume_waiting(conns[fd].session)
     pairs = []
@@ -5382,9 +5886,11 @@ def adopt_socket(fd: int) -> socket.socket:
     return sock
 
 
-def connect_again(server: Server, adopt: Callable[[int], socket.socket], fd: int) -> Connection:
+def connect_again(
+    server: Server, adopt: Callable[[int], socket.socket], kind: type[Connection], fd: int
+) -> Connection:
     """Return a new Connection for a descriptor that is open since before a reload."""
-    return Connection(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
+    return kind(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
 
 
 # Reload --------------------------------------------------------------------------------------
@@ -5403,8 +5909,8 @@ REHEARSALS = 5  # of one reload: another one follows if a file has changed meanw
 REHEARSAL_SECONDS = 10
 REHEARSAL_OUTPUT_BYTES = 1024 * 1024
 SINK_PAUSE_SECONDS = 10
-# The last line of a successful rehearsal: this text, how many more descriptors the new program may
-# need, and the names of its sinks.
+# The last line of a successful rehearsal: this text, then as JSON how many more descriptors the new
+# program may need, the names of its sinks, and the addresses for --forward.
 REHEARSED = "rehearsal ok:"
 
 
@@ -5433,7 +5939,7 @@ class Reload:
         self._is_wanted = False
         self._steps: Iterator[None] | None = None
         self._configs: dict[str, str] = {}  # what is rehearsed, and then executed
-        self._rehearsal_result = (0, frozenset[str]())  # descriptors and sinks, see REHEARSED
+        self._rehearsal_result: Sequence[Any] = (0, (), ())  # see REHEARSED
         self._killed: set[int] = set()  # child processes that have not ended yet
         # A daemon has a terminal until it is ready.
         self._has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
@@ -5500,7 +6006,8 @@ class Reload:
     def _file_versions(self) -> list[tuple[int, ...]]:
         """Return device, inode, size and time of each file of the program and configuration."""
         found: list[tuple[int, ...]] = []
-        modules = [__file__, ws_frames and ws_frames.__file__]
+        used = (ws_frames, *map(sys.modules.get, PARTS))
+        modules = [__file__, *(one and one.__file__ for one in used)]
         for path in (sys.argv[0], *filter(None, modules), *self._options.config):
             with contextlib.suppress(OSError):  # a module in an archive is no file
                 file = os.stat(path)
@@ -5531,6 +6038,8 @@ class Reload:
             connections=0 if is_rehearsal else len(self._server.connections),
             name=name,
             carried=carried_fields(),
+            sends_proxy_header=getattr(self._server.rendezvous, "sends_proxy_header", None),
+            target_addresses=self._rehearsal_result[2],
         )
         with open(fd, "wb", closefd=False) as file:
             pickle.dump(predecessor._asdict(), file, 4)
@@ -5571,15 +6080,14 @@ class Reload:
                 if not ended:  # the relay stops, or a fault came
                     os.kill(pid, signal.SIGKILL)
                     self._killed.add(pid)
-            start = os.fstat(output).st_size - MAX_COMPLAINT_CHARACTERS
-            tail = os.pread(output, MAX_COMPLAINT_CHARACTERS, max(0, start))
-        lines = [line for line in tail.decode(errors="replace").split("\n") if line.strip()]
-        result = re.fullmatch(rf"{REHEARSED} ([0-9]+)(.*)", lines[-1] if lines else "")
-        if result and not (killed_for or status):
-            self._rehearsal_result = int(result[1]), frozenset(result[2].split())
+            printed = os.pread(output, REHEARSAL_OUTPUT_BYTES, 0)
+        lines = [line for line in printed.decode(errors="replace").split("\n") if line.strip()]
+        if lines and lines[-1].startswith(REHEARSED) and not (killed_for or status):
+            self._rehearsal_result = json.loads(lines[-1][len(REHEARSED) :])
         else:
             ours = [line for line in lines if line.startswith(f"{PROGRAM}: ")]
             told = (ours or lines or [""])[-1].replace(f"{PROGRAM}: ", "", 1)
+            told = told[-MAX_COMPLAINT_CHARACTERS:]
             code = os.waitstatus_to_exitcode(status)
             end = f"exit code {code}" if code >= 0 else f"signal {-code}"
             raise ReloadRefused(killed_for or told or f"the rehearsal ended with {end}")
@@ -5606,9 +6114,10 @@ class Reload:
         `rehearsed`: what `_file_versions` returned before the rehearsal.
         """
         server, handled = self._server, {*self._server.signals.actions}
-        more, sinks = self._rehearsal_result
+        more, sinks, _ = self._rehearsal_result
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit - len(open_descriptors()) < RESERVED_FDS + more:
+        reserved = RESERVED_FDS - len(server.timers.status_clients)  # these use some of them
+        if limit - len(open_descriptors()) < reserved + more:
             raise ReloadRefused("too few file descriptors are free")
         with contextlib.ExitStack() as undo:  # if a step fails, or the relay stops
             undo.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, handled)
@@ -5619,9 +6128,9 @@ class Reload:
                     break
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
                 yield
-            for name, waiting in server.recorder.unwritten().items():
-                if waiting and name not in sinks:
-                    text = f"the new configuration has no {name}; records wait: {waiting}"
+            for name, sink in server.recorder.status().items():
+                if sink.waiting and name not in sinks:
+                    text = f"the new configuration has no {name}; records wait: {sink.waiting}"
                     raise ReloadRefused(text)
             state = os.memfd_create(PROGRAM)
             undo.callback(os.close, state)
@@ -5679,8 +6188,8 @@ def open_relay(
     limit, remark = raise_open_files_limit()  # first: there may be a thousand endpoints
     if any(one.has_proxy_header for one in endpoints):
         import ipaddress  # noqa: F401  # before the change of the user, see switch_user
+    has_status = any(one.is_status for one in endpoints)
     needs_sources = options.max_connections != 0 or options.max_waiting_per_source != 0
-    addresses = Addresses(options.allow, options.trust_forwarded_for, needs_sources=needs_sources)
     old_places = predecessor.listeners if predecessor is not None else ()
     inherited = [Listener.resumed(place) for place in old_places]
     listeners = open_listeners(endpoints, passed, inherited if predecessor else None, is_rehearsal)
@@ -5693,6 +6202,19 @@ def open_relay(
             undo.callback(listener.close)
         if is_inherited and not is_rehearsal:
             listener.adjust()
+    make_addresses: Callable[..., Addresses] = Addresses
+    make_rendezvous: Callable[..., Rendezvous] = Rendezvous
+    if options.forward is not None:
+        if predecessor is None or is_rehearsal:
+            targets = options.forward.resolve()
+            options.forward.require_other(targets, endpoints, listeners)
+        else:  # clients wait: do not ask the resolver again
+            targets = predecessor.target_addresses
+        make_addresses, needs_sources = options.forward.addresses_class, True
+        make_rendezvous = partial(options.forward.make_gateway, targets, options.keepalive)
+    addresses = make_addresses(
+        options.allow, options.trust_forwarded_for, needs_sources=needs_sources
+    )
     gone = [old for old in inherited if old.fd not in used_fds]
     for old in gone:
         if old.endpoint.is_passed and is_rehearsal:  # its newcomers would never be accepted
@@ -5700,7 +6222,8 @@ def open_relay(
     sinks: list[Sink] = []
     quota = Quota(options.monthly_quota) if options.monthly_quota else None
     if options.usage_db:
-        sinks.append(UsageDatabase(options.usage_db, quota))  # imports sqlite3: see switch_user
+        # It imports sqlite3: see switch_user.
+        sinks.append(UsageDatabase(options.usage_db, quota, has_totals=has_status))
     if log_fd is not None:
         sinks.append(JsonLines(log_fd))
     if options.user:
@@ -5724,13 +6247,21 @@ def open_relay(
         quota=quota,
         addresses=addresses,
         drain_seconds=options.drain,
+        make_rendezvous=make_rendezvous,
     )
+    if has_status:
+        make_pages = import_part("--status", "transit_relay_status", "StatusPages")
+        pages = make_pages(server, __version__, limit, open_descriptors)
+        server.answer_status, server.history = pages.answer, pages.history
+        server.timers.every(pages.history.HOUR_SAMPLE_SECONDS, pages.sample)
     return Relay(listeners, gone, server, remark)
 
 
 def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False) -> None:
     """Log how the relay runs. The texts about blurring are those of the Twisted relay."""
-    if options.blur_usage:
+    if options.forward is not None:  # it has no records
+        log.info("a gateway: clients find their partners at %s", options.forward.text)
+    elif options.blur_usage:
         log.info("blurring access times to %d seconds", options.blur_usage)
     else:
         log.info("not blurring access times")
@@ -5740,13 +6271,16 @@ def announce(options: argparse.Namespace, relay: Relay, is_reload: bool = False)
         log.info("running as root; consider --user NAME")
     if ws_frames is None:
         log.info("no WebSocket clients: Python finds no ws_frames.py (beside transit_relay.py)")
-    suffixes = {Role.WEBSOCKET: " (websocket)"}
+    suffixes = {Role.WEBSOCKET: " (websocket)", Role.STATUS: " (status)"}
     labels = [one.label + suffixes.get(one.endpoint.role, "") for one in relay.listeners]
-    web = [one for one in relay.listeners if one.endpoint.role is Role.WEBSOCKET]
-    ports = [one.port for one in web if one.port and not one.endpoint.has_proxy_header]
-    urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(ports)]  # addresses share a port
+    direct = [one for one in relay.listeners if one.port and not one.endpoint.has_proxy_header]
+    tcp, web = ([one.port for one in direct if one.endpoint.role is role] for role in RELAY_ROLES)
+    urls = [f"ws://localhost:{port}/" for port in dict.fromkeys(web)]  # addresses share a port
     if urls or options.websocket_url:
         log.info("WebSocket clients connect to %s", options.websocket_url or ", ".join(urls))
+    if tcp and os.isatty(2) and not (is_reload or options.logfile or options.log_fd == 2):
+        log.info("to use it: wormhole --transit-helper=tcp:HOST:%d send FILE", tcp[0])
+        log.info("(the same command with --print-hints=HOST prints more)")
     verb = "reloaded, listening" if is_reload else "starting"
     log.info("Transit %s on %s", verb, ", ".join(labels))
 
@@ -5756,7 +6290,8 @@ def check(options: argparse.Namespace) -> None:
     paths = {"pidfile": options.pidfile, "logfile": options.logfile}
     files = {f"{name} {path}": path for name, path in paths.items() if path}
     # The sockets of `systemd:` and `fd:`, and `--log-fd`, are open in a running relay only.
-    for endpoint in choose_endpoints(options, PassedSockets()):
+    endpoints = choose_endpoints(options, PassedSockets())
+    for endpoint in endpoints:
         with startup_errors(endpoint.text):
             resolve(endpoint, ipv6_only=False)
         if endpoint.path:
@@ -5765,6 +6300,8 @@ def check(options: argparse.Namespace) -> None:
     for subject, path in files.items():
         with startup_errors(subject):
             os.stat(os.path.join(os.path.dirname(path), "."))
+    if options.forward is not None:
+        options.forward.require_other(options.forward.resolve(), endpoints, ())
     if options.user:
         find_user(options.user)
     if options.usage_db:
@@ -5773,7 +6310,7 @@ def check(options: argparse.Namespace) -> None:
 
 def rehearse(
     options: argparse.Namespace, predecessor: Predecessor, state: Iterator[dict[str, Any]]
-) -> tuple[object, ...]:
+) -> str:
     """Try what a reload to these options needs. Return what follows REHEARSED.
 
     New TCP endpoints are open, and a new log file exists, for a moment. Raises StartupError.
@@ -5800,7 +6337,9 @@ def rehearse(
             resume_server(relay.server, state, connect)
         open_already = {listener["text"] for listener in predecessor.listeners}
         new = sum(one.text not in open_already for one in endpoints) + 1  # a sink opens two files
-        return (2 * new, *relay.server.recorder.unwritten())  # an endpoint can have two sockets
+        targets = getattr(relay.server.rendezvous, "target_addresses", ())
+        # An endpoint can have two sockets.
+        return json.dumps([2 * new, [*relay.server.recorder.status()], targets])
 
 
 @contextlib.contextmanager
@@ -5876,7 +6415,7 @@ def serve(
             if unused and is_first:
                 log.warning(
                     "sockets passed to us, but named by no endpoint: %d; their connections are"
-                    " never accepted: add --port=systemd:index=N, or do not pass them",
+                    " never accepted: name them (--port=systemd:index=N), or do not pass them",
                     len(unused),
                 )
             announce(options, relay, is_reload=not is_first)
@@ -5928,11 +6467,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predecessor, state = take_predecessor()
         options = parse_arguments(arguments, predecessor.configs if predecessor is not None else {})
         if options.check and predecessor is not None:
-            print(REHEARSED, *rehearse(options, predecessor, state), flush=True)
+            print(REHEARSED, rehearse(options, predecessor, state), flush=True)
             os._exit(0)  # with -X dev, Python would report the relay's sockets as not closed
         if options.check:
             check(options)
             print("check ok", flush=True)
+            return 0
+        if options.print_hints:
+            endpoints = choose_endpoints(options, PassedSockets())
+            print(format_hints(options.print_hints, endpoints, options.websocket_url), flush=True)
             return 0
         if options.log_fd == 2:
             stream = sys.stdout

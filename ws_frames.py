@@ -12,6 +12,7 @@ numbers at the checks are sections of RFC 6455, unless they name another RFC.
     Received frames      FrameParser, Event             both; `must_be_masked` sets the role
     Frames to send       frame_header, build_frame      both; a client passes a masking key
     Clients of a relay   ProxyFraming, HttpFraming      server: what precedes the byte stream
+                         StatusFraming                  server: one request about the relay
                          WebSocketFraming               server: the byte stream in messages
 
 The module supports no extension, no subprotocol and no text messages. FrameParser does not
@@ -99,10 +100,15 @@ CHECKED_START_BYTES = 256  # of an unfinished request line; the rest is checked 
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 4.1: 16 bytes in base64
 VERSION = "13"  # 4.1
+# Fields of each answer to a status client. The answer is soon out of date, a browser must not guess
+# another type, and no other page may embed it. An HTML page has a policy of its own.
+STATUS_FIELDS = ("Cache-Control: no-store", "X-Content-Type-Options: nosniff")
+NO_CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'"
 METHODS = ("GET", "HEAD", "OPTIONS")  # without an upgrade; any other method gets a 405
 REASONS = {
     200: "OK",
     400: "Bad Request",
+    404: "Not Found",
     405: "Method Not Allowed",
     426: "Upgrade Required",
     431: "Request Header Fields Too Large",
@@ -122,12 +128,18 @@ class ProtocolError(Exception):
 
 
 class UpgradeRejected(Exception):
-    """The request cannot be served. `status` is the HTTP status, `answer` the bytes to send."""
+    """The request cannot be served. `status` is the HTTP status."""
 
     def __init__(self, status: int, message: str, *fields: str, method: str = "GET") -> None:
         super().__init__(message)
         self.status = status
-        self.answer = http_answer(status, message + "\n", *fields, method=method)
+        self._fields = fields
+        self._method = method
+
+    def answer(self, *fields: str) -> bytes:
+        """Return the bytes to send. `fields`: more fields of the head."""
+        fields = (*self._fields, *fields)
+        return http_answer(self.status, f"{self}\n", *fields, method=self._method)
 
 
 class UpgradeFailed(Exception):
@@ -306,8 +318,8 @@ class RequestReader(HeadReader):
     def receive(self, data: Bytes) -> tuple[Request, Bytes] | None:
         """Return the request and the bytes that follow its head, or None until it is whole.
 
-        Raises UpgradeRejected: 431 for a head that is too long, 400 for another one that is not
-        HTTP. Most junk is refused at its first bytes.
+        Raises UpgradeRejected: 431 for a head that is too long, 400 for one that is not HTTP or
+        has a malformed field. Most junk is refused at its first bytes.
         """
         seen = len(self._head)
         in_request_line = not self._line_start
@@ -317,12 +329,16 @@ class RequestReader(HeadReader):
         if taken is not None:
             return parse_request(bytes(self._head)), data[taken:]
         if self._is_too_long():
-            method = "HEAD" if self._head.startswith(b"HEAD ") else "GET"
             limits = (
                 f"a head of over {MAX_HEAD_BYTES} bytes, or a line of over {MAX_HEAD_LINE_BYTES}"
             )
-            raise UpgradeRejected(431, limits, method=method)
+            raise self._rejection(431, limits)
         return None
+
+    def _rejection(self, status: int, message: str) -> UpgradeRejected:
+        """Return the error for a head that is not parsed."""
+        method = "HEAD" if self._head.startswith(b"HEAD ") else "GET"
+        return UpgradeRejected(status, message, method=method)
 
     def _check_request_line(self, seen: int) -> None:
         """Check the request line, or its start. `seen` bytes of it were there before."""
@@ -334,7 +350,7 @@ class RequestReader(HeadReader):
         else:
             return
         if not is_http:
-            raise UpgradeRejected(400, "this is not HTTP/1.1")
+            raise self._rejection(400, "this is not HTTP/1.1")
 
 
 class Fields(dict[str, list[str]]):
@@ -438,17 +454,25 @@ def base64_text(data: bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
-def http_answer(status: int, text: str, *fields: str, method: str = "GET") -> bytes:
-    """Return an answer in plain text that ends the connection. A HEAD gets no body."""
+def http_answer(
+    status: int, text: str, *fields: str, method: str = "GET", media_type: str = "text/plain"
+) -> bytes:
+    """Return an answer that ends the connection. A HEAD gets no body."""
     body = text.encode()
     head = (
         f"HTTP/1.1 {status} {REASONS[status]}",
         *fields,
-        "Content-Type: text/plain; charset=utf-8",
+        f"Content-Type: {media_type}; charset=utf-8",
         f"Content-Length: {len(body)}",
         "Connection: close",
     )
     return "\r\n".join((*head, "", "")).encode("ascii") + (b"" if method == "HEAD" else body)
+
+
+def not_found(request: Request) -> bytes:
+    """Return the answer to a status client that requests a page that does not exist."""
+    fields = (*STATUS_FIELDS, NO_CONTENT_POLICY)
+    return http_answer(404, "no such page\n", *fields, method=request.method)
 
 
 def not_allowed(method: str) -> UpgradeRejected:
@@ -758,7 +782,7 @@ CLOSE_CODES = {"ended": NORMAL, "refused": TRY_AGAIN_LATER, "stopping": GOING_AW
 # The body of the answer to an HTTP request that asks for no WebSocket, such as a health check.
 HTTP_TEXT = """\
 This is transit-relay, the relay server of Magic Wormhole.
-Magic Wormhole clients connect to it over TCP or WebSocket. It has no pages.
+Magic Wormhole clients connect to it over TCP or WebSocket. This port has no pages.
 """
 
 
@@ -776,6 +800,7 @@ class Session(Protocol):
     def proxy_told(self, address: str) -> None: ...
     def forwarded_for(self, values: Sequence[str]) -> None: ...
     def stream_postponed(self) -> None: ...
+    def handshake_failed(self, failure: str) -> None: ...
     def refuse_upgrade(self) -> str | None: ...
     def stream_opened(self) -> None: ...
     def client_ended(self) -> None: ...
@@ -803,6 +828,7 @@ class Transport(Protocol):
 
     framing: Framing  # a framing assigns its successor here
 
+    def answer(self, request: Request) -> bytes: ...
     def write(self, data: Bytes) -> None: ...
     def queued_bytes(self) -> int: ...
     def is_behind(self, most: int) -> bool: ...
@@ -817,7 +843,7 @@ class Stream(Protocol):
 
 
 class Opening(Reader):
-    """The framing of a client before its byte stream begins. It is sent no data meanwhile."""
+    """A framing that precedes the byte stream, or replaces it. It passes on no partner's bytes."""
 
     __slots__ = ("_session", "_transport")
 
@@ -865,6 +891,7 @@ class ProxyFraming(Opening):
         try:
             read = self._reader.receive(data)
         except ProxyError:
+            session.handshake_failed("proxy_header")
             session.client_ended()
             return
         if read is None:
@@ -880,7 +907,7 @@ class ProxyFraming(Opening):
 
 
 class HttpFraming(Opening):
-    """Answers one HTTP request: for an upgrade to WebSocket, or from a health check."""
+    """Answers one HTTP request: an upgrade to WebSocket, or another one, such as a health check."""
 
     __slots__ = ("_reader", "_stream")
     CARRIED = __slots__
@@ -906,7 +933,8 @@ class HttpFraming(Opening):
             if refusal is not None:
                 raise UpgradeRejected(503, refusal)
         except UpgradeRejected as rejection:
-            is_upgrade, answer = False, rejection.answer
+            is_upgrade, answer = False, rejection.answer()
+            session.handshake_failed(f"http_{rejection.status}")
         transport.write(answer)
         if not is_upgrade:
             session.client_ended()
@@ -914,6 +942,30 @@ class HttpFraming(Opening):
         session.stream_opened()
         transport.framing = WebSocketFraming(session, transport, self._stream)
         transport.framing.receive(memoryview(rest))
+
+
+class StatusFraming(Opening):
+    """Answers one HTTP request about the relay itself."""
+
+    __slots__ = ("_reader",)
+    CARRIED = __slots__
+
+    def __init__(self, session: Session, transport: Transport) -> None:
+        super().__init__(session, transport)
+        self._reader = RequestReader()
+
+    def receive(self, data: memoryview) -> None:
+        """Answer the request when its head is complete, or cannot become valid."""
+        try:
+            read = self._reader.receive(data)
+            if read is None:
+                return
+            request, _ = read
+            answer = self._transport.answer(request)
+        except UpgradeRejected as rejection:
+            answer = rejection.answer(*STATUS_FIELDS, NO_CONTENT_POLICY)
+        self._transport.write(answer)
+        self._session.client_ended()
 
 
 class WebSocketFraming(Reader):
@@ -947,24 +999,21 @@ class WebSocketFraming(Reader):
         payload: list[Bytes] = []
         pongs: list[bytes] = []
         events = 1  # one too many, to avoid a division by zero
-        try:
-            for event in self._parser.receive(data):
-                events += 1
-                if event.opcode == BINARY:
-                    payload.append(event.payload)
-                    if self._session.pair is None:  # each piece can change the state
-                        self._pass_on(payload, pongs)
-                        if event.is_last:
-                            self._stream.message_ended()
-                        if self._session.is_over:
-                            return
-                elif event.opcode == PING:
-                    pongs.append(build_frame(PONG, event.payload))
-                elif event.opcode == CLOSE:  # 5.5.1: echo its code
-                    self._close_frame = build_frame(CLOSE, event.payload[:2])
-                    break
-        except ProtocolError as error:
-            self._close_frame = build_close(error.code)
+        for event in self._events(data):
+            events += 1
+            if event.opcode == BINARY:
+                payload.append(event.payload)
+                if self._session.pair is None:  # each piece can change the state
+                    self._pass_on(payload, pongs)
+                    if event.is_last:
+                        self._stream.message_ended()
+                    if self._session.is_over:
+                        return
+            elif event.opcode == PING:
+                pongs.append(build_frame(PONG, event.payload))
+            elif event.opcode == CLOSE:  # 5.5.1: echo its code
+                self._close_frame = build_frame(CLOSE, event.payload[:2])
+                break
         self._pass_on(payload, pongs)  # while relaying, all of the read in one piece
         # Size the next read for FRAMES_PER_READ frames at most, if they are as dense as in this
         # one: up to four times its size, but FIRST_READ_BYTES at least.
@@ -974,6 +1023,13 @@ class WebSocketFraming(Reader):
         self.is_costly = events > COSTLY_FRAMES or len(data) >= DIRECT_READ_BYTES
         if self._close_frame:
             self._session.client_ended()
+
+    def _events(self, data: memoryview) -> Iterator[Event]:
+        """Yield the events of a read. An error ends them, and is answered with a Close."""
+        try:
+            yield from self._parser.receive(data)
+        except ProtocolError as error:
+            self._close_frame = build_close(error.code)
 
     def _pass_on(self, payload: list[Bytes], pongs: list[bytes]) -> None:
         """Send the Pongs, pass the payload to the stream, and empty both lists."""

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from invariants import check_server
 
@@ -43,6 +43,7 @@ from transit_relay import (
     Role,
     Server,
     Session,
+    Snapshot,
     UsageRecord,
     set_options,
     socket_options,
@@ -139,6 +140,7 @@ class FakeTransport:
     """Stands for the Connection of a Session. It only records the orders of the Session."""
 
     framing = DISCARD
+    is_status = False
 
     def __init__(self) -> None:
         self.sent = b""
@@ -156,6 +158,12 @@ class FakeTransport:
         assert not self.finished, "finished twice"
         self.finished = True
         self.reason = reason
+
+
+def snapshot_with(**fields: Any) -> Snapshot:
+    """Return a Snapshot with these fields, and with 0 or nothing in the others."""
+    values: dict[str, Any] = dict.fromkeys(Snapshot._fields, 0)
+    return Snapshot(**{**values, "problems": (), **fields})
 
 
 class ListRecorder(Recorder):
@@ -451,19 +459,32 @@ class Loop:
         self.clock = FakeClock(1_000.0)  # monotonic
         self.wallclock = FakeClock(1_700_000_000.0)  # since the epoch
         self.recorder = ListRecorder()
-        limits = limits or Limits()
-        clocks = self.clock, self.wallclock
-        self.server = Server([], self.recorder, limits, *clocks, max_pipes=max_pipes)
-        self.server.start()
         self._max_pipes = max_pipes
+        self.server = self.make_server([], limits)
+        self.server.start()
         self._clients: list[socket.socket] = []
         self._over_tcp: list[tuple[socket.socket, socket.socket]] = []  # both ends of each
 
+    def make_server(
+        self, listeners: Sequence[Listener], limits: Limits | None = None, **options: Any
+    ) -> Server:
+        """Return a new Server with the clocks and the recorder of this loop."""
+        limits = limits or Limits()
+        clocks = self.clock, self.wallclock
+        options = {"max_pipes": self._max_pipes, **options}
+        return Server(listeners, self.recorder, limits, *clocks, **options)
+
+    @property
+    def servers(self) -> list[Server]:
+        """Return the servers that run in this thread."""
+        return [self.server]
+
     def close(self) -> None:
-        """Close all clients, and the server."""
+        """Close all clients, and the servers."""
         for client in self._clients:
             client.close()
-        self.server.close()
+        for server in self.servers:
+            server.close()
 
     def restart(
         self,
@@ -476,13 +497,9 @@ class Loop:
     ) -> None:
         """Replace the server with one that has these listeners and limits."""
         self.server.close()
-        self.server = Server(
+        self.server = self.make_server(
             listeners,
-            self.recorder,
-            limits or Limits(),
-            self.clock,
-            self.wallclock,
-            max_pipes=self._max_pipes,
+            limits,
             quota=quota,
             addresses=addresses,
             max_open=max_open,
@@ -538,7 +555,8 @@ class Loop:
         reading = [client] if event == select.POLLIN else []
         writing = [client] if event == select.POLLOUT else []
         while event:
-            ready = select.select([*reading, self.server._selector], writing, [], TIMEOUT)
+            selectors = [server._selector for server in self.servers]
+            ready = select.select([*reading, *selectors], writing, [], TIMEOUT)
             assert any(ready), "nothing moves"
             if client in ready[0] or client in ready[1]:
                 return
@@ -548,13 +566,17 @@ class Loop:
         """Run turns until nothing is ready or on its way. Check the server after each."""
         deadline = time.monotonic() + TIMEOUT
         self.wait_for_arrivals()
-        while self.server.bulk.ready or self.server._selector.select(0):
-            self.server.run_once(0)
-            check_server(self.server)
+        while any(one.bulk.ready or one._selector.select(0) for one in self.servers):
+            self.run_turns()
             self.wait_for_arrivals()
             assert time.monotonic() < deadline, "the loop does not come to rest"
-        self.server.run_once(0)  # the timers, and the connections that they doom
-        check_server(self.server)
+        self.run_turns()  # the timers, and the connections that they doom
+
+    def run_turns(self) -> None:
+        """Run one turn of each server. Check the server after it."""
+        for server in self.servers:
+            server.run_once(0)
+            check_server(server)
 
     def wait_for_arrivals(self) -> None:
         """Wait until nothing is on its way between clients and relay. Run no turn."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers import RELAY, TIMEOUT, RelayProcess, read_to_end
+from helpers import ENTRY, RELAY, TIMEOUT, RelayProcess, read_to_end
 
 # Does what systemd does: passes the descriptors "N,M,..." as 3, 4, ... and executes the command.
 ACTIVATE = """\
@@ -29,7 +29,7 @@ os.execv(command[0], command)
 
 
 def activated(
-    *sockets: socket.socket, program: Sequence[str] = (sys.executable, str(RELAY))
+    *sockets: socket.socket, program: Sequence[str] = (sys.executable, str(ENTRY))
 ) -> list[str]:
     """Return a command: the relay, with these sockets passed as by systemd."""
     fds = ",".join(str(sock.fileno()) for sock in sockets)
@@ -60,12 +60,12 @@ def with_descriptor(fd: int, as_number: int) -> list[str]:
         "import os, sys; program = sys.argv[3:]; "
         "os.dup2(int(sys.argv[1]), int(sys.argv[2])); os.execv(program[0], program)"
     )
-    return [sys.executable, "-c", onto_it, str(fd), str(as_number), sys.executable, str(RELAY)]
+    return [sys.executable, "-c", onto_it, str(fd), str(as_number), sys.executable, str(ENTRY)]
 
 
 def redirected(redirections: str) -> list[str]:
     """Return a command: the relay, started by a shell with these redirections."""
-    return ["sh", "-c", f'exec "$0" "$@" {redirections}', sys.executable, str(RELAY)]
+    return ["sh", "-c", f'exec "$0" "$@" {redirections}', sys.executable, str(ENTRY)]
 
 
 class ReachedRelay(RelayProcess):

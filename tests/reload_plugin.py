@@ -106,8 +106,9 @@ def reload(server: Server) -> None:
     arguments, options = arguments_of[server]
     original_init(server, *arguments, **options)
 
-    def connect(fd: int) -> Connection:
+    def connect(kind: type[Connection], fd: int) -> Connection:
         conn = conns[fd]
+        assert type(conn) is kind
         session = conn.session
         conn.__init__(conn.sock, server, Role.PORT, LOCAL_PEER, False)  # type: ignore[misc]
         session.__init__(conn, server.rendezvous, 0.0)  # type: ignore[misc]

@@ -84,7 +84,9 @@ def plain_reading(data: bytes, masked: bool) -> tuple[Found, int | None]:
             if len(key) < 4:
                 break
             at += 4
-        payload = bytes(byte ^ key[n % 4] for n, byte in enumerate(data[at : at + size]))
+        payload = data[at : at + size]
+        if masked:
+            payload = bytes(byte ^ key[n % 4] for n, byte in enumerate(payload))
         at += size
         is_whole = at <= len(data)
         if opcode < 8:

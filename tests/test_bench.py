@@ -245,6 +245,28 @@ def test_a_comparison_has_three_relays_and_their_order_rotates() -> None:
     assert set(rounds) == set(itertools.permutations(rounds[0]))
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the benchmark needs Python 3.11")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (
+            [],
+            [
+                f"haproxy-bulk-8 1/1 {name}"
+                for name in ("haproxy-1-relay", "haproxy-2-relays", "ours")
+            ],
+        ),
+        (["--against", str(BENCH), "--rounds=3"], []),
+    ],
+)
+def test_several_processes_are_not_compared_with_another_checkout(
+    options: list[str], steps: list[str]
+) -> None:
+    command = [sys.executable, BENCH, "--quick", "--only", "haproxy-bulk-8", "--list", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)
+    assert done.stdout == "\n".join(steps) + "\n", done.stderr
+
+
 # The options that switch the limits off.
 
 
@@ -343,6 +365,22 @@ def test_a_table_has_no_empty_rows_and_columns() -> None:
         "| WebSocket, 1 pair              |             |   0.500 |",
     ]
     assert table.many_table(values) == table.growth_table(values) == ""
+
+
+def test_the_table_of_several_processes_has_all_before_the_part() -> None:
+    values = {
+        table.Quantity(workload, comparator, f"{prefix}{metric}"): value
+        for workload, comparator, metric, values in (
+            ("haproxy-bulk-8", "haproxy-1-relay", table.BULK, (4.0, 2.0)),
+            ("gateway-pairings", "gateway-1-relay", table.PAIRINGS, (3_000.0, 1_000.0)),
+        )
+        for prefix, value in zip(("front_", ""), values)
+    }
+    values[table.Quantity("haproxy-bulk-8", "ours", table.BULK)] = 6.0
+    assert cells(table.several_table(values)) == [
+        ["GB between TCP clients, 8 pairs", "6.00", "2.00 (4.00)", ""],
+        ["pairs of WebSocket clients", "", "", "1,000 (3,000)"],
+    ]
 
 
 def test_the_growth_table_has_a_column_for_each_number_of_pairs() -> None:

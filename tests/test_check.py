@@ -269,7 +269,7 @@ def test_a_damaged_database_passes(folder: Path) -> None:
 def test_without_ws_frames(folder: Path, option: str, code: int) -> None:
     copy = shutil.copy(RELAY, folder / "folder")
     done = run_check(folder, option, program=(sys.executable, "-B", str(copy)))
-    why = b"WebSocket and haproxy: Python finds no ws_frames.py (beside transit_relay.py)"
+    why = b"WebSocket, --status and haproxy: Python finds no ws_frames.py (beside transit_relay.py)"
     expected = (1, b"", b"transit-relay: " + why + b"\n") if code else (0, OK, b"")
     assert result_of(done) == expected
 

@@ -75,6 +75,8 @@ def test_defaults() -> None:
         "port": [],
         "websocket": [],
         "websocket_url": None,
+        "status": [],
+        "forward": None,
         "usage_db": None,
         "log_fd": None,
         "blur_usage": 0,
@@ -100,6 +102,7 @@ def test_defaults() -> None:
         "drain": 0,
         "no_splice": False,
         "check": False,
+        "print_hints": None,
     }
 
 
@@ -193,6 +196,8 @@ WRONG = [
     ["--config=/"],
     ["--user="],  # a script with an unset variable: this must not mean root
     ["--daemonize=yes"],
+    ["--print-hints="],
+    ["--print-hints=http://relay.example.org/"],
 ]
 
 
@@ -257,7 +262,7 @@ def help_text() -> str:
 def test_help_has_a_default_and_a_unit_in_every_line(help_text: str) -> None:
     options = re.findall(r"^  -.*(?:\n {3,}.*)*", help_text, re.MULTILINE)
     texts = {" ".join(option.split()) for option in options}
-    assert len(texts) == 30
+    assert len(texts) == 33
     for option in texts:
         if not option.startswith(("--version", "-h, --help")):
             assert re.search(r"\(default: [^)]+\)$", option), option
@@ -508,7 +513,9 @@ def test_websocket_without_ws_frames_is_refused(
     copy_without_ws_frames: list[str], option: tuple[str, str]
 ) -> None:
     output = failed_start(*LOCAL, *option, program=copy_without_ws_frames)
-    expected = "WebSocket and haproxy: Python finds no ws_frames.py (beside transit_relay.py)"
+    expected = (
+        "WebSocket, --status and haproxy: Python finds no ws_frames.py (beside transit_relay.py)"
+    )
     assert output == f"transit-relay: {expected}"
 
 

@@ -141,6 +141,7 @@ def test_the_command_line_takes_precedence(
         ("--", "'--' is not of the form"),
         ("=", "'=' is not of the form `option value`"),
         ("check", "check is for the command line only"),
+        ("print-hints relay.example.org", "print-hints is for the command line only"),
         ("help", "help is for the command line only"),
         ("version", "version is for the command line only"),
         ("--config other.conf", "config is for the command line only"),

@@ -43,7 +43,7 @@ from transit_relay import (
     unacknowledged_bytes,
     unread_bytes,
 )
-from ws_frames import HttpFraming, ProxyFraming, WebSocketFraming
+from ws_frames import HttpFraming, ProxyFraming, StatusFraming, WebSocketFraming
 
 BOTH_WAYS = True  # copied and spliced, see conftest.py
 BOTH = EVENT_READ | EVENT_WRITE
@@ -407,7 +407,7 @@ def test_a_second_finish_changes_nothing(scene: Scene) -> None:
 
 NOT_CARRIED: dict[type, set[str]] = {
     Session: {"ended_pair", "pair", "rendezvous", "transport"},
-    transit_relay.Pair: {"sessions"},
+    transit_relay.Pair: {"_flows", "_relayed", "sessions"},
     Connection: {
         *("_server", "counted_bytes", "is_unpolled", "mask", "sock"),
         *("backlog", "framing"),  # place_connection carries these
@@ -416,6 +416,7 @@ NOT_CARRIED: dict[type, set[str]] = {
         framing: {"_session", "_transport"}
         for framing in (
             *(Framing, RawFraming, DetectFraming, ProxyFraming, HttpFraming, WebSocketFraming),
+            StatusFraming,
         )
     },
 }
@@ -863,7 +864,7 @@ def test_repr_has_the_state_and_nothing_about_the_client(loop: Loop, tcp: bool) 
     stuff(loop, pair.a, pair.conn_b)
     text = repr(pair.conn_b)
     assert text == (
-        f"<Connection fd={pair.conn_b.fd} open relaying read=on write=on"
+        f"<Connection fd={pair.conn_b.fd} open relaying read write"
         f" queued={pair.conn_b.queued_bytes()}>"
     )
     assert repr(pair.conn_b.session) == "<Session relaying>"

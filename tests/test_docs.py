@@ -19,8 +19,8 @@ MAN_PAGE = PACKAGING / "transit-relay.8"
 CONF = PACKAGING / "transit-relay.conf"
 DOCUMENTS = [ROOT / "README.md", ROOT / "NEWS.md", *sorted(ROOT.glob("docs/*.md"))]
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
-PROXIES = ("caddy", "haproxy", "nginx", "stunnel")
-RECIPES = sorted(file for proxy in PROXIES for file in (PACKAGING / proxy).iterdir())
+PROGRAMS = ("caddy", "grafana", "haproxy", "nginx", "prometheus", "stunnel")
+RECIPES = sorted(file for program in PROGRAMS for file in (PACKAGING / program).iterdir())
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
@@ -229,7 +229,12 @@ FILE_NAME = r"(?<![\w./-])(?:(?:docs|packaging|tests)/[\w./-]*\w|\w+\.py\b|[A-Z]
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_files_that_a_document_names_exist(document: Path) -> None:
     named = re.findall(FILE_NAME, document.read_text(encoding="utf-8"))
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    folders = (
+        ROOT,
+        PACKAGING / "status-page",
+        PACKAGING / "gateway",
+    )  # of a module, its name alone is enough
+    assert [name for name in named if not any((one / name).exists() for one in folders)] == []
 
 
 def test_a_recipe_is_a_file() -> None:
@@ -262,14 +267,24 @@ def installed_by_debian() -> set[str]:
             files = path.iterdir() if path.is_dir() else [path]
             base = path.parent
             found |= {f"{folder}{file.relative_to(base)}" for file in files}
+    for line in (PACKAGING / "debian" / "install").read_text(encoding="utf-8").splitlines():
+        pattern, target = line.split()
+        _, is_documentation, folder = target.partition("usr/share/doc/transit-relay/")
+        if is_documentation:
+            found |= {f"{folder}/{file.name}" for file in ROOT.glob(pattern)}
     return found
 
 
 def test_the_debian_package_installs_the_documents_and_the_recipes() -> None:
     expected = {"README.md"}
-    expected |= {str(file.relative_to(ROOT)) for file in ROOT.glob("docs/*.md")}
+    expected |= {str(file.relative_to(ROOT)) for file in ROOT.glob("docs/*")}
     expected |= {f"examples/{recipe.relative_to(PACKAGING)}" for recipe in RECIPES}
-    assert installed_by_debian() == expected | {"examples/own-listeners.conf"}
+    expected |= {
+        "examples/munin/transit-relay.conf",
+        "examples/gateway.conf",
+        "examples/own-listeners.conf",
+    }
+    assert installed_by_debian() == expected
 
 
 def test_the_rpm_installs_the_same() -> None:

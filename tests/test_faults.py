@@ -17,9 +17,9 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 from conftest import open_descriptors
@@ -100,13 +100,14 @@ NOT_A_HANDLER = {
     *("Connection.__repr__", "Session.__repr__"),
     *("TimeLimit.__init__", "TimeLimit.next_due", "TimeLimit.take_expired"),
     *("TimeLimit.connections", "Timers.__init__", "Timers.next_due"),
-    *("Rendezvous.__init__", "Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
+    *("Rendezvous.__init__", "Rendezvous.attach"),
+    *("Rendezvous.incomplete_bytes", "Rendezvous.relayed_bytes"),
     *("Acceptor.__init__", "Acceptor.close", "Acceptor.start"),
     # For reloads only: these methods run between turns, and in the new program before any turn.
     *("Rendezvous.resume_pair", "Rendezvous.resume_waiting", "TimeLimit.place"),
     *("Timers.place", "Timers.resume"),
     *("BulkQueue.__init__", "BulkQueue.serve"),
-    *("Timers.every", "Timers.due_chores"),
+    *("Timers.every", "Timers.due_chores", "Timers.end_status_clients"),  # chores of the loop
     *("MemoryBudget.__init__", "Connection.release_pipe"),  # test_memory.py has a fault there
     # A client is sent nothing before its byte stream begins.
     *("Opening.encode", "Opening.backlog_sent", "Opening.keep_alive"),
@@ -157,7 +158,7 @@ def containing_frame(
             or name == "admit"
             or (name == "run_once" and callee == "on_ready")
             or (name == "serve" and callee == "move")
-            or (name == "_reap" and callee == "_close")
+            or (name == "reap" and callee == "_close")
         ):
             return frame, callee
         frame, callee = frame.f_back, callee if name == "wrapper" else name
@@ -178,7 +179,7 @@ def served_connection(frame: types.FrameType | None, callee: str) -> object:
         return local["conn"] or "newcomer"  # also while `admit` contains a fault
     if name == "run_once":
         return local["key"].data
-    if name in ("serve", "_reap"):
+    if name in ("serve", "reap"):
         return local["conn"]
     served = local["served"]
     return served if name == "contain" or isinstance(served, Connection) else "acceptor"
@@ -584,6 +585,17 @@ def health_check(stage: Stage) -> None:
     other.send(b"POST / HTTP/1.1\r\n\r\n")
 
 
+def status_request(stage: Stage) -> None:
+    """Requests about the relay, one in pieces and one that is wrong, and a silent client."""
+    one, other = stage.connect(Role.STATUS), stage.connect(Role.STATUS, has_proxy_header=True)
+    stage.connect(Role.STATUS)
+    one.send(b"GET / HTTP/1.1\r\n")
+    one.send(b"\r\n")
+    other.send(b"PROXY UNKNOWN\r\njunk\r\n")
+    for _ in range(4):
+        stage.loop.advance(30)
+
+
 def proxied(stage: Stage) -> None:
     """A client and a health check behind a PROXY header, and one without the header."""
     header = b"PROXY TCP4 192.0.2.7 192.0.2.1 50000 4001\r\n"
@@ -620,16 +632,16 @@ def accepted(stage: Stage) -> None:
 def full(stage: Stage) -> None:
     """A relay without room: a client that waits makes room, later newcomers are refused."""
     enforcer = stage.loop.server.limits
-    limits, count = enforcer._limits, len(stage.loop.server.connections)
+    most, count = enforcer.max_connections, len(stage.loop.server.connections)
     try:
-        enforcer._limits = limits._replace(max_connections=count + 1)
+        enforcer.max_connections = count + 1
         stage.connect().send(handshake(TOKEN))
         stage.connect().end()
-        enforcer._limits = limits._replace(max_connections=count)
+        enforcer.max_connections = count
         stage.connect().send(b"x")
         stage.connect(Role.WEBSOCKET).send(UPGRADE)
     finally:
-        enforcer._limits = limits
+        enforcer.max_connections = most
 
 
 class FullTable:
@@ -656,6 +668,7 @@ def unread(stage: Stage) -> None:
 SCENARIOS = (
     *(raw_pair, raw_bulk, websocket_pair, websocket_backlog, broken_encoding, refused),
     *(redundant, lonely, late, health_check, proxied, failed_write, accepted, unread, full),
+    status_request,
 )
 
 
@@ -679,6 +692,22 @@ def stage(stages: list[Stage]) -> Iterator[Stage]:
     yield stages[-1]
 
 
+def play_all(
+    stage: Any, scenarios: Sequence[Callable[[Any], None]], handlers: Sequence[Handler]
+) -> dict[Handler, list[Callable[[Any], None]]]:
+    """Play all scenarios on a stage. Return, by handler, those that reach it."""
+    reached: dict[Handler, list[Callable[[Any], None]]] = {}
+    for scenario in scenarios:
+        injection = Injection()
+        with pytest.MonkeyPatch.context() as patch:
+            for one in handlers:
+                injection.wrap(patch, one)
+            stage.play(scenario, injection)
+        for one in injection.called:
+            reached.setdefault(one, []).append(scenario)
+    return reached
+
+
 _reached: dict[Handler, list[Callable[[Stage], None]]] = {}
 
 
@@ -686,14 +715,7 @@ def scenarios_for(handler: Handler) -> list[Callable[[Stage], None]]:
     """Return the scenarios that reach a handler. The first call plays all of them."""
     if not _reached:
         stage = Stage()
-        for scenario in SCENARIOS:
-            injection = Injection()
-            with pytest.MonkeyPatch.context() as patch:
-                for one in HANDLERS:
-                    injection.wrap(patch, one)
-                stage.play(scenario, injection)
-            for one in injection.called:
-                _reached.setdefault(one, []).append(scenario)
+        _reached.update(play_all(stage, SCENARIOS, HANDLERS))
         stage.close()
     return _reached.get(handler, [])
 
@@ -1097,7 +1119,7 @@ def test_accept_closes_a_newcomer_that_is_not_admitted(
         assert select.select([loop.listener.sock], [], [], TIMEOUT)[0]
         loop.pump()
         assert loop.server.connections == set()
-        loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+        loop.advance(transit_relay.PAUSE_SECONDS)
         loop.pump()
         assert len(loop.server.connections) == 1
     loop.close()
@@ -1113,11 +1135,11 @@ def test_a_fault_at_the_end_of_a_pause_is_followed_by_another_attempt(
     fail_once(monkeypatch, Handler(transit_relay.Acceptor, "end_pause"), FaultyWork(MemoryError, 3))
     acceptor.pause("injected")
     for faults in range(1, 4):
-        loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+        loop.advance(transit_relay.PAUSE_SECONDS)
         assert loop.server.faults.count == faults
         assert loop.listener.fd not in selector.get_map()
-        assert loop.server._timeout() == transit_relay.ACCEPT_RETRY_SECONDS
-    loop.advance(transit_relay.ACCEPT_RETRY_SECONDS)
+        assert loop.server._timeout() == transit_relay.PAUSE_SECONDS
+    loop.advance(transit_relay.PAUSE_SECONDS)
     assert loop.listener.fd in selector.get_map()
     loop.close()
 

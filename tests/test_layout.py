@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import dis
 import itertools
 import re
 import subprocess
 import symtable
 import sys
+import types
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ import pytest
 from helpers import RELAY, TIMEOUT
 
 import transit_relay
+import ws_frames
 
 SOURCE = RELAY.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
@@ -129,8 +132,8 @@ def test_the_core_and_the_whole_are_short() -> None:
     first = SECTIONS[NAMES.index("Session")].first
     last = SECTIONS[NAMES.index("Recorder")].last
     assert last - first + 1 <= 2300
-    # The aim is 5,000 lines. The reload took the file beyond that.
-    assert len(LINES) <= 5950
+    # The aim is 5,000 lines. The reload and the counters took the file beyond that.
+    assert len(LINES) <= 6500
 
 
 def test_the_module_docstring_lists_the_sections_in_order() -> None:
@@ -261,7 +264,7 @@ def test_what_ws_frames_uses_of_the_relay_is_in_its_protocols(protocol: str) -> 
 
 def test_what_a_connection_uses_of_a_framing_is_the_framing_protocol() -> None:
     """Every member is used, and none is missing."""
-    users = ("Rendezvous", "Framing", "Connection", "Server", "State")
+    users = ("Session", "Framing", "Connection", "Server", "State")
     nodes = [node for name in users for node in statements(section(name))]
     used = attributes_of({"framing"}, [*nodes, *WS_FRAMES.body])
     assert used == members("Framing", WS_FRAMES)
@@ -269,13 +272,15 @@ def test_what_a_connection_uses_of_a_framing_is_the_framing_protocol() -> None:
 
 # Names of a section below that annotations mention: the objects that are handed up.
 HANDED_UP = {
-    "Rates": {"Pair"},
+    "Records": {"Server"},
+    "Rates": {"Connection", "Pair"},
     "Timers": {"Connection"},
     "Session": {"Connection", "Pair", "Rendezvous"},
+    "Rendezvous": {"Server"},
     "Framing": {"Connection"},
     "Connection": {"Server"},
     "Accepting": {"Listener", "Server"},
-    "Signals and stops": {"Server"},
+    "Stops": {"Server"},
     "Faults": {"Server"},
     "Bulk": {"Server"},
     "Limits": {"Server"},
@@ -304,3 +309,23 @@ def test_the_version_is_that_of_the_news() -> None:
     news = (RELAY.parent / "NEWS.md").read_text(encoding="utf-8")
     heading = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", news, re.M)
     assert heading and heading[1] == transit_relay.__version__
+
+
+HOT_PATH = (
+    *(transit_relay.Connection.receive, transit_relay.Connection.write, transit_relay.receive_into),
+    *(transit_relay.Connection.on_ready, transit_relay.Connection.drain),
+    *(transit_relay.Session.bytes_received, transit_relay.RawFraming.receive),
+    *(transit_relay.BulkQueue.serve, transit_relay.BulkQueue.move, transit_relay.Server.run_once),
+    *(ws_frames.WebSocketFraming.receive, ws_frames.FrameParser.receive),
+    *(transit_relay.Faults.guard, transit_relay.Faults.contain, transit_relay.Faults.shed_backlog),
+    *(transit_relay.Faults._note_exception, transit_relay.Server._run_turn),
+)
+FARTHEST_OFFSET = 256  # in instructions: larger numbers are objects that need memory
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="each version has other offsets")
+@pytest.mark.parametrize("function", HOT_PATH, ids=lambda function: function.__qualname__)
+def test_a_handler_where_memory_runs_out_is_near_the_start(function: types.FunctionType) -> None:
+    """See receive_into."""
+    table = dis._parse_exception_table(function.__code__)  # type: ignore[attr-defined]
+    assert [entry for entry in table if entry.lasti and entry.end // 2 > FARTHEST_OFFSET] == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,26 @@ from helpers import RELAY, TIMEOUT, WEB, RelayProcess
 from processes import transfer
 
 ROOT = RELAY.parent
-SOURCES = ["transit_relay.py", "ws_frames.py"]
+STATUS_PAGE = ROOT / "packaging" / "status-page"
+GATEWAY = ROOT / "packaging" / "gateway" / "transit_relay_gateway.py"
+PACKED = [
+    STATUS_PAGE / "status.html",
+    RELAY,
+    GATEWAY,
+    STATUS_PAGE / "transit_relay_status.py",
+    ROOT / "ws_frames.py",
+]
 LOCAL = ("--port", "tcp:0:interface=127.0.0.1")
 
 
 def make(folder: Path, program: Sequence[str] = (), **env: str) -> Path:
     """Copy the sources to `folder` and build the file there. Return its path."""
     folder.mkdir()
-    for name in ["Makefile", *SOURCES]:
-        shutil.copy(ROOT / name, folder)
-        os.utime(folder / name, (len(env), len(env)))
+    for source in [ROOT / "Makefile", *PACKED]:
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, copy)
+        os.utime(copy, (len(env), len(env)))
     command = [*program, "make", "-s", "onefile", f"PYTHON={sys.executable}"]
     subprocess.run(
         command,
@@ -56,9 +68,9 @@ def test_the_build_is_reproducible(onefile: Path, tmp_path: Path) -> None:
 
 def test_contents(onefile: Path) -> None:
     with zipfile.ZipFile(onefile) as archive:
-        assert archive.namelist() == ["__main__.py", *SOURCES]
-        for name in SOURCES:
-            assert archive.read(name) == (ROOT / name).read_bytes()
+        assert archive.namelist() == ["__main__.py", *(source.name for source in PACKED)]
+        for source in PACKED:
+            assert archive.read(source.name) == source.read_bytes()
     assert onefile.read_bytes().startswith(b"#!/usr/bin/env python3\n")
 
 
@@ -72,6 +84,36 @@ def test_the_output_is_that_of_the_plain_file(onefile: Path, tmp_path: Path, opt
         for program in ([sys.executable, onefile], [onefile], [sys.executable, RELAY])
     ]
     assert len(set(outputs)) == 1
+
+
+def test_it_serves_the_status_page(onefile: Path) -> None:
+    status = ("--status", "tcp:0:interface=127.0.0.1")
+    with RelayProcess(*LOCAL, *status, program=[sys.executable, str(onefile)]) as relay:
+        port = relay.wait_for(r"^Transit starting on .* tcp:(\d+)\S* \(status\)")[1]
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT)
+        with closing(connection):
+            connection.request("GET", "/", headers={"Accept": "text/html"})
+            answer = connection.getresponse()
+            assert answer.read() == (STATUS_PAGE / "status.html").read_bytes()
+            assert answer.headers["Content-Type"].startswith("text/html")
+        relay.stop_cleanly()
+
+
+def test_it_is_a_gateway(onefile: Path, tmp_path: Path) -> None:
+    program = [sys.executable, str(onefile)]
+    path = tmp_path / "behind"
+    with (
+        RelayProcess("--port", f"unix:{path}", program=program) as behind,
+        RelayProcess(*LOCAL, *WEB, "--forward", f"unix:{path}", program=program) as gateway,
+    ):
+        behind.started()
+        gateway.started()
+        one, other = gateway.meet("tcp", "ws")
+        with one, other:
+            one.send(b"to a browser")
+            assert other.receive(12) == b"to a browser"
+        gateway.stop_cleanly()
+        behind.stop_cleanly()
 
 
 def test_it_relays_when_the_file_is_deleted(onefile: Path, tmp_path: Path) -> None:

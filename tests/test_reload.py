@@ -262,9 +262,7 @@ def test_a_new_configuration_takes_effect(installation: Installation) -> None:
             "AwakeClock has no suspended_seconds",
         ),
         (
-            lambda inst: inst.edit(
-                "    print(REHEARSED, *rehearse(", "    print('fine', *rehearse("
-            ),
+            lambda inst: inst.edit("    print(REHEARSED, rehearse(", "    print('fine', rehearse("),
             "fine",
         ),
         (
@@ -364,7 +362,7 @@ def test_a_rehearsal_that_hangs_is_killed(installation: Installation) -> None:
             "out of memory",
         ),
         (
-            "limit - len(open_descriptors()) < RESERVED_FDS",
+            "limit - len(open_descriptors()) < reserved + more",
             "limit - len(open_descriptors()) < limit",
             "too few file descriptors are free",
         ),
@@ -636,8 +634,8 @@ def test_a_log_fd_that_is_new_is_refused(installation: Installation, has_one: bo
 
 def test_the_rehearsal_counts_endpoints_that_replace_others(installation: Installation) -> None:
     """The old sockets are closed when the new ones are open."""
-    old = "            self._rehearsal_result = int(result[1])"
-    installation.edit(old, f"            log.info('descriptors: %s', result[1])\n{old}")
+    old = "        more, sinks, _ = self._rehearsal_result"
+    installation.edit(old, f"{old}\n        log.info('descriptors: %d', more)")
     installation.configure(*(f"port unix:{name}.sock" for name in "abc"))
     with installation.start() as relay:
         installation.configure(*(f"port unix:{name}.sock" for name in "def"))

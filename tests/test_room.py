@@ -588,3 +588,25 @@ def test_reserved_descriptors_are_not_used_for_refusals(loop: Loop) -> None:
     assert refused.read_all() == b"relay full\n"
     arrive(loop)  # the refused one has everything now
     assert not refused.is_open()
+
+
+def test_one_client_makes_room_also_if_there_are_too_many(loop: Loop) -> None:
+    """A reload has lowered the maximum, or status clients take places."""
+    fill(loop, 6)
+    waiting = [wait(loop, f"token{n}") for n in range(5)]
+    loop.server.limits.max_connections = 3
+    newcomer = arrive(loop)
+    newcomer.send(loop, handshake("new"))
+    assert [guest.is_open() for guest in waiting] == [False, True, True, True, True]
+    assert newcomer.is_open() and reached(loop) == {"--max-connections": 1}
+
+
+def test_a_client_that_is_being_refused_makes_no_room(loop: Loop) -> None:
+    """It is beyond the maximum itself."""
+    fill(loop, 2)
+    pair(loop, "token")
+    first = arrive(loop)
+    second = arrive(loop)
+    assert not first.is_open() and first.read_all() == b""
+    second.send(loop, handshake("late"))
+    assert second.sock.recv(100) == b"relay full\n"

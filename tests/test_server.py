@@ -32,9 +32,9 @@ from invariants import MAX_BACKLOG_BYTES, check_server
 
 import transit_relay
 from transit_relay import (
-    ACCEPT_RETRY_SECONDS,
     IGNORED_SIGNALS,
     MEMORY_RESERVE_BYTES,
+    PAUSE_SECONDS,
     PING_SECONDS,
     RESERVED_FDS,
     STOP_SIGNALS,
@@ -244,13 +244,13 @@ def test_an_unknown_error_of_accept_pauses_for_a_second_and_is_named(
         leaver.close()
         loop.pump()
     assert listening.accepts == accepts
-    loop.advance(ACCEPT_RETRY_SECONDS)
+    loop.advance(PAUSE_SECONDS)
     loop.pump()
     assert listening.accepts == accepts + 1  # refused again
-    loop.advance(ACCEPT_RETRY_SECONDS / 2)
+    loop.advance(PAUSE_SECONDS / 2)
     loop.pump()
     assert listening.accepts == accepts + 1
-    loop.advance(ACCEPT_RETRY_SECONDS / 2)
+    loop.advance(PAUSE_SECONDS / 2)
     loop.pump()
     assert len(loop.server.connections) == 1
     assert len(warnings(caplog)) == 1
@@ -439,11 +439,11 @@ def test_a_newcomer_that_the_selector_refuses_pauses_accepting(
         assert read_to_end(refused_client) == b""
         assert len(loop.server.connections) == 2
         assert warnings(caplog) == [REFUSED, "newcomers have to wait: the selector refused one"]
-        loop.advance(ACCEPT_RETRY_SECONDS)
+        loop.advance(PAUSE_SECONDS)
         assert refused[1:] == [listening.fileno()]  # the listener is refused as well
-        assert loop.server._timeout() == ACCEPT_RETRY_SECONDS
+        assert loop.server._timeout() == PAUSE_SECONDS
     running[0].sendall(b"still here")
-    loop.advance(ACCEPT_RETRY_SECONDS)
+    loop.advance(PAUSE_SECONDS)
     assert running[1].recv(100) == b"still here"
     assert len(loop.server.connections) == 3
     assert loop.recorder.moods() == ["empty"]
@@ -1093,12 +1093,12 @@ def test_the_time_of_a_drain_is_followed_by_an_ordinary_stop(
     monkeypatch.setattr(type(draining.recorder), "finished", False)
     one, other = draining.pair()
     draining.signal()
-    story = [(draining.server.phase, draining.server.snapshot().drain_seconds)]
+    story = [(draining.server.phase, draining.server.snapshot().drain_seconds_left)]
     draining.advance(DRAIN_SECONDS - 0.25)
     stuff(draining, one)
     for step in (0, 0.25, 1.75, 0.25, 9.75, 0.25):
         draining.advance(step)
-        story.append((draining.server.phase, draining.server.snapshot().drain_seconds))
+        story.append((draining.server.phase, draining.server.snapshot().drain_seconds_left))
     assert story == [
         (ServerPhase.DRAINING, DRAIN_SECONDS),
         (ServerPhase.DRAINING, 0.25),
@@ -1230,7 +1230,7 @@ def test_a_suspension_does_not_count_as_time_for_a_drain(draining: Loop) -> None
     draining.signal()
     draining.advance(1_000)
     run_suspended(draining, 10_000, timeout=0)
-    assert draining.server.snapshot().drain_seconds == 2_000
+    assert draining.server.snapshot().drain_seconds_left == 2_000
     draining.advance(1_999)
     exchange(pair, b"data")
     draining.advance(1)

@@ -438,6 +438,21 @@ def test_a_turn_of_bulk_is_bounded_by_time(loop: Loop, monkeypatch: pytest.Monke
         assert 3 * turn <= len(senders.moved()) <= 4 * turn
 
 
+def test_a_move_of_bulk_can_empty_the_queue(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway closes other connections if it needs a descriptor for the client that it reads."""
+    senders = Senders(loop, 8)  # two of them in a turn
+    real = BulkQueue.move
+
+    def move(self: BulkQueue, conn: Connection, ready: int) -> int:
+        self.ready.clear()
+        return real(self, conn, ready)
+
+    monkeypatch.setattr(BulkQueue, "move", move)
+    loop.server.run_once(0)
+    assert len(senders.moved()) == 1
+    assert loop.server.faults.count == 0
+
+
 def test_a_long_bulk_queue_is_not_polled(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest is polled, and each connection again when its bulk is moved."""
     senders = Senders(loop, MAX_POLLED_BULK + 4)
@@ -522,7 +537,7 @@ def test_a_queued_connection_that_is_closed_leaves_the_queue(loop: Loop) -> None
     assert len(loop.server.bulk.ready) == 6
     for conn in senders.conns:
         conn.doom()
-    loop.server._reap()
+    loop.server.reap()
     assert not set(senders.conns) & {*loop.server.connections, *loop.server.bulk.ready}
     loop.pump()
     assert len(senders.moved()) == 2

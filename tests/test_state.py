@@ -15,6 +15,7 @@ from helpers import Client, ListRecorder, Loop, WebSocketClient, handshake
 
 import transit_relay
 from transit_relay import (
+    Connection,
     Limits,
     Phase,
     Predecessor,
@@ -35,6 +36,12 @@ FILES = Path(__file__).with_name("states")
 VERSION = transit_relay.STATE_VERSION
 LATEST = FILES / f"{VERSION}.state"
 LIMITS = Limits(max_rate=1_000_000, wait_seconds=1_000, idle_seconds=1_000)
+
+
+@pytest.fixture(autouse=True)
+def no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the relay be no gateway: other tests may have imported its module."""
+    monkeypatch.setattr(transit_relay, "CONNECTIONS", {"Connection": Connection})
 
 
 def fill_backlog(loop: Loop, sender: Client, receiver: Client) -> None:
@@ -83,6 +90,8 @@ def make_state(loop: Loop) -> list[dict[str, Any]]:
         connections=len(loop.server.connections),
         name=b"transit-relay",
         carried=carried_fields(),
+        sends_proxy_header=None,
+        target_addresses=(),
     )
     return [plain(before), *place_server(loop.server)]
 

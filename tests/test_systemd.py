@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TIMEOUT, Loop, handshake, read_to_end
+from helpers import RELAY, TIMEOUT, Loop, handshake, read_to_end, snapshot_with
 from processes import (
     QuietRelay,
     ReachedRelay,
@@ -111,7 +111,7 @@ def test_unused_sockets_are_reported(
         relay.wait_for("^Transit starting on")
         message = (
             b"warning: sockets passed to us, but named by no endpoint: %d; their connections are"
-            b" never accepted: add --port=systemd:index=N, or do not pass them\n" % unused
+            b" never accepted: name them (--port=systemd:index=N), or do not pass them\n" % unused
         )
         assert (message in relay.stderr) == (unused > 0)
         assert relay.stderr.count(b"warning: ") == (unused > 0)
@@ -220,9 +220,9 @@ def test_the_loop_notifies_the_watchdog(manager: Manager) -> None:
         relay.stop_cleanly()
 
 
-def snapshot(*numbers: int) -> Snapshot:
+def snapshot(*numbers: int, problems: tuple[str, ...] = ()) -> Snapshot:
     """Return a Snapshot with the numbers of the status, and 0 elsewhere."""
-    return Snapshot(**{**dict.fromkeys(Snapshot._fields, 0), **dict(zip(STATUS_FIELDS, numbers))})
+    return snapshot_with(**dict(zip(STATUS_FIELDS, numbers)), problems=problems)
 
 
 STATUS_FIELDS = ("pairs", "waiting_clients", "connections", "pairs_ended", "relayed_bytes")
@@ -380,7 +380,7 @@ def test_the_status_of_a_long_stop(manager: Manager, tmp_path: Path) -> None:
 
 def drain_snapshot(seconds: float) -> Snapshot:
     """Return a Snapshot of a drain with so much time left."""
-    return snapshot(1, 0, 2)._replace(drain_seconds=seconds)
+    return snapshot(1, 0, 2)._replace(drain_seconds_left=seconds)
 
 
 @pytest.mark.parametrize(
@@ -492,3 +492,25 @@ def test_a_chore_runs_at_once_and_then_at_its_interval(loop: Loop) -> None:
         loop.server.run_once(0)
     assert [at - 1_000 for at in done] == [0, 15, 55, 70]
     assert loop.server._timeout() <= 15
+
+
+# The units.
+
+
+def settings(unit: str) -> list[str]:
+    """Return the settings of the section Service of a unit."""
+    text = (RELAY.parent / "packaging" / "systemd" / unit).read_text(encoding="utf-8")
+    (section,) = re.findall(r"(?ms)^\[Service\]\n(.*?)^\[", text)
+    return re.findall(r"(?m)^[A-Z]\w+=.*$", section)
+
+
+def test_an_instance_has_the_sandbox_of_the_service() -> None:
+    own = {"Environment", "ExecStart", "ExecReload", "User", "StateDirectory", "RuntimeDirectory"}
+    own |= {"RuntimeDirectoryMode"}
+
+    def common(unit: str) -> list[str]:
+        return [line for line in settings(unit) if line.partition("=")[0] not in own]
+
+    assert common("transit-relay@.service") == common("transit-relay.service")
+    # The units have about 50. Far fewer would mean that `settings` does not find them.
+    assert len(common("transit-relay@.service")) > 40

@@ -127,7 +127,7 @@ def end(*sinks: Sink) -> None:
     for sink in sinks:
         sink.stop()
         sink.join(TIMEOUT)
-        assert sink.finished, f"{sink.name} does not end, {sink.unwritten} records wait"
+        assert sink.finished, f"{sink.name} does not end, {sink.status().waiting} records wait"
 
 
 def numbered(count: int, first: int = 0) -> list[UsageRecord]:
@@ -234,7 +234,7 @@ def test_the_queue_is_bounded_and_counts_dropped_records(
     recorder = start(gated)
     for record in numbered(103):
         recorder.record(record)
-    assert gated.unwritten == 100
+    assert gated.status().waiting == 100
     recorder.report_dropped(1_000.0)
     assert "warning: 3 usage records dropped" in messages.all
     gated.gate.set()
@@ -251,7 +251,7 @@ def test_records_of_a_failed_write_count_for_the_bound(
     gated.wait_for_tries(2)  # the first ones have left the queue
     for record in numbered(60, first=60):
         recorder.record(record)
-    assert (gated.unwritten, recorder.lost()) == (100, 120)
+    assert (gated.status().waiting, recorder.lost()) == (100, 120)
 
 
 def test_written_records_make_room(
@@ -401,7 +401,7 @@ NOT_CARRIED = {
     *("_records_limit", "_changed", "_stopping", "finished"),
     *("_complaints", "_pausing", "_may_write_again", "_writing"),
     "_has_reader",
-    *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota"),
+    *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota", "_has_totals", "totals"),
     *("_sinks", "_blur_seconds"),
 }
 
@@ -529,7 +529,7 @@ def test_lines_wait_for_a_stalled_reader(
     for record in records:
         recorder.record(record)
     room = 65_536 // len(lines_of(records[:1])[0])
-    assert sink.unwritten > 5_000 - room - 50  # a chunk counts once it is complete
+    assert sink.status().waiting > 5_000 - room - 50  # a chunk counts once it is complete
     recorder.stop()
     assert read_lines(reader) == lines_of(records)
     end(sink)

@@ -32,10 +32,10 @@ from helpers import (
     parse_head,
 )
 
-from transit_relay import PIPE_BYTES, Connection, Role, ServerPhase, State
+from transit_relay import PIPE_BYTES, RELAY_ROLES, Connection, Role, ServerPhase, State
 from ws_frames import COSTLY_FRAMES, DIRECT_READ_BYTES
 
-LISTENERS = pytest.mark.parametrize("role", list(Role), ids=["port", "websocket"])
+LISTENERS = pytest.mark.parametrize("role", RELAY_ROLES, ids=["port", "websocket"])
 OTHER_ROLE = {Role.PORT: Role.WEBSOCKET, Role.WEBSOCKET: Role.PORT}
 PARTNERS = pytest.mark.parametrize("second", ["tcp", "ws"])
 CUTS = pytest.mark.parametrize("at_once", [True, False], ids=["at once", "byte by byte"])

@@ -374,7 +374,7 @@ def test_the_error_of_a_rejected_request(head: bytes, status: int) -> None:
             raise AssertionError("accepted")
     except UpgradeRejected as refusal:
         assert refusal.status == status and str(refusal)
-        assert refusal.answer.startswith(b"HTTP/1.1 %d " % status)
+        assert refusal.answer().startswith(b"HTTP/1.1 %d " % status)
     else:
         assert status in (200, 405) and not read[0].wants_websocket
 
@@ -542,7 +542,7 @@ def test_another_reader_resumes_anywhere(head: bytes) -> None:
             try:
                 read = reader.receive(head[n : n + 1])
             except UpgradeRejected as refusal:
-                return n, refusal.status, refusal.answer
+                return n, refusal.status, refusal.answer()
             if read is not None:
                 return n, *read
             if is_carried:

@@ -145,9 +145,19 @@ def send_handshake(sock: socket.socket, is_websocket: bool, token: str, side: st
     sock.sendall(line)
 
 
+def ok_bytes(is_websocket: bool) -> bytes:
+    """Return the relay's ok as it arrives; over WebSocket it is one message."""
+    return bytes([0x80 | BINARY, len(OK)]) + OK if is_websocket else OK
+
+
+def end_bytes(is_websocket: bool) -> bytes:
+    """Return what arrives at the end; over WebSocket a Close."""
+    return bytes([0x80 | CLOSE, len(CLOSE_NORMAL)]) + CLOSE_NORMAL if is_websocket else b""
+
+
 def expect_ok(sock: socket.socket, is_websocket: bool) -> None:
-    """Read the relay's ok; over WebSocket as one message."""
-    expected = bytes([0x80 | BINARY, len(OK)]) + OK if is_websocket else OK
+    """Read the relay's ok."""
+    expected = ok_bytes(is_websocket)
     received = receive_exactly(sock, len(expected))
     if received != expected:
         raise ConnectionError(f"no ok: {received!r}")
@@ -163,7 +173,6 @@ def send_end(sock: socket.socket, is_websocket: bool) -> None:
 
 def expect_end(sock: socket.socket, is_websocket: bool) -> None:
     """Read the end of the stream. Raise ConnectionError if other bytes come before it."""
-    expected = bytes([0x80 | CLOSE, len(CLOSE_NORMAL)]) + CLOSE_NORMAL if is_websocket else b""
     received = sock.recv(1024)
-    if received != expected:
+    if received != end_bytes(is_websocket):
         raise ConnectionError(f"no orderly end, but {received!r}")

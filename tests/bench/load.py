@@ -551,22 +551,28 @@ class Pairing(NamedTuple):
 
 
 def make_pairings(
-    channel: Connection, connect: Callable[[str, str], socket.socket], in_progress: int
+    channel: Connection,
+    connect: Callable[[str, str, bool], socket.socket],
+    is_websocket: bool,
+    in_progress: int,
 ) -> None:
     """Make pairs that leave at once, with a fixed number of pairings in progress.
 
     A worker's function: it receives a number of seconds and sends an Exchanged. `connect` returns
-    a client that has sent its handshake with a token and a side. When both clients have read their
-    ok the first one leaves. The second one leaves when it has read the end.
+    a client that has sent its handshake with a token and a side. `is_websocket`: whether all
+    clients use WebSocket. When both clients have read their ok the first one leaves. The second one
+    leaves when it has read the end.
     """
+    ok, end = clients.ok_bytes(is_websocket), clients.end_bytes(is_websocket)
     pairings: dict[int, Pairing] = {}  # by the descriptor of each client that has not left
     epoll = select.epoll()
     seconds = receive(channel)
 
     def begin() -> None:
         token = clients.new_token()
-        pairing = Pairing(connect(token, "first"), connect(token, "second"), [])
-        for sock in (pairing.first, pairing.second):
+        first, second = (connect(token, side, is_websocket) for side in ("first", "second"))
+        pairing = Pairing(first, second, [])
+        for sock in (first, second):
             pairings[sock.fileno()] = pairing
             epoll.register(sock, select.EPOLLIN)
 
@@ -587,11 +593,13 @@ def make_pairings(
             pairing = pairings[fd]
             sock = pairing.first if fd == pairing.first.fileno() else pairing.second
             received = sock.recv(64)
-            if received == clients.OK and sock not in pairing.oks:
+            if received == ok and sock not in pairing.oks:
                 pairing.oks.append(sock)
                 if len(pairing.oks) == 2:
+                    if is_websocket:
+                        clients.send_end(pairing.first, is_websocket)
                     leave(pairing.first)
-            elif not received and len(pairing.oks) == 2:
+            elif received == end and len(pairing.oks) == 2:
                 leave(pairing.second)
                 done += 1
                 if time.monotonic() < deadline:

@@ -1,9 +1,10 @@
 """The comparators: how each is installed, started and ended, and how clients connect through it.
 
 Each comparator is an Intermediary: two clients can be connected through it. Most are Programs. A
-Program has a process on a core of its own; the kernel reports the CPU time and memory of that
-process. Entering a Program starts it; leaving it sends SIGTERM. An error message, a hang or an
-unusual exit code is an error of the run.
+Program has one process, and a Chain has several Programs. All processes of a comparator share one
+core; the load generator has another. The kernel reports the CPU time and memory of each process.
+Entering a Program starts it; leaving it sends SIGTERM. An error message, a hang or an unusual exit
+code is an error of the run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import clients
 from clients import HOST, LIMIT_SECONDS, Pair
@@ -45,7 +46,7 @@ INSTALL_SECONDS = 300.0  # the time limit for one command that installs, such as
 POLL_SECONDS = 0.005  # between two checks of a condition
 SETTLED_SECONDS = 0.3  # without CPU and without a change in size: the process has no work left
 BACKLOG = 1024  # of listeners: ours has this value; the Twisted relay's default is 50
-HAPROXY_CONNECTIONS = 1000  # messages-500, the largest workload with HAProxy, needs 500
+FORWARDER_CONNECTIONS = 1000  # messages-500, the largest workload with a Forwarder, needs 500
 
 # The relay uses the first core that we may use, the load generator the last one.
 CORES = sorted(os.sched_getaffinity(0))
@@ -97,6 +98,13 @@ class Intermediary:
     def cpu_seconds(self) -> float:
         """Return the CPU time used so far, by all threads, user and system."""
         return 0.0
+
+    def cpu_clocks(self) -> dict[str, float]:
+        """Return CPU times used so far. The keys are prefixes of metrics, "" for all processes."""
+        return {"": self.cpu_seconds()}
+
+    def settle(self) -> None:
+        """Wait until no process has work left."""
 
 
 class Program(Intermediary):
@@ -204,36 +212,10 @@ class Program(Intermediary):
             time.sleep(SETTLED_SECONDS)
 
 
-class Relay(Program):
-    """A relay that makes pairs by token: ours or the Twisted one."""
+class Rendezvous(Intermediary):
+    """The base class of all that makes pairs by token."""
 
-    def __init__(
-        self,
-        command: Sequence[str | Path],
-        ready: str,
-        ports: tuple[int, int],
-        database: Path | None,
-    ) -> None:
-        """`ready`: printed when the relay listens. `ports`: for TCP and for WebSocket clients."""
-        super().__init__(*command)
-        self._ready = ready
-        self._ports = ports
-        self._database = database
-
-    def wait_until_ready(self) -> None:
-        self.wait_for(lambda: self._ready in self.output(), "start message")
-
-    def wait_until_connected(self) -> None:
-        """Wait until a client can connect, and return a fraction of a millisecond later."""
-
-        def can_connect() -> bool:
-            try:
-                clients.connect(self._ports[0]).close()
-            except ConnectionRefusedError:
-                return False
-            return True
-
-        self.wait_for(can_connect, "connection", poll_seconds=0.0002)
+    _ports: tuple[int, int]  # for TCP and for WebSocket clients
 
     def connect(
         self, token: str, side: str, is_websocket: bool = False, buffer_bytes: int | None = None
@@ -255,6 +237,30 @@ class Relay(Program):
             clients.expect_ok(sock, is_websocket)
         return pair
 
+
+class Relay(Program, Rendezvous):
+    """A relay: ours or the Twisted one."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        ready: str,
+        ports: tuple[int, int],
+        database: Path | None,
+    ) -> None:
+        """`ready`: printed when the relay listens. `ports`: for TCP and for WebSocket clients."""
+        super().__init__(*command)
+        self._ready = ready
+        self._ports = ports
+        self._database = database
+
+    def wait_until_ready(self) -> None:
+        self.wait_for(lambda: self._ready in self.output(), "start message")
+
+    def wait_until_reachable(self) -> None:
+        """Wait until a client can connect, and return a fraction of a millisecond later."""
+        self.wait_for(lambda: can_connect(self._ports[0]), "connection", poll_seconds=0.0002)
+
     def usage_rows(self) -> int:
         """Return the number of records in the relay's database."""
         assert self._database is not None
@@ -269,11 +275,11 @@ class TransitRelay(Relay):
     exit_codes = (0,)
 
     def __init__(self, entry: Path, database: Path | None, *options: str) -> None:
-        port = free_port()
-        command: list[str | Path] = [entry, f"--port=tcp:{port}:interface={HOST}", *options]
+        self.port = free_port()
+        command: list[str | Path] = [entry, f"--port=tcp:{self.port}:interface={HOST}", *options]
         if database:
             command.append(f"--usage-db={database}")
-        super().__init__(command, "Transit starting on", (port, port), database)
+        super().__init__(command, "Transit starting on", (self.port, self.port), database)
 
 
 class Twisted(Relay):
@@ -290,6 +296,73 @@ class Twisted(Relay):
         if database:
             command.append(f"--usage-db={database}")
         super().__init__(command, "Starting reactor", ports, database)
+
+
+class Chain(Rendezvous):
+    """Relays, and a program in front of them that connects to one of them for each client."""
+
+    def __init__(self, relays: Sequence[Relay], front: Program, ports: tuple[int, int]) -> None:
+        """`ports`: for TCP and for WebSocket clients."""
+        self._relays = relays
+        self._front = front
+        self._ports = ports
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for program in (*self._relays, self._front):
+                stack.enter_context(program)
+            self._programs = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._programs.__exit__(*error)
+
+    def cpu_seconds(self) -> float:
+        return sum(program.cpu_seconds() for program in (*self._relays, self._front))
+
+    def cpu_clocks(self) -> dict[str, float]:
+        return {**super().cpu_clocks(), "front_": self._front.cpu_seconds()}
+
+    def settle(self) -> None:
+        for program in (*self._relays, self._front):
+            program.settle()
+
+
+class Balancer(Program):
+    """HAProxy in front of relays, by the recipe for many relays."""
+
+    RECIPE = ROOT / "packaging" / "haproxy" / "transit-relay-many.cfg"
+    SERVERS = re.compile(r"    server relay.*\n")
+
+    def __init__(self, folder: Path, port: int, endpoints: Sequence[Path]) -> None:
+        """`folder`: for its files. `endpoints`: the unix sockets of the relays."""
+        self._folder = folder
+        self._port = port
+        self._endpoints = endpoints
+        super().__init__(find_haproxy(), "-db", "-f", folder / "haproxy.cfg")
+
+    def spawn(self) -> None:
+        text = self.RECIPE.read_text(encoding="utf-8")
+        for old, new in {
+            "    user haproxy\n    group haproxy\n": "    nbthread 1\n",
+            "socket /run/haproxy/": f"socket {self._folder}/",
+            "    server-state-file /run/haproxy/servers\n": "",
+            "    load-server-state-from-file global\n": "",
+            "peer one 127.0.0.1:10000": f"peer one {HOST}:{free_port()}",
+            "bind :::4001 v4v6": f"bind {HOST}:{self._port}",
+        }.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        servers = (
+            f"    server relay{number} unix@{path} id {number}\n"
+            for number, path in enumerate(self._endpoints, 1)
+        )
+        head, *_, tail = self.SERVERS.split(text)
+        (self._folder / "haproxy.cfg").write_text(f"{head}{''.join(servers)}{tail}")
+        super().spawn()
+
+    def wait_until_ready(self) -> None:
+        self.wait_for(lambda: can_connect(self._port), "connection")
 
 
 HAPROXY_CONFIGURATION = """\
@@ -325,8 +398,8 @@ class Forwarder(Program):
     def __enter__(self) -> Self:
         Intermediary.__enter__(self)
         text = HAPROXY_CONFIGURATION.format(
-            connections=HAPROXY_CONNECTIONS,
-            pipes=2 * HAPROXY_CONNECTIONS,  # one for each direction, so that none has to copy
+            connections=FORWARDER_CONNECTIONS,
+            pipes=2 * FORWARDER_CONNECTIONS,  # one for each direction, so that none has to copy
             more_global=self._more_global,
             more_defaults=self._more_defaults,
             host=HOST,
@@ -354,13 +427,22 @@ class Forwarder(Program):
         return self._port
 
 
+def can_connect(port: int) -> bool:
+    """Return whether a program listens on a port."""
+    try:
+        clients.connect(port).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def port_of(listener: socket.socket) -> int:
     """Return the port of a listener."""
     return int(listener.getsockname()[1])
 
 
 def free_port() -> int:
-    """Return a port that no program listens on."""
+    """Return a port that no program listens on. Another program may take it before it is used."""
     with socket.create_server((HOST, 0)) as listener:
         return port_of(listener)
 
@@ -467,6 +549,28 @@ def haproxy(more_global: str = "", more_defaults: str = "") -> Maker:
     return lambda folder, database: Forwarder(folder, more_global, more_defaults)
 
 
+def ours_behind_haproxy(count: int) -> Maker:
+    """Return a maker of so many relays of ours behind HAProxy."""
+
+    def make(folder: Path, database: Path | None) -> Intermediary:
+        paths = [folder / f"relay-{number}" for number in range(1, count + 1)]
+        relays = [
+            TransitRelay(install(ROOT), None, f"--port=haproxy:unix:{path}") for path in paths
+        ]
+        port = free_port()
+        return Chain(relays, Balancer(folder, port, paths), (port, port))
+
+    return make
+
+
+def ours_behind_gateway(folder: Path, database: Path | None) -> Intermediary:
+    """Return a relay of ours behind a gateway for WebSocket clients. TCP clients need none."""
+    path = folder / "relay-1"
+    relay = TransitRelay(install(ROOT), None, f"--port=haproxy:unix:{path}")
+    gateway = TransitRelay(install(ROOT), None, f"--forward=haproxy:unix:{path}")
+    return Chain([relay], gateway, (relay.port, gateway.port))
+
+
 # A Maker returns a comparator that is not started yet. Its arguments are an empty folder, and the
 # path of the usage database or None.
 Maker = Callable[[Path, "Path | None"], Intermediary]
@@ -479,6 +583,9 @@ MAKERS: dict[str, Maker] = {
     "haproxy-splice": haproxy(more_defaults=SPLICES),
     "haproxy-splice-1m": haproxy("    tune.pipesize 1048576\n", SPLICES),
     "haproxy-copy": haproxy("    nosplice\n"),
+    "haproxy-1-relay": ours_behind_haproxy(1),
+    "haproxy-2-relays": ours_behind_haproxy(2),
+    "gateway-1-relay": ours_behind_gateway,
     "direct": lambda folder, database: Intermediary(),
     "interpreter": lambda folder, database: Program(PYTHON, "-c", SLEEP),
 }

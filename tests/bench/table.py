@@ -112,6 +112,9 @@ TITLES = {  # of the comparators, in the order of the columns
     "haproxy-splice": "HAProxy, splicing",
     "haproxy-splice-1m": "HAProxy, 1 MiB pipes",
     "haproxy-copy": "HAProxy, copying",
+    "haproxy-1-relay": "HAProxy, 1 relay",
+    "haproxy-2-relays": "HAProxy, 2 relays",
+    "gateway-1-relay": "gateway, 1 relay",
     "direct": "no relay",
     "interpreter": "bare Python",
 }
@@ -429,6 +432,33 @@ def many_table(values: Values) -> str:
     return columns("per CPU-second (per second)", lines, values)
 
 
+def several_table(values: Values) -> str:
+    """Return the table of several processes: HAProxy or a gateway in front of relays.
+
+    A relay alone is measured beside them.
+    """
+    lines = [
+        Line(label, name, metric, f"front_{metric}")
+        for label, name, metric in (
+            ("GB between TCP clients, 8 pairs", "haproxy-bulk-8", BULK),
+            ("GB between TCP clients, 512 pairs", "haproxy-bulk-512", BULK),
+            ("GB from TCP to WebSocket", "gateway-tcp-ws", BULK),
+            ("GB from WebSocket to TCP", "gateway-ws-tcp", BULK),
+            ("pairs of TCP clients", "haproxy-pairings", PAIRINGS),
+            ("pairs of WebSocket clients", "gateway-pairings", PAIRINGS),
+        )
+    ]
+    lines += [
+        Line(f"{label}, per second", name, "pairings_per_second")
+        for label, name in (
+            ("pairs of TCP clients", "haproxy-pairings"),
+            ("pairs of WebSocket clients", "gateway-pairings"),
+        )
+    ]
+    caption = "per CPU-second of all processes (of HAProxy or the gateway)"
+    return columns(caption, lines, values)
+
+
 def small_table(values: Values) -> str:
     """Return the table of times and memory: less is better."""
     lines = [
@@ -542,7 +572,8 @@ def report(
     comparisons: Sequence[Comparison] = (),
 ) -> str:
     """Return the whole report: the tables, and the notes below them."""
-    tables = [table(values) for table in (bulk_table, many_table, small_table, growth_table)]
+    makers = (bulk_table, many_table, several_table, small_table, growth_table)
+    tables = [table(values) for table in makers]
     listed = "\n".join(f"* {note}" for note in notes)
     judged = (comparisons_table(comparisons), overall_table(comparisons), bars_table(verdicts))
     return "\n\n".join(part for part in (*tables, *judged, listed) if part) + "\n"

@@ -2,8 +2,9 @@
 
 Each workload is a function of a Subject and a Scale. It starts the comparator once or several times
 and returns numbers by name; the name contains the unit. Bytes are payload. A CPU-second is one of
-the relay's process, all threads, user and system, from before the first byte is sent until the
-last byte has arrived. Work of the kernel's own threads (ksoftirqd) is not counted.
+all processes of the comparator; with the prefix `front_`, one of HAProxy or the gateway alone. It
+includes all threads, user and system, from before the first byte is sent until the last byte has
+arrived. Work of the kernel's own threads (ksoftirqd) is not counted.
 
 Preparations are not measured, so they are simple: pairs are made one after the other.
 """
@@ -23,7 +24,7 @@ import load
 import relays
 from clients import Pair, new_token
 from load import Bulk, Exchanged, Flow, LoadError, Source, Worker
-from relays import Intermediary, Program, Relay
+from relays import Intermediary, Program, Relay, Rendezvous
 
 Measured = dict[str, float]
 
@@ -76,9 +77,15 @@ class Subject(NamedTuple):
         return self.make(self.folder, None)
 
     def relay(self, with_database: bool = False) -> Relay:
-        """Return a comparator that makes pairs, not started yet."""
-        made = self.make(self.folder, self.folder / "usage.sqlite" if with_database else None)
+        """Return a comparator that is a relay, not started yet."""
+        made = self.rendezvous(with_database)
         assert isinstance(made, Relay)
+        return made
+
+    def rendezvous(self, with_database: bool = False) -> Rendezvous:
+        """Return a comparator that makes pairs, of one process or several, not started yet."""
+        made = self.make(self.folder, self.folder / "usage.sqlite" if with_database else None)
+        assert isinstance(made, Rendezvous)
         return made
 
     @contextlib.contextmanager
@@ -105,8 +112,9 @@ class Workload(NamedTuple):
     comparators: tuple[str, ...]
     measure: Measure
     max_rounds: int | None = None  # of a run that does not compare two checkouts
-    open_files: int = 2_000  # that the generator and the relay need
+    open_files: int = 2_000  # that the generator and each process of the comparator need
     is_compared: bool = True  # has a metric that two checkouts are compared by
+    is_quick: bool = True  # is part of a quick run
 
     def rounds(self, wanted: int) -> int:
         """Return the number of rounds, which may have a maximum."""
@@ -129,12 +137,27 @@ def pairs_of(
         yield pairs
 
 
-def rates(unit: str, amount: float, seconds: float, cpu_seconds: float) -> Measured:
-    """Return the amount per second, and per CPU-second if a process used CPU."""
-    measured = {f"{unit}_per_second": amount / seconds}
-    if cpu_seconds:
-        measured[f"{unit}_per_cpu_second"] = amount / cpu_seconds
-    return measured
+class Meter:
+    """Reads the CPU clocks of a comparator when it is made, and again at `stop`."""
+
+    def __init__(self, intermediary: Intermediary) -> None:
+        self._intermediary = intermediary
+        self._before = intermediary.cpu_clocks()
+
+    def stop(self) -> None:
+        self._used = {
+            name: seconds - self._before[name]
+            for name, seconds in self._intermediary.cpu_clocks().items()
+        }
+
+    def rates(self, unit: str, amount: float, seconds: float) -> Measured:
+        """Return the amount per second, and per CPU-second for each clock that has moved."""
+        per_cpu_second = {
+            f"{name}{unit}_per_cpu_second": amount / used
+            for name, used in self._used.items()
+            if used
+        }
+        return {f"{unit}_per_second": amount / seconds, **per_cpu_second}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,19 +170,22 @@ def transfer(
 ) -> Measured:
     """Send bulk on all flows at once for so long."""
     with Bulk(flows, source) as bulk:
-        before = intermediary.cpu_seconds()
+        meter = Meter(intermediary)
         bulk.start(seconds)
         transferred = bulk.wait()
-        used = intermediary.cpu_seconds() - before
+        meter.stop()
         bulk.end()
-    return rates("gb", transferred.payload_bytes / 1e9, transferred.seconds, used)
+    return meter.rates("gb", transferred.payload_bytes / 1e9, transferred.seconds)
 
 
-def tcp_bulk(count: int, both_ways: bool = False) -> Measure:
-    """Return the workload of bulk in so many pairs of TCP clients."""
+def tcp_bulk(count: int, both_ways: bool = False, buffer_bytes: int | None = None) -> Measure:
+    """Return the workload of bulk in so many pairs of TCP clients.
+
+    `buffer_bytes`: see Intermediary.pair.
+    """
 
     def measure(subject: Subject, scale: Scale) -> Measured:
-        with subject.pairs(count) as (intermediary, pairs):
+        with subject.pairs(count, buffer_bytes=buffer_bytes) as (intermediary, pairs):
             flows = [Flow(pair.first, pair.second) for pair in pairs]
             if both_ways:
                 flows += [Flow(pair.second, pair.first) for pair in pairs]
@@ -191,11 +217,11 @@ def websocket_bulk(first: bool, second: bool) -> Measure:
 def exchange(intermediary: Intermediary, pairs: Sequence[Pair], seconds: float) -> Measured:
     """Send messages in all pairs, one at a time in each pair."""
     with Worker(load.exchange_messages, pairs, os.urandom(MESSAGE_BYTES)) as worker:
-        before = intermediary.cpu_seconds()
+        meter = Meter(intermediary)
         worker.send(seconds)
         exchanged: Exchanged = worker.receive()
-        used = intermediary.cpu_seconds() - before
-    return rates("messages", exchanged.done, exchanged.seconds, used)
+        meter.stop()
+    return meter.rates("messages", exchanged.done, exchanged.seconds)
 
 
 def messages(subject: Subject, scale: Scale) -> Measured:
@@ -300,26 +326,29 @@ def fairness_many(subject: Subject, scale: Scale) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def pairings(with_database: bool) -> Measure:
-    """Return the workload of pairings: two clients connect, read their ok, and leave in turn."""
+def pairings(with_database: bool = False, is_websocket: bool = False) -> Measure:
+    """Return the workload of pairings: two clients connect, read their ok, and leave in turn.
+
+    `is_websocket`: whether both use WebSocket.
+    """
 
     def measure(subject: Subject, scale: Scale) -> Measured:
-        with subject.relay(with_database) as relay, contextlib.ExitStack() as stack:
-            workers = [
-                stack.enter_context(Worker(load.make_pairings, relay.connect, PAIRINGS_IN_PROGRESS))
-                for _ in range(PAIRING_WORKERS)
-            ]
-            before = relay.cpu_seconds()
+        with subject.rendezvous(with_database) as service, contextlib.ExitStack() as stack:
+            work = (load.make_pairings, service.connect, is_websocket, PAIRINGS_IN_PROGRESS)
+            workers = [stack.enter_context(Worker(*work)) for _ in range(PAIRING_WORKERS)]
+            meter = Meter(service)
             for worker in workers:
                 worker.send(scale.pairings_seconds)
             parts: list[Exchanged] = [worker.receive() for worker in workers]
             time.sleep(RECORDS_SECONDS)
-            relay.settle()  # writing the records is part of the work
-            used = relay.cpu_seconds() - before
+            service.settle()  # writing the records is part of the work
+            meter.stop()
         done = sum(part.done for part in parts)
-        if with_database and relay.usage_rows() != done:
-            raise LoadError(f"{relay.usage_rows()} records of {done} pairings")
-        return rates("pairings", done, max(part.seconds for part in parts), used)
+        if with_database:
+            assert isinstance(service, Relay)
+            if service.usage_rows() != done:
+                raise LoadError(f"{service.usage_rows()} records of {done} pairings")
+        return meter.rates("pairings", done, max(part.seconds for part in parts))
 
     return measure
 
@@ -384,7 +413,7 @@ def start_up(subject: Subject, scale: Scale) -> Measured:
         began_at = time.monotonic()
         relay.spawn()
         try:
-            relay.wait_until_connected()
+            relay.wait_until_reachable()
             seconds.append(time.monotonic() - began_at)
             relay.wait_until_ready()
             relay.stop()
@@ -425,6 +454,10 @@ TCP = (
     *("haproxy-splice", "haproxy-splice-1m", "haproxy-copy", "direct"),
 )
 HAPROXY = ("haproxy-splice", "haproxy-copy")
+# plan() compares two checkouts only by workloads whose first comparator is "ours". These two tuples
+# have it last, so their workloads are left out.
+BEHIND_HAPROXY = ("haproxy-1-relay", "haproxy-2-relays", "ours")
+GATEWAY = ("gateway-1-relay", "ours")
 MANY_FILES = 16_000
 WORKLOADS = [
     Workload("bulk-1", "bulk between TCP clients, 1 pair", TCP, tcp_bulk(1)),
@@ -434,7 +467,7 @@ WORKLOADS = [
     Workload("ws-tcp", "bulk from WebSocket to TCP, 1 pair", RELAYS, websocket_bulk(True, False)),
     Workload("ws-ws", "bulk between WebSocket clients, 1 pair", RELAYS, websocket_bulk(True, True)),
     Workload("messages-500", "1,400-byte messages, 500 pairs", (*RELAYS, *HAPROXY), messages),
-    Workload("pairings", "pairs that meet and leave", RELAYS, pairings(with_database=False)),
+    Workload("pairings", "pairs that meet and leave", RELAYS, pairings()),
     Workload("pairings-db", "the same, with a database", RELAYS, pairings(with_database=True)),
     Workload("round-trip", "64 bytes, 1 pair", (*RELAYS, "haproxy-copy", "direct"), round_trip),
     Workload(
@@ -471,5 +504,43 @@ WORKLOADS = [
         "64 bytes beside 8 pairs with bulk, then beside 400",
         RELAYS,
         fairness_many,
+    ),
+    Workload("haproxy-bulk-8", "bulk-8 through HAProxy to relays", BEHIND_HAPROXY, tcp_bulk(8)),
+    Workload(
+        "haproxy-bulk-512",
+        "the same, 512 pairs",
+        BEHIND_HAPROXY,
+        tcp_bulk(512, buffer_bytes=GROWTH_BUFFER_BYTES),
+        max_rounds=3,
+        open_files=5_000,  # HAProxy has 4 sockets, and 2 pipes with 2 descriptors each, for a pair
+        is_quick=False,
+    ),
+    Workload(
+        "haproxy-pairings",
+        "pairings through HAProxy to relays",
+        BEHIND_HAPROXY,
+        pairings(),
+        max_rounds=3,
+        is_quick=False,
+    ),
+    Workload(
+        "gateway-tcp-ws",
+        "tcp-ws through a gateway to a relay",
+        GATEWAY,
+        websocket_bulk(False, True),
+    ),
+    Workload(
+        "gateway-ws-tcp",
+        "ws-tcp through a gateway to a relay",
+        GATEWAY,
+        websocket_bulk(True, False),
+    ),
+    Workload(
+        "gateway-pairings",
+        "pairings over WebSocket through a gateway to a relay",
+        GATEWAY,
+        pairings(is_websocket=True),
+        max_rounds=3,
+        is_quick=False,
     ),
 ]

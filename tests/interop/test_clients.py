@@ -17,7 +17,7 @@ from pathlib import Path
 import netns
 import pytest
 from children import Child, Record, Relay
-from reloads import reload_during
+from reloads import reload_during, slow_options
 from transfers import MEBIBYTE, PROGRAMS, Program, Transfer, client_programs
 
 
@@ -66,13 +66,14 @@ def test_transfer(
     our_relay: list[str],
     tmp_path: Path,
 ) -> None:
-    """`is_reloaded`: the relay is, three times during the transfer."""
+    """`is_reloaded`: the relay is, several times during the transfer."""
     transfer = Transfer(mailbox, tmp_path, 64 * MEBIBYTE)
-    options = ["--max-rate=8MB"] if is_reloaded else []
+    config = tmp_path / "relay.conf"
+    options = slow_options(config) if is_reloaded else []
     with ExitStack() as running, OurRelay(our_relay, tmp_path, *options) as relay:
         transfer.start(running, programs[sender], programs[receiver])
         if is_reloaded:
-            reload_during(relay, relay.port, transfer.size)
+            reload_during(relay, relay.port, config, transfer.size)
         transfer.finish()
         relay.stop([transfer])
 

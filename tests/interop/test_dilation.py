@@ -22,7 +22,7 @@ from pathlib import Path
 import netns
 import pytest
 from children import TIMEOUT_FACTOR, Child, Record, Relay
-from reloads import reload_during
+from reloads import reload_during, slow_options
 from transfers import MEBIBYTE
 
 CLIENT = Path(__file__).parent / "dilated_client.py"
@@ -191,14 +191,19 @@ def test_restart(
 
 
 def test_reloads(
-    python_tools: Path, mailbox: str, our_relay: list[str], listener: socket.socket
+    python_tools: Path,
+    mailbox: str,
+    our_relay: list[str],
+    listener: socket.socket,
+    tmp_path: Path,
 ) -> None:
-    """The relay is reloaded three times during a transfer. The connection stays the same."""
+    """The relay is reloaded during a transfer. The connection stays the same."""
     size = 64 * MEBIBYTE
     options = [f"--size={size}"]
-    with ExitStack() as running, OurRelay(our_relay, listener, "--max-rate=10MB") as relay:
+    config = tmp_path / "relay.conf"
+    with ExitStack() as running, OurRelay(our_relay, listener, *slow_options(config)) as relay:
         wormhole = Wormhole(running, python_tools, mailbox, listener, "a", options)
-        reload_during(relay, listener.getsockname()[1], 2 * size)
+        reload_during(relay, listener.getsockname()[1], config, 2 * size)
         wormhole.finish()
         (record,) = relay.stop()
     assert record.mood == "happy"

@@ -40,6 +40,8 @@ RECIPES = {
     # test_proxy_headers.py runs these:
     "nginx-tcp": PACKAGING / "nginx" / "transit-relay-tcp.conf",
     "haproxy-tcp": PACKAGING / "haproxy" / "transit-relay-tcp.cfg",
+    # test_growing.py runs it:
+    "haproxy-many": PACKAGING / "haproxy" / "transit-relay-many.cfg",
 }
 
 
