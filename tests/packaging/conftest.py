@@ -1,8 +1,9 @@
 """Fixtures of the packaging checks: the built package, and fresh systems to install it on.
 
-No check is skipped: a missing tool fails the checks that need it. The systems are root folders that
-mmdebstrap creates from the machine's package sources. Their creation starts with the session. They
-are kept in build/roots for the next session; `make clean` removes them.
+No check is skipped: a missing tool fails the checks that need it, and all need mmdebstrap. The
+systems are root folders that mmdebstrap creates from the machine's package sources. Their creation
+starts with the session. They are kept in build/roots for the next session; `make clean` removes
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build"
-SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
+# Images of containers and clouds have the first one, other installations the second one.
+SOURCES = (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))
 
 # Debian's programs, including Python. The PATH of the machine may have others.
 DEBIAN_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -101,13 +104,14 @@ class FreshRoot:
         self._mmdebstrap: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Start mmdebstrap, unless the folder is there."""
+        """Start mmdebstrap, unless an earlier session has made the folder by the same command."""
         if self._stamp.exists() and self._stamp.read_text() == str(self._command):
             return
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._stamp.unlink(missing_ok=True)
         subprocess.run(["rm", "-rf", self._folder], check=True)
-        sources = SOURCES.read_text().replace("bookworm", self.suite)
+        file = next(file for file in SOURCES if file.exists())
+        sources = file.read_text().replace("bookworm", self.suite)
         with self._log.open("wb") as log:
             self._mmdebstrap = subprocess.Popen(
                 self._command,
@@ -150,6 +154,14 @@ class FreshRoot:
             )
         finally:
             remove_traces(name)
+
+    def copy_with(self, package: Path, folder: Path) -> Path:
+        """Copy the system to `folder`, install a package there without a boot, return `folder`."""
+        run(["cp", "-a", "--reflink=auto", self.folder(), folder])
+        shutil.copy(package, folder)
+        run(["chroot", folder, "dpkg", "-i", f"/{package.name}"])
+        (folder / package.name).unlink()
+        return folder
 
     def abandon(self) -> None:
         """Stop mmdebstrap, if it runs."""

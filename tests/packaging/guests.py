@@ -1,13 +1,15 @@
-"""Clients of a relay that runs in a booted system, and the records of that relay."""
+"""Clients of a relay in a booted system or a container, and the records of that relay."""
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import random
+import socket
 import threading
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from children import TIMEOUT
 from helpers import Client, WebSocketClient, digest, handshake
@@ -26,6 +28,26 @@ TOKEN, SIDE = "never_logged_token_", "unseen_side_"  # prefixes
 SECRETS = [TOKEN, SIDE, *(source for source, _ in FAMILIES.values())]
 
 _numbers = itertools.count(1)
+
+
+class Instance(Reachable):
+    """An instance of transit-relay@.service. Its clients send PROXY headers, as HAProxy does."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.service = f"transit-relay@{name}.service"
+        self.socket = f"transit-relay@{name}.socket"
+        self.state = f"{STATE}-{name}"
+        self._path = machine.path(f"/run/transit-relay-{name}.sock")
+
+    def connect(self, host: str, port: int, source: str) -> socket.socket:
+        """Connect to its unix socket, and send a PROXY header with these addresses."""
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(TIMEOUT)
+        client.connect(str(self._path))
+        client.sendall(
+            f"PROXY TCP{6 if ':' in host else 4} {source} {host} 40000 {port}\r\n".encode()
+        )
+        return client
 
 
 def prepare(there: Reachable) -> None:
@@ -57,10 +79,23 @@ def send_handshakes(*clients: Client) -> None:
 
 def pass_bytes(sender: Client, receiver: Client, data: bytes) -> None:
     """Send bytes. All of them must arrive."""
-    sending = threading.Thread(target=sender.send, args=[data])
+    errors: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            sender.send(data)
+        except BaseException as error:
+            errors.append(error)
+
+    sending = threading.Thread(target=send, daemon=True)
     sending.start()
-    received = receiver.receive(len(data))
-    sending.join()
+    try:
+        received = receiver.receive(len(data))
+    finally:
+        sending.join(TIMEOUT)
+        if errors:
+            raise errors[0]
+    assert not sending.is_alive()
     assert digest(received) == digest(data)
 
 
@@ -71,7 +106,7 @@ def transfer(
     family: str = "IPv4",
     size: int = 4 * MEBIBYTE,
 ) -> None:
-    """Connect a pair, send `size` bytes and a quarter of them back, and end the pair."""
+    """Connect a pair, send `size` bytes, then a quarter as many back, and end the pair."""
     chance = random.Random(size)
     with connect(there, first, family) as one, connect(there, second, family) as other:
         send_handshakes(one, other)
@@ -83,63 +118,94 @@ def transfer(
         assert other.read_to_end() == b""
 
 
-class LongTransfer:
-    """A pair that sends random bytes in both directions, in the `with` block. All must arrive.
+def get(sock: socket.socket, path: str) -> tuple[int, str]:
+    """Send an HTTP request and close the socket. Return status and text of the answer."""
+    with sock:
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = sock
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
-    It pauses briefly again and again, so that the system has time for other work.
-    """
 
-    def __init__(self, there: Reachable, first: str = "tcp", second: str = "tcp") -> None:
-        self._clients = connect(there, first), connect(there, second)
-        self._passed = 0
+class Working:
+    """A thread that works in the `with` block, and counts its rounds. Its error fails the test."""
+
+    def __init__(self) -> None:
+        self.rounds = 0  # the complete ones
+        self.stop = False  # the thread is to end
         self._error: BaseException | None = None
-        self._stop = False
         self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
+    def work(self) -> None:
+        """Work until `stop` is set, and call `count` for each round."""
+        raise NotImplementedError
+
+    def count(self) -> None:
+        """Count a round."""
+        with self._progress:
+            self.rounds += 1
+            self._progress.notify()
+
     def _run(self) -> None:
-        one, other = self._clients
-        chance = random.Random(1)
         try:
-            with one, other:
-                send_handshakes(one, other)
-                for client in one, other:
-                    assert client.receive(3) == b"ok\n"
-                while not self._stop:
-                    pass_bytes(one, other, chance.randbytes(MEBIBYTE // 4))
-                    pass_bytes(other, one, chance.randbytes(MEBIBYTE // 16))
-                    time.sleep(0.05)
-                    with self._progress:
-                        self._passed += 1
-                        self._progress.notify()
-                one.half_close()
-                assert other.read_to_end() == b""
+            self.work()
         except BaseException as error:
             with self._progress:
                 self._error = error
                 self._progress.notify()
 
-    def wait_for_progress(self) -> None:
-        """Wait until two more rounds are complete: one has begun after the call."""
+    def wait_for_rounds(self, more: int = 2) -> None:
+        """Wait until `more` further rounds are complete. With two, one has begun after the call."""
         with self._progress:
-            goal = self._passed + 2
-            done = self._progress.wait_for(lambda: self._passed >= goal or self._error, TIMEOUT)
+            goal = self.rounds + more
+            done = self._progress.wait_for(lambda: self.rounds >= goal or self._error, TIMEOUT)
             if self._error:
                 raise self._error
-            assert done, f"{self._passed} rounds, then none in {TIMEOUT} s"
+            assert done, f"{self.rounds} rounds, then none in {TIMEOUT} s"
 
-    def __enter__(self) -> LongTransfer:
+    def __enter__(self: Worker) -> Worker:
         self._thread.start()
-        self.wait_for_progress()
+        self.wait_for_rounds(2)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stop = True
+        self.stop = True
         self._thread.join(TIMEOUT)
         if not kind:
             assert not self._thread.is_alive()
             if self._error:
                 raise self._error
+
+
+Worker = TypeVar("Worker", bound=Working)
+
+
+class LongTransfer(Working):
+    """A pair that sends random bytes in both directions. All must arrive.
+
+    It pauses briefly again and again, so that the system has time for other work.
+    """
+
+    def __init__(self, there: Reachable, first: str = "tcp", second: str = "tcp") -> None:
+        super().__init__()
+        self._clients = connect(there, first), connect(there, second)
+
+    def work(self) -> None:
+        one, other = self._clients
+        chance = random.Random(1)
+        with one, other:
+            send_handshakes(one, other)
+            for client in one, other:
+                assert client.receive(3) == b"ok\n"
+            while not self.stop:
+                pass_bytes(one, other, chance.randbytes(MEBIBYTE // 4))
+                pass_bytes(other, one, chance.randbytes(MEBIBYTE // 16))
+                time.sleep(0.05)
+                self.count()
+            one.half_close()
+            assert other.read_to_end() == b""
 
 
 ROWS = """\
@@ -150,44 +216,35 @@ print(json.dumps([dict(row) for row in database.execute("SELECT * FROM usage ORD
 """
 
 
-def rows(machine: Machine) -> list[dict[str, Any]]:
+def rows(machine: Machine, service: str = SERVICE, state: str = STATE) -> list[dict[str, Any]]:
     """Return the rows of the usage database. The restart makes the relay write all records."""
-    machine.run("systemctl", "restart", SERVICE)
-    found: list[dict[str, Any]] = json.loads(machine.python(ROWS, f"{STATE}/usage.sqlite"))
+    machine.run("systemctl", "restart", service)
+    found: list[dict[str, Any]] = json.loads(machine.python(ROWS, f"{state}/usage.sqlite"))
     return found
 
 
-class PairAfterPair:
-    """A thread that connects one pair after the other, without pause, in the `with` block.
+class PairAfterPair(Working):
+    """Connects one pair after the other, with hardly a pause between two.
 
-    A refused connection is an error. A relay that stops may end the pair that it serves: the test
-    checks their number, `ended_early`.
+    A refused connection is an error. A relay that stops may end the pair that it serves. The test
+    checks how many pairs `ended_early`.
     """
 
     def __init__(self, machine: Machine) -> None:
-        self.served = 0
+        super().__init__()
         self.ended_early = 0
         self._machine = machine
-        self._error: BaseException | None = None
-        self._stop = False
-        self._progress = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
-        try:
-            while not self._stop:
-                served = self._one_pair()
-                with self._progress:
-                    self.served += served
-                    self.ended_early += not served
-                    self._progress.notify()
-        except BaseException as error:
-            with self._progress:
-                self._error = error
-                self._progress.notify()
+    def work(self) -> None:
+        while not self.stop:
+            if self._one_pair():
+                self.count()
+            else:
+                self.ended_early += 1
+            time.sleep(0.01)  # so that the system has time for other work
 
     def _one_pair(self) -> bool:
-        """Return True if the pair was served, False if its relay stopped. All else is an error."""
+        """Return True if the pair was served, False if its connections ended early."""
         with connect(self._machine) as one, connect(self._machine) as other:
             try:
                 send_handshakes(one, other)
@@ -206,23 +263,3 @@ class PairAfterPair:
             assert expected.startswith(part), part
             expected = expected[len(part) :]
         return not expected
-
-    def wait_for_served(self, more: int = 20) -> None:
-        """Wait until `more` further pairs have been served."""
-        with self._progress:
-            goal = self.served + more
-            done = self._progress.wait_for(lambda: self.served >= goal or self._error, TIMEOUT)
-            if self._error:
-                raise self._error
-            assert done, f"{self.served} pairs served, then none in {TIMEOUT} s"
-
-    def __enter__(self) -> PairAfterPair:
-        self._thread.start()
-        self.wait_for_served()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stop = True
-        self._thread.join(TIMEOUT)
-        if self._error and not kind:
-            raise self._error

@@ -59,9 +59,16 @@ class Reachable:
             return socket.create_connection((host, port), TIMEOUT, (source, 0))
 
     def add_address(self, address: str) -> None:
-        """Add an IPv6 address to its loopback interface."""
-        ip = ["ip", "-6", "address", "add", f"{address}/128", "dev", "lo", "nodad"]
-        subprocess.run(["nsenter", f"--net=/proc/{self.leader}/ns/net", *ip], check=True)
+        """Add an IPv6 address to its loopback interface, and a route to it.
+
+        The kernel adds the same route, but later, in a work queue.
+        """
+        lines = f"""\
+address add {address}/128 dev lo nodad
+route replace local {address} dev lo table local
+"""
+        ip = ["nsenter", f"--net=/proc/{self.leader}/ns/net", "ip", "-6", "-batch", "-"]
+        subprocess.run(ip, input=lines.encode(), check=True)
 
 
 class Machine(Reachable):

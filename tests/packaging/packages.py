@@ -18,26 +18,12 @@ def replace_once(file: Path, pattern: str, text: str) -> None:
     file.write_text(changed)
 
 
-def build_changed(source: Path, change: Callable[[Path], None]) -> Path:
-    """Clone the last commit to `source`, change its files, build the package, return its path."""
+def build_changed(source: Path, change: Callable[[Path], None]) -> None:
+    """Clone the last commit to `source`, change its files, and build the package."""
     run(["git", "clone", "-q", "--shared", ROOT, source])
     change(source)
     run(["git", *AS_NOBODY, "commit", "-qam", "changed"], cwd=source)
     run(["make", "-s", "deb"], cwd=source, env={"DEB_BUILD_OPTIONS": "nocheck"})
-    (package,) = (source / "build" / "deb").glob("*.deb")
-    return package
-
-
-def build_version(version: str, folder: Path) -> Path:
-    """Build the last commit with another version (`0.0.9-1`) below `folder`; return the .deb."""
-    upstream = version.rpartition("-")[0]
-
-    def change(source: Path) -> None:
-        program = source / "transit_relay.py"
-        replace_once(program, "^__version__ = .*", f'__version__ = "{upstream}"')
-        replace_once(source / "packaging/debian/changelog", r"\(.*?\)", f"({version})")
-
-    return build_changed(folder / f"source-{version}", change)
 
 
 def repack(deb: Path, version: str, folder: Path, pattern: str = "", text: str = "") -> Path:

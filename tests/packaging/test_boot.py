@@ -1,6 +1,7 @@
 """The package on booted systems, as its users, administrators and packagers use it.
 
-Each test boots a fresh Debian, which takes a fraction of a second. After each test the fixture
+Each test boots a fresh Debian, which takes a fraction of a second. Most tests boot one in which the
+package is installed already, because an installation takes longer. After each test the fixture
 checks that no log of the system identifies a client.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import time
@@ -19,16 +21,18 @@ from typing import Any
 
 import pytest
 from children import TIMEOUT
-from conftest import documents
+from conftest import FreshRoot, documents
 from guests import (
     FAMILIES,
     PORTS,
     SECRETS,
     SERVICE,
     STATE,
+    Instance,
     LongTransfer,
     PairAfterPair,
     connect,
+    get,
     handshakes,
     pass_bytes,
     prepare,
@@ -37,22 +41,41 @@ from guests import (
     transfer,
 )
 from nspawn import Machine
-from packages import build_version, repack
+from packages import repack
 
 from transit_relay import __version__
 
 SOCKET, WEB_SOCKET = "transit-relay.socket", "transit-relay-ws.socket"
+STATUS_SOCKET = "transit-relay-status.socket"
+OPTIONAL_SOCKETS = (WEB_SOCKET, STATUS_SOCKET)  # not enabled
+UNITS = (SERVICE, SOCKET, *OPTIONAL_SOCKETS)
 CONFIG = "/etc/transit-relay.conf"
 OWN_LISTENERS = "/usr/share/doc/transit-relay/examples/own-listeners.conf"
 KIBIBYTE, MEBIBYTE = 1 << 10, 1 << 20
 
 
-@pytest.fixture(params=["bookworm", "trixie"])
-def machine(
-    request: pytest.FixtureRequest, roots: Mapping[str, Any], tmp_path: Path
-) -> Iterator[Machine]:
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+def fresh(request: pytest.FixtureRequest, roots: Mapping[str, FreshRoot]) -> FreshRoot:
+    """Return a fresh system."""
+    return roots[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder_with_package(
+    fresh: FreshRoot, deb: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Return the root folder of a system with the package."""
+    folder = tmp_path_factory.mktemp("with-package") / fresh.suite
+    try:
+        yield fresh.copy_with(deb, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def booted(folder: Path, scratch: Path) -> Iterator[Machine]:
     """Boot a system. If the test fails, pytest shows the journal."""
-    with Machine(roots[request.param].folder(), tmp_path) as machine:
+    with Machine(folder, scratch) as machine:
         prepare(machine)
         try:
             yield machine
@@ -65,40 +88,47 @@ def machine(
 
 
 @pytest.fixture
-def installed(machine: Machine, deb: Path) -> Machine:
-    """Boot a system and install the package."""
-    machine.install(deb)
-    return machine
+def machine(fresh: FreshRoot, tmp_path: Path) -> Iterator[Machine]:
+    """Boot a fresh system."""
+    with booted(fresh.folder(), tmp_path) as machine:
+        yield machine
+
+
+@pytest.fixture
+def installed(folder_with_package: Path, tmp_path: Path) -> Iterator[Machine]:
+    """Boot a system with the package."""
+    with booted(folder_with_package, tmp_path) as machine:
+        yield machine
 
 
 @pytest.fixture(scope="module")
-def older_deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the package with an older version number."""
-    return build_version("0.0.9-1", tmp_path_factory.mktemp("older"))
+def older_deb(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the package with an older version number."""
+    return repack(deb, "0.0.9-1", tmp_path_factory.mktemp("older"))
 
 
 def logs(machine: Machine) -> Iterator[tuple[str, bytes]]:
     """Return all logs of the system. The journal has all fields of its entries."""
     yield "the journal", machine.run("journalctl", "--output=export", "--all").encode()
     yield "the status", machine.try_("systemctl", "status", "--full", SERVICE).stdout.encode()
-    for folder in "/var/log", STATE:
+    for folder in "/var/log", str(Path(STATE).parent):
         for file in machine.path(folder).rglob("*"):
             if file.is_file():
                 yield str(file), file.read_bytes()
 
 
-def main_pid(machine: Machine) -> int:
+def main_pid(machine: Machine, service: str = SERVICE) -> int:
     """Return the process id of the relay, as the system sees it."""
-    return int(machine.show(SERVICE, "MainPID"))
+    return int(machine.show(service, "MainPID"))
 
 
-def restarts(machine: Machine) -> int:
+def restarts(machine: Machine, service: str = SERVICE) -> int:
     """Return how often systemd has restarted the relay by itself."""
-    return int(machine.show(SERVICE, "NRestarts"))
+    return int(machine.show(service, "NRestarts"))
 
 
 def documented(part: str) -> list[str]:
-    """Return the commands of the example in the documents that contains `part`, one a line."""
+    """Return the commands of the documented example that contains `part`."""
     blocks = re.findall(r"(?:^ {4}.*\n)+", documents(), re.M)
     (example,) = (block for block in blocks if part in block and "systemctl" in block)
     joined = re.sub(r"\\\n *", "", example)
@@ -122,17 +152,28 @@ def await_journal(machine: Machine, after: str, text: str) -> None:
 # After the installation.
 
 
-def test_it_runs_when_it_is_installed(installed: Machine) -> None:
-    assert installed.state(SERVICE) == installed.state(SOCKET) == ("active", "enabled")
-    assert installed.state(WEB_SOCKET) == ("inactive", "disabled")
-    assert installed.listener(4001) and not installed.listener(4002)
-    assert installed.show(SERVICE, "Type") == "notify"
-    assert re.search(r"\d", installed.show(SERVICE, "StatusText"))
-    assert installed.run("systemctl", "is-system-running").strip() == "running"
+def require_running(machine: Machine) -> None:
+    """Check that the service runs with its socket, and that all units of the system are well."""
+    assert machine.state(SERVICE) == machine.state(SOCKET) == ("active", "enabled")
+    for unit in OPTIONAL_SOCKETS:
+        assert machine.state(unit) == ("inactive", "disabled")
+    assert machine.listener(4001) and not machine.listener(4002)
+    assert machine.show(SERVICE, "Type") == "notify"
+    assert re.search(r"\d", machine.show(SERVICE, "StatusText"))
+    assert machine.run("systemctl", "is-system-running").strip() == "running"
+
+
+def test_it_runs_when_it_is_installed(machine: Machine, deb: Path) -> None:
+    machine.install(deb)
+    require_running(machine)
+
+
+def test_it_runs_after_a_boot(installed: Machine) -> None:
+    require_running(installed)
 
 
 def test_a_connection_starts_it(installed: Machine) -> None:
-    """After only the service was stopped, the socket starts it."""
+    """The service is stopped, its socket is not. A connection starts the service."""
     installed.run("systemctl", "stop", SERVICE)
     assert installed.state(SERVICE) == ("inactive", "enabled")
     transfer(installed)
@@ -157,8 +198,83 @@ def test_websocket_as_documented(installed: Machine) -> None:
             transfer(installed, first, second, family, size=256 * KIBIBYTE)
 
 
+def enable(machine: Machine, socket: str) -> None:
+    """Enable a socket with the commands that are documented for the one for WebSocket."""
+    commands = documented(f"enable --now {WEB_SOCKET}")
+    follow(machine, [command.replace(WEB_SOCKET, socket) for command in commands])
+
+
+def reload(machine: Machine) -> None:
+    """Reload the relay, and wait until it has done so."""
+    cursor = machine.cursor()
+    machine.run("systemctl", "reload", SERVICE)
+    await_journal(machine, cursor, "Transit reloaded")
+
+
+GET = """\
+import http.client, socket, sys
+relay = http.client.HTTPConnection("localhost")
+relay.sock = socket.socket(socket.AF_UNIX)
+relay.sock.connect("/run/transit-relay/status.sock")
+relay.request("GET", sys.argv[1])
+answer = relay.getresponse()
+print(answer.status, answer.read().decode(), end="")
+"""
+
+
+def test_status_on_a_unix_socket(installed: Machine) -> None:
+    """After a reload with the line of the packaged example, every user and Munin can use it."""
+    line, config = "status unix:/run/transit-relay/status.sock", installed.path(CONFIG)
+    config.write_text(config.read_text().replace(f"\n#{line}", f"\n{line}"))
+    plugin = "/run/wormhole_transit_active"
+    installed.run("ln", "-s", "/usr/share/munin/plugins/wormhole_transit_", plugin)
+    as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with LongTransfer(installed) as running:
+        reload(installed)
+        running.wait_for_rounds()
+        health, metrics = (
+            installed.run(*as_nobody, "python3", "-c", GET, path)
+            for path in ("/healthz", "/metrics")
+        )
+        assert health == "200 ok\n"
+        assert "\ntransit_relay_pairs 1\n" in metrics
+        assert installed.run(*as_nobody, plugin) == "waiting.value 0\nconnected.value 2\n"
+
+
+def health(machine: Machine) -> tuple[int, str]:
+    """Request /healthz on the port of the status socket."""
+    return get(machine.connect("127.0.0.1", 8001, "127.0.0.1"), "/healthz")
+
+
+def test_status_on_a_port(installed: Machine) -> None:
+    """systemd opens the port with the service, also after a crash, and closes it with the service.
+
+    So a request never starts a relay that was stopped.
+    """
+    enable(installed, STATUS_SOCKET)
+    assert installed.state(STATUS_SOCKET) == ("active", "enabled")
+    assert health(installed) == (200, "ok\n")
+    reload(installed)
+    assert health(installed) == (200, "ok\n")
+    installed.run("systemctl", "restart", SERVICE)
+    assert health(installed) == (200, "ok\n")
+    installed.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", SERVICE)
+    transfer(installed)
+    assert restarts(installed) == 1
+    assert health(installed) == (200, "ok\n")
+
+    installed.run("systemctl", "stop", SERVICE)
+    assert installed.state(STATUS_SOCKET) == ("inactive", "enabled")
+    with pytest.raises(ConnectionRefusedError):
+        health(installed)
+    assert installed.state(SERVICE) == ("inactive", "enabled")
+    transfer(installed)  # starts the service
+    assert installed.state(STATUS_SOCKET) == ("active", "enabled")
+    assert health(installed) == (200, "ok\n")
+
+
 def test_usage_is_recorded_and_blurred(installed: Machine) -> None:
-    sizes = {1_234: 1_000, 12_345_678: 15_000_000}  # sent; recorded, with the quarter sent back
+    sizes = {1_234: 1_000, 12_345_678: 15_000_000}  # bytes one way; bytes recorded, both ways
     for size in sizes:
         transfer(installed, size=size)
     recorded = rows(installed)
@@ -213,6 +329,7 @@ def test_idle_is_not_hanging(installed: Machine) -> None:
         sign = installed.show(SERVICE, "WatchdogTimestampMonotonic")
         if sign != signs[-1]:
             signs.append(sign)
+        time.sleep(0.2)
     assert restarts(installed) == 0
 
 
@@ -237,9 +354,7 @@ def test_a_drain_as_documented(installed: Machine) -> None:
         send_handshakes(one, other)
         for client in one, other:
             assert client.receive(3) == b"ok\n"
-        cursor = installed.cursor()
-        installed.run("systemctl", "reload", SERVICE)
-        await_journal(installed, cursor, "Transit reloaded")
+        reload(installed)
         commands[-1] = commands[-1].replace("stop", "stop --no-block")
         follow(installed, commands)
         installed.run("systemctl", "stop", "--no-block", SERVICE)  # sends no second signal
@@ -251,6 +366,7 @@ def test_a_drain_as_documented(installed: Machine) -> None:
         end = time.monotonic() + 5  # time must pass: systemd would have killed the relay by then
         while time.monotonic() < end:
             pass_bytes(one, other, bytes(MEBIBYTE))
+            time.sleep(0.1)
         status = installed.show(SERVICE, "StatusText")
         assert re.match(r"stopping; draining, at most 3\d+ s left; 1 pair, 0 waiting, ", status)
         assert installed.show(SERVICE, "SubState") == "stop-sigterm"
@@ -263,12 +379,12 @@ def test_a_drain_as_documented(installed: Machine) -> None:
 
 
 def test_restarts_while_clients_come(installed: Machine) -> None:
-    """New connections queue: the listening socket stays open, and all clients are served."""
+    """The listening socket stays open, and new connections wait in its queue. None is refused."""
     before, times = installed.listener(4001), 5
     with PairAfterPair(installed) as clients:
         for _ in range(times):
             installed.run("systemctl", "restart", SERVICE)
-            clients.wait_for_served()
+            clients.wait_for_rounds(20)
     assert installed.listener(4001) == before
     assert clients.ended_early <= times  # the pair of the relay that stopped
     assert restarts(installed) == 0
@@ -381,9 +497,9 @@ def test_no_outgoing_traffic(installed: Machine) -> None:
     assert probe(installed, *relaxed, "IPAddressDeny=")["send"] == "done"
 
 
-def exposure(machine: Machine) -> float:
+def exposure(machine: Machine, service: str = SERVICE) -> float:
     """Return the exposure level, from 0 to 10, in the last line of systemd's report."""
-    report = machine.run("systemd-analyze", "security", "--no-pager", SERVICE)
+    report = machine.run("systemd-analyze", "security", "--no-pager", service)
     found = re.search(r"Overall exposure level for \S+ (\d+\.\d) ", report)
     assert found, report
     return float(found[1])
@@ -391,7 +507,7 @@ def exposure(machine: Machine) -> float:
 
 def test_systemd_analyze(installed: Machine) -> None:
     folder = installed.run("systemctl", "show", "--value", "--property=FragmentPath", SERVICE)
-    units = [str(Path(folder.strip()).parent / unit) for unit in (SERVICE, SOCKET, WEB_SOCKET)]
+    units = [str(Path(folder.strip()).parent / unit) for unit in UNITS]
     assert installed.run("systemd-analyze", "verify", "--man=no", *units) == ""
     installed.run("systemd-analyze", "security", "--threshold=2", "--no-pager", SERVICE)
     installed.fails("systemd-analyze", "security", "--threshold=1", "--no-pager", SERVICE)
@@ -424,7 +540,7 @@ def version(machine: Machine) -> str:
 
 
 def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> None:
-    """No client is refused, no pair ends, and the database keeps its rows."""
+    """No client is refused, no pair ends early, and the database keeps its rows."""
     machine.install(older_deb)
     assert version(machine) == "0.0.9"
     transfer(machine, size=2_000_000)
@@ -434,7 +550,7 @@ def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> 
         cursor = machine.cursor()
         with PairAfterPair(machine) as clients:
             machine.install(package)
-            clients.wait_for_served()
+            clients.wait_for_rounds(20)
         assert version(machine) == expected
         assert "stopped" not in machine.journal(cursor)
         assert "Transit reloaded" in machine.journal(cursor)
@@ -442,7 +558,7 @@ def test_upgrade_and_downgrade(machine: Machine, older_deb: Path, deb: Path) -> 
         assert machine.listener(4001) == before
         found = rows(machine)
         assert found[: len(kept)] == kept
-        assert [row["result"] for row in found[len(kept) :]].count("happy") >= clients.served
+        assert [row["result"] for row in found[len(kept) :]].count("happy") >= clients.rounds
         kept = found
     assert restarts(machine) == 0
 
@@ -462,9 +578,9 @@ def test_reloads_while_clients_transfer(machine: Machine, deb: Path, tmp_path: P
         newcomers = clients.enter_context(PairAfterPair(machine))
 
         def all_go_on() -> None:
-            newcomers.wait_for_served()
+            newcomers.wait_for_rounds(20)
             for one in transfers:
-                one.wait_for_progress()
+                one.wait_for_rounds()
             assert before == [main_pid(machine), *map(machine.listener, PORTS.values())]
 
         cursor = machine.cursor()
@@ -493,7 +609,7 @@ def test_reloads_while_clients_transfer(machine: Machine, deb: Path, tmp_path: P
             assert client.receive(3) == b"ok\n"
     assert newcomers.ended_early == restarts(machine) == 0
     assert "refused" not in machine.show(SERVICE, "StatusText")
-    served = newcomers.served + len(pairs) + 1
+    served = newcomers.rounds + len(pairs) + 1
     assert [row["result"] for row in rows(machine)] == ["happy"] * served
 
 
@@ -505,6 +621,89 @@ def test_a_mistake_before_a_reload(installed: Machine) -> None:
     assert "unrecognized arguments: --no-such-option" in installed.journal(cursor)
     transfer(installed)
     assert main_pid(installed) == pid
+
+
+# Several relays.
+
+
+def happy_bytes(machine: Machine, relay: Instance) -> list[int]:
+    """Return the recorded bytes of each happy pair of an instance. It restarts the instance."""
+    recorded = rows(machine, relay.service, relay.state)
+    return [row["total_bytes"] for row in recorded if row["result"] == "happy"]
+
+
+def test_instances_as_documented(machine: Machine, deb: Path, tmp_path: Path) -> None:
+    """Each has its own user, socket and records. An upgrade reloads those that run, and no other.
+
+    A removal stops them, and a purge leaves nothing of them.
+    """
+    machine.run("systemd-sysusers", "--inline", "g haproxy -")  # the group of HAProxy's package
+    machine.install(repack(deb, "0.1~1-1", tmp_path))
+    follow(machine, documented("enable --now transit-relay@1 transit-relay@2"))
+    relays = one, two = Instance(machine, "1"), Instance(machine, "2")
+    units = [unit for relay in relays for unit in (relay.service, relay.socket)]
+    assert [machine.state(unit) for unit in units] == [("active", "enabled")] * 4
+    pids = [main_pid(machine, relay.service) for relay in relays]
+    users = {machine.path(f"/proc/{pid}").stat().st_uid for pid in pids}
+    assert len(users) == 2 and 0 not in users
+    for relay in relays:
+        assert exposure(machine, relay.service) <= 0.2
+    for family in FAMILIES:
+        transfer(one, family=family)
+
+    with LongTransfer(one) as first, LongTransfer(two, "tcp", "ws") as second:
+        broken = repack(deb, "0.1~2-1", tmp_path, "^STATE_VERSION = .*", "STATE_VERSION = 9")
+        refused, reloaded = machine.install(broken), machine.install(deb)
+        for number in 1, 2:
+            assert f"transit-relay@{number}: not reloaded, the old version goes on" in refused
+            assert f"transit-relay@{number}: reloaded" in reloaded
+        for running in first, second:
+            running.wait_for_rounds()
+    assert [main_pid(machine, relay.service) for relay in relays] == pids
+    assert machine.state(SERVICE) == machine.state(SOCKET) == ("inactive", "disabled")
+    assert [len(happy_bytes(machine, relay)) for relay in relays] == [3, 1]
+    machine.run("systemctl", "stop", two.service)
+    assert "transit-relay@1: reloaded" in (output := machine.install(deb))
+    assert "transit-relay@2" not in output
+    assert machine.state(two.service) == machine.state(two.socket) == ("inactive", "enabled")
+
+    machine.run("dpkg", "--purge", "transit-relay")
+    assert [machine.state(unit)[0] for unit in units] == ["inactive"] * 4
+    for folder in "/etc", "/run", "/var/lib/private", "/var/lib":
+        assert [*machine.path(folder).rglob("*transit-relay*")] == []
+
+
+GATEWAY_CONF = "/usr/share/doc/transit-relay/examples/gateway.conf"
+
+
+def test_a_gateway_as_documented(installed: Machine) -> None:
+    """A gateway takes WebSocket clients, who meet TCP clients at the relay behind it."""
+    units = installed.path("/etc/systemd/system")
+    options = "--usage-db /var/lib/transit-relay-behind/usage.sqlite"
+    for unit, lines in {
+        "transit-relay@behind.socket": "[Socket]\nListenStream=127.0.0.1:4004\nSocketGroup=",
+        "transit-relay@behind.service": f'[Service]\nEnvironment="OPTIONS={options}"',
+    }.items():
+        (units / f"{unit}.d").mkdir()
+        (units / f"{unit}.d" / "behind.conf").write_text(lines + "\n")
+    installed.run("systemctl", "daemon-reload")
+    installed.run("systemctl", "start", "transit-relay@behind.socket")
+    config = installed.path(CONFIG)
+    config.write_text("forward haproxy:tcp:127.0.0.1:4004\n")
+    follow(installed, documented(GATEWAY_CONF))
+    assert installed.state(SOCKET) == ("inactive", "masked")
+    assert exposure(installed) <= 1.1
+    behind = Instance(installed, "behind")
+    for family in FAMILIES:
+        transfer(installed, "ws", "ws", family)
+    with connect(installed, "ws") as one, connect(behind) as other:
+        send_handshakes(one, other)
+        for client in one, other:
+            assert client.receive(3) == b"ok\n"
+        pass_bytes(one, other, bytes(MEBIBYTE))
+        reload(installed)
+        pass_bytes(other, one, bytes(MEBIBYTE))
+    assert len(happy_bytes(installed, behind)) == 3
 
 
 # Files that may change, and the reason.
@@ -519,7 +718,10 @@ NOT_OURS = re.compile("|".join(MAY_DIFFER))
 
 
 def files(machine: Machine) -> dict[str, str]:
-    """Return all files of the system with type and owner, and with size and time if no folder."""
+    """Return the files of the root folder and of /run by name, with their properties.
+
+    These are type, mode and owner, and except for folders also size and time.
+    """
     disk = machine.path("/")
     folder = ["-type", "d", "-printf", "%p\\t%y %m %U %G\\n"]
     other = ["-printf", "%p\\t%y %m %U %G %s %l %T@\\n"]
@@ -536,14 +738,16 @@ def files(machine: Machine) -> dict[str, str]:
 def test_remove_and_purge(machine: Machine, deb: Path) -> None:
     before = files(machine)
     machine.install(deb)
-    follow(machine, documented(f"enable --now {WEB_SOCKET}"))
+    for socket in OPTIONAL_SOCKETS:
+        enable(machine, socket)
     transfer(machine, "tcp", "ws")
+    assert health(machine) == (200, "ok\n")
     installed = files(machine).keys() - before.keys()
     assert {CONFIG[1:], "usr/sbin/transit-relay", f"{STATE[1:]}/usage.sqlite"} <= installed
 
     machine.run("dpkg", "--remove", "transit-relay")
     assert machine.listener(4001) is machine.listener(4002) is None
-    for unit in SERVICE, SOCKET, WEB_SOCKET:
+    for unit in UNITS:
         assert machine.state(unit)[0] == "inactive"
     assert machine.path(CONFIG).exists()
     assert machine.path(f"{STATE}/usage.sqlite").exists()
@@ -553,7 +757,7 @@ def test_remove_and_purge(machine: Machine, deb: Path) -> None:
     differing = files(machine).items() ^ before.items()
     assert sorted({name for name, _ in differing}) == []
     assert "transit-relay" not in machine.path("/var/lib/dpkg/status").read_text()
-    for unit in SERVICE, SOCKET, WEB_SOCKET:
+    for unit in UNITS:
         assert machine.show(unit, "LoadState") == "not-found"
 
 

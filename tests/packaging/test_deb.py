@@ -1,6 +1,6 @@
 """The Debian package: its files, lintian, piuparts, autopkgtest, and a reproducible build.
 
-The long jobs start when the package has been built, two at a time. Each test waits for its job.
+The first test that needs a long job starts all of them, two at a time. Each test waits for its job.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def job(
 
 
 def test_it_is_small(deb: Path) -> None:
-    assert deb.stat().st_size < 150_000
+    assert deb.stat().st_size < 300_000
 
 
 def test_documented_size(deb: Path) -> None:
@@ -65,7 +65,8 @@ def field(deb: Path, name: str) -> str:
 def test_dependencies(deb: Path) -> None:
     assert field(deb, "Depends") == "python3:any"
     assert field(deb, "Architecture") == "all"
-    assert field(deb, "Recommends") == field(deb, "Suggests") == ""
+    assert field(deb, "Recommends") == ""
+    assert field(deb, "Suggests") == "munin-node"
 
 
 def test_it_installs_one_package(deb: Path, roots: Mapping[str, FreshRoot]) -> None:
@@ -80,9 +81,12 @@ FILES = """
 -rw-r--r-- /etc/needrestart/conf.d/transit-relay.conf
 -rw-r--r-- /etc/transit-relay.conf
 -rw-r--r-- /etc/ufw/applications.d/transit-relay
+-rw-r--r-- /lib/systemd/system/transit-relay-status.socket
 -rw-r--r-- /lib/systemd/system/transit-relay-ws.socket
 -rw-r--r-- /lib/systemd/system/transit-relay.service
 -rw-r--r-- /lib/systemd/system/transit-relay.socket
+-rw-r--r-- /lib/systemd/system/transit-relay@.service
+-rw-r--r-- /lib/systemd/system/transit-relay@.socket
 -rw-r--r-- /usr/bin/transit-relay-probe x
 -rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
 -rw-r--r-- /usr/sbin/transit-relay x
@@ -91,21 +95,36 @@ FILES = """
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.gz
 -rw-r--r-- /usr/share/doc/transit-relay/copyright
 -rw-r--r-- /usr/share/doc/transit-relay/docs/differences.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/growing.md
 -rw-r--r-- /usr/share/doc/transit-relay/docs/operating.md
 -rw-r--r-- /usr/share/doc/transit-relay/docs/performance.md
 -rw-r--r-- /usr/share/doc/transit-relay/docs/protocol.md
+-rw-r--r-- /usr/share/doc/transit-relay/docs/status.png
 -rw-r--r-- /usr/share/doc/transit-relay/examples/caddy/Caddyfile
+-rw-r--r-- /usr/share/doc/transit-relay/examples/gateway.conf
+-rw-r--r-- /usr/share/doc/transit-relay/examples/grafana/transit-relay.json
+-rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay-many.cfg
 -rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay-tcp.cfg
 -rw-r--r-- /usr/share/doc/transit-relay/examples/haproxy/transit-relay.cfg
+-rw-r--r-- /usr/share/doc/transit-relay/examples/munin/transit-relay.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/nginx/transit-relay-tcp.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/nginx/transit-relay.conf
 -rw-r--r-- /usr/share/doc/transit-relay/examples/own-listeners.conf
+-rw-r--r-- /usr/share/doc/transit-relay/examples/prometheus/prometheus.yml
+-rw-r--r-- /usr/share/doc/transit-relay/examples/prometheus/transit-relay.rules.test.yml
+-rw-r--r-- /usr/share/doc/transit-relay/examples/prometheus/transit-relay.rules.yml
 -rw-r--r-- /usr/share/doc/transit-relay/examples/stunnel/transit-relay.conf
+-rw-r--r-- /usr/share/lintian/overrides/transit-relay
 -rw-r--r-- /usr/share/man/man1/transit-relay-probe.1.gz
 -rw-r--r-- /usr/share/man/man8/transit-relay.8.gz
+-rw-r--r-- /usr/share/munin/plugins/wormhole_transit_ x
 -rw-r--r-- /usr/share/python3/runtime.d/transit-relay.rtupdate x
+-rw-r--r-- /usr/share/transit-relay/status.html
 -rw-r--r-- /usr/share/transit-relay/transit_relay.py
+-rw-r--r-- /usr/share/transit-relay/transit_relay_gateway.py
 -rw-r--r-- /usr/share/transit-relay/transit_relay_probe.py
+-rw-r--r-- /usr/share/transit-relay/transit_relay_status.py
+-rw-r--r-- /usr/share/transit-relay/transit_relay_sum.py
 -rw-r--r-- /usr/share/transit-relay/ws_frames.py
 """
 
@@ -131,22 +150,48 @@ def test_conffiles(deb: Path) -> None:
 
 
 def test_an_upgrade_restarts_nothing(deb: Path) -> None:
-    """It reloads the service. Admins start the socket for WebSocket."""
+    """It reloads the service. Admins start the sockets for WebSocket and status."""
     script = run(["dpkg-deb", "--info", deb, "postinst"])
     assert re.findall("deb-systemd-invoke (.+?) >", script) == [
         "start 'transit-relay.socket'",
         "start 'transit-relay.service'",
     ]
-    assert re.findall("deb-systemd-invoke (restart|reload) (.+?) ", script) == [("reload", "$UNIT")]
+    assert re.findall("deb-systemd-invoke (restart|reload) (.+?) ", script) == [
+        ("reload", '"$UNIT"')
+    ]
     assert "deb-systemd-helper enable 'transit-relay.socket'" in script
-    assert "deb-systemd-helper debian-installed 'transit-relay-ws.socket'" in script  # not new
+    for name in "ws", "status":  # not enabled by a new installation
+        assert f"deb-systemd-helper debian-installed 'transit-relay-{name}.socket'" in script
+
+
+# needrestart sets %nrconf before it reads the files of conf.d. A value of 0 means no restart.
+NEEDRESTART = """\
+our %nrconf = (override_rc => {});
+defined(do $ARGV[0]) or die $@ || $!;
+my $patterns = $nrconf{override_rc};
+for my $unit (@ARGV[1 .. $#ARGV]) {
+    print "$unit ", join(" ", map { $patterns->{$_} } grep { $unit =~ /$_/ } keys %$patterns);
+}
+"""
+
+
+def test_needrestart_restarts_no_relay() -> None:
+    """It neither restarts the service nor an instance. It may restart other units."""
+    file = ROOT / "packaging" / "needrestart" / "transit-relay.conf"
+    units = ["transit-relay.service", "transit-relay@1.service", "nottransit-relay.service"]
+    assert run(["perl", "-wle", NEEDRESTART, file, *units]).splitlines() == [
+        "transit-relay.service 0",
+        "transit-relay@1.service 0",
+        "nottransit-relay.service ",
+    ]
 
 
 def test_its_exposure_is_least(deb: Path, tmp_path: Path) -> None:
     run(["dpkg-deb", "--extract", deb, tmp_path])
     unit = tmp_path / "lib/systemd/system/transit-relay.service"
-    drop_in = tmp_path / "usr/share/doc/transit-relay/examples/own-listeners.conf"
-    assert exposure(unit) <= 0.2 < exposure(unit, drop_in) <= 1.1
+    for name in "own-listeners.conf", "gateway.conf":
+        drop_in = tmp_path / "usr/share/doc/transit-relay/examples" / name
+        assert exposure(unit) <= 0.2 < exposure(unit, drop_in) <= 1.1
 
 
 def test_a_version_that_differs_from_the_changelog_is_refused(tmp_path: Path) -> None:
@@ -176,13 +221,16 @@ def test_lintian_finds_a_fault(deb: Path, tmp_path: Path) -> None:
     assert "no-manual-page" in done.stdout
 
 
+# Left out, because it takes 45 s. It finds imports of modules that Python has removed. On trixie,
+# test_boot.py runs the relay with Python 3.13, where such an import fails.
+SLOW_CHECK = "languages/python/stdlib-deprecation"
 BUILD_AND_CHECK = f"""\
 mkdir /build
 cd /build
 dpkg-source --extract /built/*.dsc source >/dev/null
 (cd source; DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage -us -uc >/build/log 2>&1) ||
     {{ cat log; exit 1; }}
-{" ".join(LINTIAN)} --suppress-tags out-of-date-standards-version *.changes
+{" ".join(LINTIAN)} --suppress-tags out-of-date-standards-version -X {SLOW_CHECK} *.changes
 dpkg-deb --contents *.deb | grep -c ./usr/lib/systemd/system/transit-relay
 """
 
@@ -193,8 +241,8 @@ def build_and_check(trixie: FreshRoot, built: Path) -> str:
 
 
 def test_lintian_of_trixie_prints_nothing(job: Job) -> None:
-    """It prints nothing. The other line is the number of units, which are in /usr there."""
-    assert job("trixie") == "3\n"
+    """lintian prints nothing. The line is the number of units, which are in /usr there."""
+    assert job("trixie") == "6\n"
 
 
 def build_elsewhere(folder: Path) -> str:
@@ -209,7 +257,7 @@ def build_elsewhere(folder: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the digests of all uploaded files but .buildinfo and .changes, which must differ."""
+    """Return the digests of the built files, without .buildinfo and .changes: these have a date."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.iterdir()
@@ -270,7 +318,7 @@ def test_autopkgtest(job: Job) -> None:
 
 
 def without_systemd(bookworm: FreshRoot, deb: Path) -> str:
-    """Install, use and remove it on a system that sysvinit has booted."""
+    """Install, use and remove it on a system without systemd, as with sysvinit."""
     smoke = ROOT / "packaging/debian/tests/smoke"
     binds = [f"{deb}:/relay.deb", f"{smoke}:/smoke", f"{HERE}/without_systemd.sh:/script"]
     return bookworm.run("sh", "/script", binds=binds)
@@ -281,6 +329,8 @@ def test_its_init_script(job: Job) -> None:
     for line in [
         "runs as daemon",
         "is not started twice",
+        "/run/transit-relay: directory of daemon, 755",
+        "/run/transit-relay/status.sock: socket, 666",
         "relays",
         "reloads in the same process",
         "a refused reload says why",

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from children import Child
 from conftest import DEBIAN_PATH, ROOT, TIMEOUT, FreshRoot, attempt, documents, run
-from guests import SECRETS, LongTransfer, prepare, transfer
+from guests import SECRETS, LongTransfer, get, prepare, transfer
 from nspawn import Reachable
 
 import transit_relay
@@ -177,7 +177,9 @@ class Container(Reachable):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._engine.run("podman", "rm", "--force", "--time=0", self.name)
+        removal = ("podman", "rm", "--force", "--time=0", self.name)
+        if self._engine.try_(*removal).returncode:  # the container was stopping
+            self._engine.run(*removal)
 
     def log(self) -> str:
         """Return its output."""
@@ -196,6 +198,10 @@ class Container(Reachable):
         """Let the engine send SIGHUP, and wait until the relay has reloaded."""
         self._engine.run("podman", "kill", "--signal=HUP", self.name)
         self.await_message("Transit reloaded")
+
+    def send_stop(self) -> None:
+        """Let the engine send SIGTERM."""
+        self._engine.run("podman", "kill", "--signal=TERM", self.name)
 
     def inside(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the container."""
@@ -251,7 +257,7 @@ def test_all_is_compiled(engine: Engine, image: str) -> None:
     """Neither the relay nor its health check compiles a module at its start."""
     _, *relay = engine.inspect("image", image)["Config"]["Entrypoint"]
     _, *health = health_check(engine, image)
-    for arguments in [*relay, "--version"], health:
+    for arguments in [*relay, "--check"], health:
         command = ["podman", "run", "--rm", "--read-only", "--network=none", "--entrypoint=python3"]
         output = engine.try_(*command, "--no-healthcheck", image, "-v", *arguments).stdout
         loaded = re.findall(r"^# code object from '?(.*?)'?$", output, re.M)
@@ -270,7 +276,7 @@ def test_it_relays_with_no_privilege(engine: Engine, image: str) -> None:
         for family in "IPv4", "IPv6":
             transfer(container, family=family)
         healthy = container.inside(*health_check(engine, image))
-        assert (healthy.returncode, healthy.stdout) == (0, "")
+        assert (healthy.returncode, healthy.stdout) == (0, "ok\n")
     assert recorded(engine) == [(0, "happy"), (0, "happy")]
 
 
@@ -299,12 +305,17 @@ def test_documented_commands(engine: Engine, image: str) -> None:
 
 def test_another_configuration(engine: Engine, image: str, tmp_path: Path) -> None:
     """Mount it as shown in the line that is commented out in compose.yaml."""
-    (tmp_path / "transit-relay.conf").write_text("port tcp:4001\nusage-db :memory:\n")
+    lines = "port tcp:4001\nusage-db :memory:\nstatus tcp:8001\n"
+    (tmp_path / "transit-relay.conf").write_text(lines)
     shown = re.findall(r"^ +# - \.\.(/transit-relay\.conf:\S+)$", COMPOSE.read_text(), re.M)
     mounted = f"--volume={tmp_path}{''.join(shown)}"
     with relay(engine, image, options=["--network=none", mounted]) as container:
         assert "not blurring access times" in container.log()
         transfer(container)
+        listener = container.connect("127.0.0.1", 8001, "127.0.0.1")
+        assert get(listener, "/healthz") == (200, "ok\n")
+        healthy = container.inside(*health_check(engine, image))
+        assert (healthy.returncode, healthy.stdout) == (0, "ok\n")  # by the listener of the image
     command = ["podman", "run", "--rm", "--network=none", "--no-healthcheck", mounted, image]
     (tmp_path / "transit-relay.conf").write_text("\nno such option\n")
     refused = engine.try_(*command)
@@ -329,9 +340,35 @@ def test_a_reload_of_a_configuration_in_a_folder(
             new.write_text("blur-usage 900\n")
             new.rename(config)
             container.reload()
-            running.wait_for_progress()
+            running.wait_for_rounds()
         assert "to 900 seconds" in container.log()
         assert container.leader == engine.inspect("container", container.name)["State"]["Pid"]
+
+
+@pytest.mark.parametrize("endpoint", ["tcp:8001", ""])
+def test_health_without_the_status_listener_of_the_image(
+    engine: Engine, image: str, endpoint: str
+) -> None:
+    """An option replaced it or switched it off. The check then uses the port for clients."""
+    with relay(engine, image, f"--status={endpoint}") as container:
+        healthy = container.inside(*health_check(engine, image))
+        assert healthy.returncode == 0
+        assert healthy.stdout not in ("", "ok\n")
+        os.kill(container.leader, signal.SIGSTOP)
+        unhealthy = container.inside(*health_check(engine, image))
+        os.kill(container.leader, signal.SIGCONT)
+        assert unhealthy.returncode == 1
+
+
+def test_it_is_unhealthy_when_the_relay_stops(engine: Engine, image: str) -> None:
+    with Container(engine, image, "--drain=3600") as container:
+        container.await_start()
+        prepare(container)
+        with LongTransfer(container):
+            container.send_stop()
+            container.await_message("SIGTERM: draining")
+            unhealthy = container.inside(*health_check(engine, image))
+            assert (unhealthy.returncode, unhealthy.stdout) == (1, "stopping\n")
 
 
 def test_it_is_unhealthy_without_a_relay(engine: Engine, image: str) -> None:

@@ -19,7 +19,17 @@ SPEC = ROOT / "packaging" / "rpm" / "transit-relay.spec"
 VERSION = transit_relay.__version__
 UNITS, FIREWALLD = "/usr/lib/systemd/system", "/usr/lib/firewalld/services"
 DOC = "/usr/share/doc/transit-relay"
-ALL = "transit-relay.socket transit-relay-ws.socket transit-relay.service"
+ALL = (
+    "transit-relay.socket transit-relay-ws.socket transit-relay-status.socket transit-relay.service"
+)
+REMOVE_INSTANCES = """\
+if [ $1 -eq 0 ]; then
+    # Disabling a template disables all its instances.
+    systemctl --no-reload disable transit-relay@.service transit-relay@.socket || :
+    systemctl stop 'transit-relay@*' || :
+fi"""
+RELOAD_INSTANCES = """\
+if [ $1 -ge 1 ]; then systemctl try-reload-or-restart 'transit-relay@*.service' || :; fi"""
 
 # Files that are installed in addition to those of `make install`.
 ADDITIONAL = {
@@ -28,17 +38,30 @@ ADDITIONAL = {
     "packaging/systemd/transit-relay.service": f"{UNITS}/transit-relay.service",
     "packaging/systemd/transit-relay.socket": f"{UNITS}/transit-relay.socket",
     "packaging/systemd/transit-relay-ws.socket": f"{UNITS}/transit-relay-ws.socket",
+    "packaging/systemd/transit-relay-status.socket": f"{UNITS}/transit-relay-status.socket",
+    "packaging/systemd/transit-relay@.service": f"{UNITS}/transit-relay@.service",
+    "packaging/systemd/transit-relay@.socket": f"{UNITS}/transit-relay@.socket",
+    "packaging/systemd/gateway.conf": f"{DOC}/examples/gateway.conf",
     "packaging/systemd/own-listeners.conf": f"{DOC}/examples/own-listeners.conf",
     "packaging/caddy/Caddyfile": f"{DOC}/examples/caddy/Caddyfile",
+    "packaging/grafana/transit-relay.json": f"{DOC}/examples/grafana/transit-relay.json",
     "packaging/haproxy/transit-relay-tcp.cfg": f"{DOC}/examples/haproxy/transit-relay-tcp.cfg",
+    "packaging/haproxy/transit-relay-many.cfg": f"{DOC}/examples/haproxy/transit-relay-many.cfg",
     "packaging/haproxy/transit-relay.cfg": f"{DOC}/examples/haproxy/transit-relay.cfg",
+    "packaging/munin/transit-relay.conf": f"{DOC}/examples/munin/transit-relay.conf",
     "packaging/nginx/transit-relay-tcp.conf": f"{DOC}/examples/nginx/transit-relay-tcp.conf",
     "packaging/nginx/transit-relay.conf": f"{DOC}/examples/nginx/transit-relay.conf",
+    **{
+        f"packaging/prometheus/{name}": f"{DOC}/examples/prometheus/{name}"
+        for name in ("prometheus.yml", "transit-relay.rules.test.yml", "transit-relay.rules.yml")
+    },
     "packaging/stunnel/transit-relay.conf": f"{DOC}/examples/stunnel/transit-relay.conf",
     "docs/differences.md": f"{DOC}/docs/differences.md",
+    "docs/growing.md": f"{DOC}/docs/growing.md",
     "docs/operating.md": f"{DOC}/docs/operating.md",
     "docs/performance.md": f"{DOC}/docs/performance.md",
     "docs/protocol.md": f"{DOC}/docs/protocol.md",
+    "docs/status.png": f"{DOC}/docs/status.png",
     "README.md": f"{DOC}/README.md",
     "NEWS.md": f"{DOC}/NEWS.md",
     "LICENSE": f"/usr/share/licenses/transit-relay-{VERSION}/LICENSE",
@@ -114,7 +137,7 @@ def test_version(rpm: Path) -> None:
 
 
 def test_it_is_small(rpm: Path) -> None:
-    assert rpm.stat().st_size < 165_000
+    assert rpm.stat().st_size < 320_000
 
 
 def test_files(rpm: Path, tarball: Path, tmp_path: Path) -> None:
@@ -146,20 +169,21 @@ def test_configuration_file(rpm: Path) -> None:
 
 def test_dependencies(rpm: Path) -> None:
     assert requires(rpm) == {"python3 >= 3.9", "/usr/bin/python3", "/bin/sh"}
+    assert query(rpm, "[%{SUGGESTNAME}\n]") == ["munin-node"]
 
 
 def test_fedora_macros(fedora_rpm: Path) -> None:
     assert "the-systemd-of-fedora" in requires(fedora_rpm)
     assert scriptlets(fedora_rpm) == [
         "fedora post transit-relay.service transit-relay.socket",
-        f"fedora preun {ALL}",
-        "fedora postun transit-relay.service",
+        f"fedora preun {ALL}\n{REMOVE_INSTANCES}",
+        f"fedora postun transit-relay.service\n{RELOAD_INSTANCES}",
     ]
     names = query(fedora_rpm, "[%{FILENAMES}\n]")
     assert "/usr/bin/transit-relay" in names
     assert "/units/transit-relay.service" in names
     compiled = [name for name in names if name.endswith(".pyc")]
-    assert len(compiled) == 3
+    assert len(compiled) == 6
     assert all(name.startswith("/usr/share/transit-relay/__pycache__/") for name in compiled)
 
 
@@ -194,8 +218,11 @@ def test_life_cycle(rpm: Path, roots: Mapping[str, FreshRoot], tmp_path: Path) -
         "all is as it was packed",
         "systemctl daemon-reload",
         "systemctl try-reload-or-restart transit-relay.service",
+        "systemctl try-reload-or-restart transit-relay@*.service",
         "# changed",
         f"systemctl --no-reload disable --now {ALL}",
+        "systemctl --no-reload disable transit-relay@.service transit-relay@.socket",
+        "systemctl stop transit-relay@*",
         "systemctl daemon-reload",
         "/etc/transit-relay.conf.rpmsave is left",
     ]

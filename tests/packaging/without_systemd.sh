@@ -1,5 +1,6 @@
-# Install, use, remove and purge the package on a system that sysvinit has booted. test_deb.py runs
-# this script as root and compares the output. /relay.deb is the package, /smoke its autopkgtest.
+# Install, use, remove and purge the package on a system without systemd, as with sysvinit.
+# test_deb.py runs this script as root and compares the output. /relay.deb is the package, /smoke its
+# autopkgtest.
 set -e
 
 # All files, except dpkg's own state and logs.
@@ -30,6 +31,12 @@ pid=$(cat /run/transit-relay.pid)
 stat -c "runs as %U" /proc/$pid
 /etc/init.d/transit-relay start
 [ "$(cat /run/transit-relay.pid)" = "$pid" ] && echo "is not started twice"
+
+# The directory of the unix socket in the configuration.
+stat -c "%n: %F of %U, %a" /run/transit-relay
+sed -i 's/^#\(status unix:\)/\1/' /etc/transit-relay.conf
+/etc/init.d/transit-relay reload
+stat -c "%n: %F, %a" /run/transit-relay/status.sock
 
 # Each reload must execute the program, whose stack then has another address (field 28), in the same
 # process.
