@@ -4,6 +4,11 @@ PYTHON ?= python3
 prefix = /usr/local
 
 sources = transit_relay.py ws_frames.py
+# For --status and --forward. An installed relay finds these files beside transit_relay.py.
+status_module = packaging/status-page/transit_relay_status.py
+status_page = packaging/status-page/status.html
+gateway_module = packaging/gateway/transit_relay_gateway.py
+parts = $(status_module) $(status_page) $(gateway_module)
 share = $(DESTDIR)$(prefix)/share/transit-relay
 entry = $(DESTDIR)$(prefix)/sbin/transit-relay
 man8 = $(DESTDIR)$(prefix)/share/man/man8
@@ -12,6 +17,13 @@ man8 = $(DESTDIR)$(prefix)/share/man/man8
 probe = packaging/probe/transit_relay_probe.py
 probe_entry = $(DESTDIR)$(prefix)/bin/transit-relay-probe
 man1 = $(DESTDIR)$(prefix)/share/man/man1
+
+# Sums the usage databases of several relays.
+sum_script = packaging/growing/transit_relay_sum.py
+
+# munin-node-configure links this plugin once for each graph.
+munin_plugin = packaging/munin/wormhole_transit_
+munin = $(DESTDIR)$(prefix)/share/munin/plugins
 
 # The venv for pytest, if $(PYTHON) has no pytest: one for each value of PYTHON.
 python_name = $(subst /,_,$(PYTHON))
@@ -22,8 +34,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
 .PHONY: help pytest test test-in-process test-processes test-reloads fuzz fuzz-venv fuzz-guided \
-	interop hostile hostile-waiting hostile-alone rates reload-test reload-load soak check-packaging \
-	bench bench-quick bench-against lint install uninstall onefile sdist check-sdist deb clean
+	interop hostile hostile-waiting hostile-alone rates gateway-test reload-test reload-load soak check-packaging \
+	bench bench-quick bench-against lint screenshots install uninstall onefile sdist check-sdist deb clean
 
 help: ## list these targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +56,11 @@ endef
 pytest: # install pytest only. Two processes must not do so at the same time.
 	@$(find_pytest)
 
-# The tests that start many relays as processes, in two groups. They wait for much of their time.
+# The tests that start processes, in two groups. They wait for much of their time.
 process_tests = $(addprefix tests/test_,$(addsuffix .py,backpressure check cli hostile \
 	onefile splice systemd usage))
-reload_tests = $(addprefix tests/test_,$(addsuffix .py,daemon kill \
-	reload reload_plugin))
+reload_tests = $(addprefix tests/test_,$(addsuffix .py,daemon kill gateway_options gateway_plugin \
+	reload reload_plugin probe status munin hints sum hashing capacity))
 # The logs are named for the Python, because CI tests two of them at the same time.
 test_log = build/$@-$(python_name).log
 test_logs = $(patsubst %,build/test-%-$(python_name).log,processes reloads)
@@ -108,9 +120,12 @@ interop: pytest ## run the tests against the Twisted relay and the real clients
 	"$$python" -m pytest -q tests/interop $(addprefix --ignore=,$(interop_waiting)) || status=1; \
 	wait $$waiting || status=1; cat build/interop.log; exit $$status
 
+screenshots: pytest ## pictures of the status page: build/screenshots, docs/status.png; needs chromium and pngquant
+	@$(find_pytest); "$$python" tests/interop/screenshots.py build/screenshots docs/status.png
+
 # Four runs at the same time, because the tests of three of them wait for most of their time. Then
 # those that compare times or use both cores run alone.
-hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py)
+hostile_alone = $(addprefix tests/hostile/test_,database_locked.py floods.py scrapes.py)
 hostile_runs = suspended stalled vanished resets+resources
 hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 
@@ -119,12 +134,22 @@ hostile_pytest = "$$python" -m pytest -q -s -o faulthandler_timeout=0
 reload_files = $(addprefix tests/test_,$(addsuffix .py,addresses backpressure bandwidth connection \
 	endings framing fuzz handshake limits memory rates rendezvous room splice walk websocket))
 
+gateway_files = $(addprefix tests/test_,$(addsuffix .py,backpressure bandwidth connection endings \
+	faults limits memory relay splice walk websocket))
+gateway_pytest = PYTHONPATH=tests:. "$$python" -m pytest -q -p gateway_plugin -o faulthandler_timeout=0
+
+gateway-test: pytest ## the tests of pairs over a gateway; those left out must fail there; 3 minutes
+	@$(find_pytest); status=0; $(gateway_pytest) $(gateway_files) || status=1; \
+	[ -n "$$RELAY_GATEWAY_SHORT" ] || RELAY_GATEWAY_LISTED=1 \
+		$(gateway_pytest) -o addopts= -W ignore $(gateway_files) || status=1; \
+	exit $$status
+
 reload-test: pytest ## the tests of the loop, with a reload before each turn, 10 minutes
 	@$(find_pytest); PYTHONPATH=tests:. RELAY_ENDINGS=$${RELAY_ENDINGS:-100} \
 		RELAY_FUZZ_CASES=$${RELAY_FUZZ_CASES:-500} "$$python" -m pytest -q -p reload_plugin \
 		-o faulthandler_timeout=0 $(reload_files)
 
-hostile: pytest ## faults and floods around a relay, 6 minutes; RELAY_HOSTILE_SHORT=1: 3; needs root
+hostile: pytest ## faults and floods around a relay, 8 minutes; RELAY_HOSTILE_SHORT=1: 4; needs root
 	@status=0; $(MAKE) -s hostile-waiting || status=1; $(MAKE) -s hostile-alone || status=1; exit $$status
 
 hostile-waiting: pytest
@@ -150,22 +175,27 @@ MINUTES = 10
 soak: ## random clients; bytes, records and the counters of pairs are checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
-check-packaging: ## build, check, install and boot the packages, in minutes; needs root and Debian
+check-packaging: pytest ## build, check, install and boot the packages, in minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q --durations=10 tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options
 	@'$(PYTHON)' tests/bench $(BENCH)
 
-bench-quick: ## the same in 2 minutes, judged less strictly
+bench-quick: ## most of it, in 2 minutes, judged less strictly
 	@'$(PYTHON)' tests/bench --quick $(BENCH)
 
 bench-against: ## compare with another commit, 30 minutes; BENCH=--quick: 8: make bench-against DIR=CHECKOUT
 	@'$(PYTHON)' tests/bench --against '$(or $(DIR),$(error DIR is not set: the checkout to compare with))' $(BENCH)
 
+modules = $(sources) $(status_module) $(gateway_module) $(probe) $(sum_script) packaging/docker/health_check.py
+mypy_path = .:packaging/status-page:packaging/gateway
+
 lint: build/lint/made ## ruff, and mypy --strict for the oldest and the newest Python
-	build/lint/bin/ruff check .
-	MYPYPATH=. build/lint/bin/mypy --strict --python-version 3.9 $(sources) $(probe)
-	MYPYPATH=. build/lint/bin/mypy --strict --python-version 3.13 $(sources) $(probe)
+	build/lint/bin/ruff check . $(munin_plugin)
+	MYPYPATH=$(mypy_path) build/lint/bin/mypy --strict --python-version 3.9 $(modules)
+	MYPYPATH=$(mypy_path) build/lint/bin/mypy --strict --python-version 3.13 $(modules)
+	build/lint/bin/mypy --strict --python-version 3.9 $(munin_plugin)
+	build/lint/bin/mypy --strict --python-version 3.13 $(munin_plugin)
 
 build/lint/made: pyproject.toml
 	$(PYTHON) -m venv --clear build/lint
@@ -190,23 +220,27 @@ endef
 
 install: export entry_text := $(entry_text)
 install: ## install below prefix (/usr/local), staged below DESTDIR if that is set
-	install -d '$(share)' '$(dir $(entry))' '$(dir $(probe_entry))' '$(man8)' '$(man1)'
-	install -m 644 $(sources) $(probe) '$(share)'
+	install -d '$(share)' '$(dir $(entry))' '$(dir $(probe_entry))' '$(man8)' '$(man1)' '$(munin)'
+	install -m 644 $(sources) $(parts) $(probe) $(sum_script) '$(share)'
 	install -m 644 packaging/transit-relay.8 '$(man8)'
 	install -m 644 packaging/probe/transit-relay-probe.1 '$(man1)'
 	printf '%s\n' "$$entry_text" | install -m 755 /dev/stdin '$(entry)'
 	printf '%s\n' "$$entry_text" | sed 's/transit_relay/&_probe/' | install -m 755 /dev/stdin '$(probe_entry)'
+	sed '1s,env python3,python3,' $(munin_plugin) | install -m 755 /dev/stdin '$(munin)/$(notdir $(munin_plugin))'
 
 uninstall: ## remove what install put there
-	rm -f '$(entry)' '$(man8)/transit-relay.8' '$(probe_entry)' '$(man1)/transit-relay-probe.1'
+	rm -f '$(entry)' '$(man8)/transit-relay.8' '$(probe_entry)' '$(man1)/transit-relay-probe.1' \
+		'$(munin)/$(notdir $(munin_plugin))'
 	rm -rf '$(share)'
 
-# Both modules in one file that Python runs: a zip archive after a #! line (PEP 441). All entries
-# have the same fixed time, so the same sources make the same file, byte for byte.
+# All modules and the status page in one file that Python runs: a zip archive after a #! line
+# (PEP 441). All entries have the same fixed time, so the same sources make the same file, byte for
+# byte.
 define onefile_text
-import sys, zipfile
+import os.path, sys, zipfile
 main = b"import sys\n\nimport transit_relay\n\nsys.exit(transit_relay.main())\n"
-texts = {"__main__.py": main, **{name: open(name, "rb").read() for name in sys.argv[2:]}}
+texts = {os.path.basename(path): open(path, "rb").read() for path in sys.argv[2:]}
+texts["__main__.py"] = main
 with open(sys.argv[1], "wb") as file:
     file.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -218,25 +252,25 @@ with open(sys.argv[1], "wb") as file:
 endef
 
 onefile: export onefile_text := $(onefile_text)
-onefile: ## build/transit-relay.pyz, one file to copy: the relay with WebSocket
+onefile: ## build/transit-relay.pyz, one file to copy: the relay with WebSocket, --status and --forward
 	@mkdir -p build
-	@'$(PYTHON)' -c "$$onefile_text" build/transit-relay.pyz $(sources)
+	@'$(PYTHON)' -c "$$onefile_text" build/transit-relay.pyz $(sources) $(parts)
 	@chmod 755 build/transit-relay.pyz
 	@ls -l build/transit-relay.pyz
 
-# The source archive. An old *.egg-info would add the files that it lists. In a git repository the
-# names of its files are compared with those of the committed files.
+# The source archive. hatchling packs every file that .gitignore does not exclude. In a git repository
+# the names of the files are compared with those of the committed files.
 sdist_venv = build/venv-sdist
 
 sdist: $(sdist_venv)/made ## build dist/transit_relay-VERSION.tar.gz, with every committed file
-	@rm -rf dist *.egg-info
+	@rm -rf dist
 	@$(sdist_venv)/bin/python -m build --sdist . >build/sdist.log 2>&1 \
 		|| { cat build/sdist.log; exit 1; }
 	@[ ! -e .git ] || { \
 		export LC_ALL=C; \
 		git -c core.quotePath=no ls-files | sort >build/committed; \
 		tar -tzf dist/*.tar.gz | sed -n 's,^[^/]*/\(.*[^/]\)$$,\1,p' \
-			| grep -vE '^(PKG-INFO|setup\.cfg|[^/]*\.egg-info/.*)$$' | sort >build/packed; \
+			| grep -vx PKG-INFO | sort >build/packed; \
 		diff -U0 --label committed --label 'in the source archive' build/committed build/packed; \
 	}
 	@ls -l dist/*.tar.gz
@@ -273,5 +307,5 @@ deb: ## build the Debian package and its source from the last commit, in build/d
 		dpkg-buildpackage -us -uc
 
 clean: ## remove everything that these targets, pip and Python have created here
-	rm -rf build dist .venv *.egg-info
+	rm -rf build dist .venv
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
