@@ -112,7 +112,7 @@ fuzz-venv:
 	fi
 
 # Two runs at the same time, because the programs wait for much of their time.
-interop_waiting = $(addprefix tests/interop/test_,$(addsuffix .py,clients dilation injection))
+interop_waiting = $(addprefix tests/interop/test_,$(addsuffix .py,clients dilation injection prometheus))
 
 interop: pytest ## run the tests against the Twisted relay and the real clients
 	@mkdir -p build; $(find_pytest); status=0; \

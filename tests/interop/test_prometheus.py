@@ -29,6 +29,7 @@ RULES = FOLDER / "transit-relay.rules.yml"
 RULE_TESTS = FOLDER / "transit-relay.rules.test.yml"
 DASHBOARD = json.loads((tools.ROOT / "packaging/grafana/transit-relay.json").read_text())
 QUOTA_BYTES = 10**12
+SCRAPES = 60  # at least; one each second
 # Two requests see different values of these samples.
 VOLATILE = re.compile(
     "process_(cpu_seconds_total|resident_memory_bytes|open_fds)"
@@ -111,6 +112,16 @@ class Prometheus(Child):
             found[name_of(labels.pop("__name__"), **labels)] = value
         return found
 
+    def wait_for_scrapes(self, count: int) -> None:
+        """Wait until there are that many scrapes since the start. Each must have succeeded."""
+        eventually(lambda: self._aggregate("count") >= count, f"{count} scrapes")
+        assert self._aggregate("min") == 1
+
+    def _aggregate(self, function: str) -> float:
+        """Aggregate `up`, which is 1 for a scrape that succeeded and otherwise 0."""
+        (series,) = self.query(f'{function}_over_time(up{{job="transit-relay"}}[1h])')
+        return series.value
+
     def wait_for_scrape(self) -> None:
         """Wait until a scrape that begins now, or later, has succeeded."""
         began = time.time()
@@ -147,6 +158,7 @@ def observed(
             traffic = Traffic(relay)
             traffic.run()
             eventually(lambda: has_settled(relay, traffic), "records are written, quota counted")
+            prometheus.wait_for_scrapes(SCRAPES)
             prometheus.wait_for_scrape()
             yield Observed(relay, prometheus, traffic, before, prometheus.samples())
         assert relay.terminate() == 0
