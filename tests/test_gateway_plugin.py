@@ -59,10 +59,12 @@ def pairs(output: str) -> int:
     return int(found[1].replace(",", ""))
 
 
-def test_the_walk_and_the_relay_tests_pass_over_a_gateway() -> None:
-    done = run("tests/test_walk.py", "tests/test_relay.py", RELAY_WALK_STEPS="1000")
+def test_the_walk_and_some_relay_tests_pass_over_a_gateway() -> None:
+    """`make gateway-test` runs all of them."""
+    files = ("tests/test_walk.py", "tests/test_relay.py")
+    done = run(*files, "-k", "walk or (ws and unix)", RELAY_WALK_STEPS="1000")
     assert done.returncode == 0, done.stdout
-    assert pairs(done.stdout) > 500  # about half of the tests of test_relay.py make one
+    assert pairs(done.stdout) > 40  # most of these tests of test_relay.py make one
 
 
 def value_of(name: str) -> Any:
