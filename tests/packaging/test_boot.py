@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -673,6 +674,7 @@ def test_instances_as_documented(machine: Machine, deb: Path, tmp_path: Path) ->
         assert [*machine.path(folder).rglob("*transit-relay*")] == []
 
 
+HAPROXY_SOCKET = "/run/haproxy/gateways.sock"
 GATEWAY_CONF = "/usr/share/doc/transit-relay/examples/gateway.conf"
 
 
@@ -704,6 +706,39 @@ def test_a_gateway_as_documented(installed: Machine) -> None:
         reload(installed)
         pass_bytes(other, one, bytes(MEBIBYTE))
     assert len(happy_bytes(installed, behind)) == 3
+
+
+def documented_text(before: str) -> str:
+    """Return the indented lines after the step of a documented list that begins with `before`."""
+    (found,) = re.findall(
+        rf"^\d\. {re.escape(before)}.*\n(?: {{3}}\S.*\n)*\n((?: {{8}}.*\n|\n)+)", documents(), re.M
+    )
+    return textwrap.dedent(found).strip() + "\n"
+
+
+def test_a_gateway_on_the_machine_of_haproxy_as_documented(installed: Machine) -> None:
+    """A relay has the place of HAProxy: a unix socket that only root and a group may use."""
+    installed.run("systemd-sysusers", "--inline", "g haproxy -")  # the group of HAProxy's package
+    options = "--usage-db /var/lib/transit-relay-behind/usage.sqlite"
+    gateway = "transit-relay@gateway1"
+    for unit, text in {
+        "transit-relay@behind.socket": f"[Socket]\nListenStream=\nListenStream={HAPROXY_SOCKET}",
+        "transit-relay@behind.service": f'[Service]\nEnvironment="OPTIONS={options}"',
+        f"{gateway}.socket": documented_text(f"`systemctl edit {gateway}.socket`"),
+        f"{gateway}.service": documented_text(f"`systemctl edit {gateway}.service`"),
+    }.items():
+        installed.add_drop_in(unit, "override", text)
+    config = documented_text("Write `/etc/transit-relay-gateway.conf`")
+    assert HAPROXY_SOCKET in config
+    installed.path("/etc/transit-relay-gateway.conf").write_text(config)
+    installed.run("systemctl", "stop", SOCKET, SERVICE)
+    installed.run("systemctl", "start", "transit-relay@behind.socket")
+    follow(installed, documented(f"enable --now {gateway}"))
+    assert exposure(installed, f"{gateway}.service") <= 0.2
+    assert stat.S_IMODE(installed.path(HAPROXY_SOCKET).stat().st_mode) == 0o660
+    assert installed.path("/run/transit-relay-gateway1/status.sock").is_socket()
+    transfer(installed, "ws", "ws")
+    assert len(happy_bytes(installed, Instance(installed, "behind"))) == 1
 
 
 # Files that may change, and the reason.
