@@ -175,7 +175,7 @@ MINUTES = 10
 soak: ## random clients; bytes, records and the counters of pairs are checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
-check-packaging: pytest ## build, check, install and boot the packages, in minutes; needs root and Debian
+check-packaging: pytest ## build, check, install and boot the packages, some minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q --durations=10 tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options

@@ -5398,8 +5398,9 @@ what it limits:
     queued; 0 switches it off (default: %(default)g s)
 --stall-timeout SECONDS: end a connection whose client has acknowledged none of the bytes queued for
     it for this many seconds; 0 switches it off (default: %(default)g s)
---max-connections N: open at most this many connections; a newcomer then takes the place of a client
-    without a partner, or is refused; 0: no maximum (default: at most 80 %% of the file descriptors)
+--max-connections N: have at most this many connections at a time; a newcomer then takes the place
+    of a client without a partner, or is refused; 0: no maximum (default: at most 80 %% of the file
+    descriptors)
 --max-waiting-per-source N: let at most this many clients of one IPv4 address or IPv6 /64 network
     wait; 0: no maximum (default: %(default)s)
 --max-memory SIZE: queue about this many bytes at most (64MB, 1GiB) for all slow receivers together;

@@ -229,8 +229,9 @@ def stunnel_front(place: Place) -> Front:
         "/etc/ssl/relay.example.org/fullchain.pem": str(certificate / "fullchain.pem"),
         "/etc/ssl/relay.example.org/privkey.pem": str(certificate / "privkey.pem"),
         "127.0.0.1:4002": f"127.0.0.1:{place.relay_port}",
+        "/run/stunnel-transit-relay.pid": str(folder / "stunnel.pid"),
     }
-    text = "foreground = yes\npid =\n" + recipe("stunnel", replaced)
+    text = "foreground = yes\n" + recipe("stunnel", replaced)
     (folder / "stunnel.conf").write_text(text)
     with listener() as one:
         script = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" stunnel.conf 3<&{one.fileno()}'

@@ -90,6 +90,7 @@ FILES = """
 -rw-r--r-- /usr/bin/transit-relay-probe x
 -rw-r--r-- /usr/lib/firewalld/services/transit-relay.xml
 -rw-r--r-- /usr/sbin/transit-relay x
+-rw-r--r-- /usr/share/doc/transit-relay/NEWS.md
 -rw-r--r-- /usr/share/doc/transit-relay/README.md
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.Debian.gz
 -rw-r--r-- /usr/share/doc/transit-relay/changelog.gz
