@@ -13,7 +13,7 @@ transit_relay_gateway.py, `--forward` makes a gateway, which connects to another
 client.
 
 The file is divided into sections. At run time a section uses names of the sections above it.
-tests/test_layout.py lists the calls that go to objects of a later section.
+tests/test_layout.py lists the classes of later sections whose objects a section is given.
 
     Constants, errors    numbers with their reasons; roles, limits and phases; exceptions
     Records              the records of connections and pairs; a snapshot of the relay, its text
@@ -125,7 +125,7 @@ log = logging.getLogger(PROGRAM)
 
 # Constants and errors ------------------------------------------------------------------------
 # The first block has values of the protocol and of the operating system. The second block has
-# values that we chose. `Limits` has the time limits that an operator can set.
+# values that we chose. `Limits` has the limits that an operator can set.
 
 # The protocol: magic-wormhole-protocols, transit.md.
 HANDSHAKE = re.compile(rb"please relay ([A-Za-z0-9_]{64})(?: for side ([A-Za-z0-9_]{16}))?")
@@ -168,7 +168,7 @@ IGNORED_SIGNALS = {
 
 READ_BYTES = 256 * 1024  # the largest read that is copied
 FIRST_READ_BYTES = 4 * 1024  # a read while the encoding of the client is unknown
-BULK_BYTES = 64 * 1024  # after a read of this size (or the largest) the next one is queued as bulk
+BULK_BYTES = 64 * 1024  # after a read of so many bytes, the next one is queued as bulk
 TURN_BULK_BYTES = 2 * 1024 * 1024  # bulk moved in one turn: about 0.5 ms
 TURN_BULK_SECONDS = 0.001  # after this time a turn serves no more bulk
 MAX_POLLED_BULK = 16  # a connection that joins a longer bulk queue is not polled meanwhile
@@ -177,7 +177,9 @@ MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
 PIPE_HOLD_SECONDS = 5  # when pipes are short, one is taken back if nothing leaves it for so long
-PRESSED_READ_BYTES = 16 * 1024  # a read when --max-memory is used up, and the least before
+PRESSED_READ_BYTES = (
+    16 * 1024
+)  # a read when --max-memory is used up; before that, the limit is larger
 LEAST_MEMORY_BYTES = 1_000_000  # a smaller --max-memory is probably a mistake in the unit
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
 FEW_BYTES = 64  # so few unacknowledged bytes may be Pings, and do not make a pair busy
@@ -194,8 +196,10 @@ SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspe
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
 LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
+LINGER_LOOKS = 64  # at most so many are read to make room for a newcomer: each is a system call
 SWEEPS_PER_LIMIT = 8  # sweeps over all connections in the time of a stall or idle limit
-SHARES_PER_SWEEP = 16  # a sweep visits the connections in so many shares, one per second at most
+SHARES_PER_SWEEP = 16  # at most: a sweep visits the connections in shares
+MIN_SHARE_SECONDS = 0.1  # from one share to the next
 FOLDER_LOCK_SECONDS = 1  # how long a start waits for another start in the same folder
 CURRENT_SECONDS = 30  # how often `current` is written; readers expect it to be 60 s old at most
 STATUS_SECONDS = 10  # how often systemd is sent a status line
@@ -255,7 +259,7 @@ class Limit(enum.Enum):
     MEMORY = "--max-memory"  # slows clients, and ends none
 
 
-# What a client is sent that is refused for a limit. None begins with `o`: clients expect `ok`.
+# The answer to a client that is refused for a limit. None begins with `o`: clients expect `ok`.
 REFUSALS = {
     Limit.CONNECTIONS: b"relay full\n",
     Limit.DESCRIPTORS: b"relay full\n",  # of a gateway, which needs a second one
@@ -590,7 +594,7 @@ class Carried:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as None, a number, str, bytes or a tuple. A dict is returned as it is."""
+    """Return `value` as None, a number, str or bytes, or as a tuple or dict of such values."""
     if type(value) in PLAIN_TYPES:  # first: clients wait
         return value
     if hasattr(value, "place"):  # also a Reader of ws_frames
@@ -630,9 +634,9 @@ class Tally(Carried):
 # nothing needs to be counted when they are shown.
 
 TRANSPORTS = ("tcp", "websocket")  # of clients; `tcp` stands for all raw ones
-# By the number of WebSocket clients in a pair: their transports, and the key in Counters.relayed of
-# bytes from a raw client and from a WebSocket client.
+# The index of both is the number of WebSocket clients in the pair.
 PAIR_TRANSPORTS = ("tcp-tcp", "tcp-websocket", "websocket-websocket")
+# The keys in Counters.relayed: for bytes from a raw client, and for bytes from a WebSocket client.
 FLOWS = ("tcp-tcp", ""), ("tcp-websocket", "websocket-tcp"), ("", "websocket-websocket")
 MOODS = ("happy", "lonely", "redundant", "impatient", "errory", "empty")
 # Why a client does not come to wait for a partner: its first line, its PROXY header, or the status
@@ -774,9 +778,9 @@ def unsent(parts: Sequence[Bytes], sent: int) -> bytearray:
 def receive_into(buffer: memoryview, sock: socket.socket, most: int) -> int:
     """Read at most `most` bytes. Return how many came; 0: the end or a reset; -1: none yet.
 
-    This is a function of its own for CPython 3.11: in a long function, at an offset of more than
-    256, an exception that no handler takes needs an integer. Without memory for it, the interpreter
-    looks for the handler again, for ever.
+    This is a short function of its own for CPython 3.11: past the 256th instruction of a function,
+    the cleanup after an exception allocates an integer. If there is no memory for it, the
+    interpreter repeats the cleanup for ever.
     """
     try:
         return sock.recv_into(buffer, most)
@@ -954,9 +958,10 @@ def affordable_pipes() -> int:
     return min(half, MAX_PIPES) if pages else MAX_PIPES  # 0: no limit
 
 
-def descriptor_budget(limit: int, open_now: int) -> tuple[int, int]:
+def descriptor_budget(limit: int, open_now: int, uses_pipes: bool = True) -> tuple[int, int]:
     """Return how many connections, and how many pipes, `limit` allows beside `open_now`."""
-    pipes = min(affordable_pipes(), limit // 16)  # of two descriptors each: at most an eighth
+    # A pipe has two descriptors, so all of them have an eighth at most.
+    pipes = min(affordable_pipes(), limit // 16) if uses_pipes else 0
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
 
 
@@ -989,14 +994,14 @@ def parse_size(text: str, least: int = 0) -> int:
     """Return a size in bytes, rounded up: `500kB`, `2GiB`, `100Mbit`. Raises UsageError."""
     match = SIZE.fullmatch(text)
     if not match:
-        units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit or Gbit"
+        units = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, kbit, Mbit, Gbit or Tbit"
         raise UsageError(f"{text!r} is not a number of {units}")
     whole, fraction, prefix, unit = match.groups("")
     factor: int = (1024 if prefix[1:] else 1000) ** " kmgt".index(prefix[:1].lower() or " ")
     divisor: int = 10 ** len(fraction) * (8 if unit == "bit" else 1)
     size = -(-int(whole + fraction) * factor // divisor)
     if 0 < size < least:
-        raise UsageError(f"{text!r} is less than {least // 1000} kB, and not 0")
+        raise UsageError(f"{text!r} is too small: it must be 0 or at least {least // 1000} kB")
     return size
 
 
@@ -1390,7 +1395,7 @@ class Timers:
     QUEUES = ("handshaking", "waiting", "linger_polls", "silent")
 
     def __init__(self, limits: Limits) -> None:
-        # A connection that ends may stay in these two queues. LimitEnforcer.run checks that.
+        # An ended connection may stay in `handshaking` and `waiting`: LimitEnforcer.run skips it.
         self.handshaking = TimeLimit(limits.handshake_seconds or float("inf"))
         self.waiting = TimeLimit(limits.wait_seconds)
         self.linger_polls = TimeLimit(LINGER_POLL_SECONDS)
@@ -1446,7 +1451,7 @@ class Signals:
     """The handled signals, and the socket pair by which they wake the loop."""
 
     def __init__(self) -> None:
-        self._noted: deque[int] = deque()
+        self.noted: deque[int] = deque()  # signals that wait for their actions
         # By number: what the loop calls after that signal. To be filled before `install`.
         self.actions: dict[int, Callable[[], None]] = {}
         self._sockets: tuple[socket.socket, ...] = ()
@@ -1465,7 +1470,7 @@ class Signals:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid finds no child
         for number in self.actions:
-            signal.signal(number, lambda number, _: self._noted.append(number))
+            signal.signal(number, lambda number, _: self.noted.append(number))
         # The parent process may have blocked them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.actions)
 
@@ -1476,13 +1481,8 @@ class Signals:
 
     def take_actions(self) -> Iterator[Callable[[], None]]:
         """Yield the action of each noted signal."""
-        while self._noted:
-            yield self.actions[self._noted.popleft()]
-
-    @property
-    def has_noted(self) -> bool:
-        """Return whether a signal waits for its action."""
-        return bool(self._noted)
+        while self.noted:
+            yield self.actions[self.noted.popleft()]
 
     def close(self) -> None:
         """Close the sockets. Signals do not wake the loop any more."""
@@ -1504,7 +1504,7 @@ IPV4, IPV6, UNIX = b"4", b"6", b"u"  # families; UNIX has no bytes behind it
 MAPPED_START = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address: RFC 4291, 2.5.5.2
 EXEMPT = (UNIX, IPV4 + b"\x7f", IPV6 + bytes(15) + b"\1")  # beginnings of exempt addresses
 Network = tuple[bytes, bytes]  # its first and its last address
-# An element of X-Forwarded-For with brackets or a port. Any other one is a bare address.
+# Matches an element of X-Forwarded-For that has brackets or a port around the address.
 DRESSED_ADDRESS = re.compile(r"\A(?:\[([^][]*)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5})\Z")
 
 
@@ -1571,7 +1571,7 @@ class Addresses(Carried):
         key: bytes = b"",
         needs_sources: bool = True,
     ) -> None:
-        """`trusted`: those of proxies. `key`: of the hashes. `needs_sources`: for a limit."""
+        """`trusted`: networks of proxies. `key`: of the hashes. `needs_sources`: if limits do."""
         self._allow = allow
         self._trusted = trusted
         self._needs_sources = needs_sources
@@ -1623,8 +1623,8 @@ class Addresses(Carried):
 
 # Session -------------------------------------------------------------------------------------
 # The state machine of one client. It has no socket, and of the stream it stores the handshake only.
-# Framing, Connection, Rendezvous, Server, Faults, LimitEnforcer and the partner's Session report
-# events to it. It calls its Connection, as `transport`.
+# Framing, Connection, Rendezvous, Server, Ending, Faults, LimitEnforcer and the partner's Session
+# report events to it. It calls its Connection, as `transport`.
 #
 # A session ends in `_end`, in `partner_left` if its partner ended first, or in `abandon` after a
 # fault. Every refusal is a call of `_end`.
@@ -1641,7 +1641,7 @@ class State(enum.Enum):
     DONE = "done"
 
 
-# The mood of a client that `client_ended` ends in this state. In the others it has no record.
+# The mood that `client_ended` records, by state. In other states it records no single client.
 MOODS_OF_ENDED = {State.WAIT_HANDSHAKE: "empty", State.WAIT_PARTNER: "lonely"}
 
 
@@ -1652,7 +1652,7 @@ class Handshake(NamedTuple):
     side: bytes | None
 
     def matches(self, other: Handshake) -> bool:
-        """Return whether two clients of one token are partners: unless both name the same side."""
+        """Return whether two clients of one token match: they do unless they name the same side."""
         return self.side != other.side or self.side is None
 
 
@@ -2026,9 +2026,9 @@ class Rendezvous(Carried):
         """Return a waiting client of the source with most of them: the one of its oldest token."""
         if not self.waiting_by_source:
             return None
-        busiest = max(self.waiting_by_source, key=self.waiting_by_source.__getitem__)
+        counts, most = self.waiting_by_source, max(self.waiting_by_source.values())
         sessions = (session for crowd in self.waiting.values() for session in crowd)
-        return next(session for session in sessions if session.source == busiest)
+        return next(one for one in sessions if counts.get(one.source) == most)
 
     def forget(self, session: Session) -> None:
         """Remove a client that waits."""
@@ -2484,7 +2484,7 @@ class Connection(Carried):
         return count
 
     def _splice(self, pair: Pair, most: int) -> int:
-        """Fill a pipe and pour it to the partner. Return how much was read; 0: see `Pipe.fill`."""
+        """Fill a pipe and pour it to the partner. Return how much was read; 0: use a recv."""
         partner = self.partner
         assert partner is not None
         pipe = self._server.pipes.lend()
@@ -2606,10 +2606,10 @@ class Connection(Carried):
 
 
 # Accepting -----------------------------------------------------------------------------------
-# An Acceptor accepts newcomers. It pauses when a resource is used up (descriptors: if no client
-# makes room; for status clients none does), and after an error of accept or of the selector that
-# may concern the next one too. During a pause the listeners are not in the selector, and newcomers
-# wait in the kernel's queue.
+# An Acceptor accepts newcomers. It pauses when a resource is used up (places of status clients;
+# descriptors: if no client makes room, and for status clients none does), and after an error of
+# accept or of the selector that may concern the next one too. During a pause the listeners are not
+# in the selector, and newcomers wait in the kernel's queue.
 
 
 class ListenerHandler(NamedTuple):
@@ -2675,8 +2675,8 @@ class Acceptor(Carried):
                     self._optioned.add(listener)
                 return
             except OSError as error:
-                # Without a free descriptor, accept fails with EMFILE, also if the queue is empty.
-                # As the listener was ready, there is one newcomer: make room for this one.
+                # Without a free descriptor, accept fails with EMFILE even if the queue is empty. As
+                # the listener was ready, the first call has a newcomer: make room for that one.
                 if error.errno == errno.EMFILE and count:
                     return
                 may_evict = error.errno == errno.EMFILE and not listener.endpoint.is_status
@@ -2843,7 +2843,6 @@ class Ending:
         """Begin to drain: accept no more clients, and end those that have no partner."""
         self._deadline = self._loop.clock() + self._drain_seconds
         self.phase = ServerPhase.DRAINING
-        self._signals = 1
         self._end_unpaired()
 
     def _end_drain(self, why: str) -> None:
@@ -3141,10 +3140,10 @@ class LimitEnforcer(Carried):
         loop.pipes.when_scarce = self.release_pipes
         shortest = min(filter(None, (limits.idle_seconds, limits.stall_seconds)), default=0.0)
         seconds = shortest / SWEEPS_PER_LIMIT
-        shares = max(1, min(SHARES_PER_SWEEP, int(seconds)))
+        shares = max(1, min(SHARES_PER_SWEEP, int(seconds / MIN_SHARE_SECONDS)))
         self.sweep = Sweep(loop.connections, shares)
         if shortest:
-            loop.timers.every(max(seconds / shares, 1), self.check_progress)
+            loop.timers.every(max(seconds / shares, MIN_SHARE_SECONDS), self.check_progress)
         loop.timers.every(CURRENT_SECONDS, lambda: loop.timers.end_status_clients(loop.clock()))
 
     def note(self, limit: Limit) -> None:
@@ -3156,13 +3155,13 @@ class LimitEnforcer(Carried):
     def has_room(self) -> bool:
         """Return whether a newcomer has room. If necessary, evict clients for it."""
         most = self.max_connections
-        had_room = False  # the last one that was evicted
-        while not had_room and 0 < most <= len(self._loop.connections) - len(self._loop.doomed):
+        had_place = False  # the last evicted client was served: neither ended nor refused
+        while not had_place and 0 < most <= len(self._loop.connections) - len(self._loop.doomed):
             conn = self._first_to_go()
             if conn is None:
                 return False
-            # Then one is enough, also if there are too many: the maximum was lowered.
-            had_room = not conn.session.is_over and conn.session.refused_by is not Limit.CONNECTIONS
+            # One served client makes room, even if there are more than a lowered maximum.
+            had_place = not (conn.session.is_over or conn.session.refused_by is Limit.CONNECTIONS)
             self._evict(conn, Limit.CONNECTIONS)
         return True
 
@@ -3197,7 +3196,7 @@ class LimitEnforcer(Carried):
         A client that has all its bytes goes first, then the oldest one without a handshake, then
         one that waits. A pair does not go, nor a client that has bytes to get.
         """
-        for conn in self._loop.timers.linger_polls.connections():
+        for conn in itertools.islice(self._loop.timers.linger_polls.connections(), LINGER_LOOKS):
             has_all = conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock)
             if has_all and not conn.is_status:  # those have places of their own
                 return conn
@@ -3336,7 +3335,7 @@ class Server(Carried):
         """Make a Server. It opens and registers nothing before `start`.
 
         `clock` and `wallclock` return seconds: monotonic, and since the epoch. `max_pipes`: 0: bulk
-        is copied. `max_open`: connections that have descriptors, refused ones included.
+        is copied. `max_open`: so many connections, refused ones included, have descriptors.
         `drain_seconds`: how long pairs may run on after the first stop signal; 0: no drain.
         """
         self._max_open = max_open
@@ -3354,7 +3353,7 @@ class Server(Carried):
         self.faults = Faults(self)
         self._started = clock()
         self._selector: selectors.BaseSelector | None = None
-        groups = ([one for one in listeners if one.endpoint.is_status is n] for n in (False, True))
+        groups = ([x for x in listeners if x.endpoint.is_status is flag] for flag in (False, True))
         self._acceptors = tuple(Acceptor(self, one, limits.keepalive_seconds) for one in groups)
         self._acceptor, self._status_acceptor = self._acceptors
         self.connections_by_phase = dict.fromkeys(Phase, 0)  # how many connections are in each
@@ -3497,9 +3496,7 @@ class Server(Carried):
         if self._selector is not None:
             self._selector.close()
 
-    def snapshot(self) -> Snapshot:
-        """Return the state of the relay."""
-        return take_snapshot(self)
+    snapshot = take_snapshot
 
     # What a Connection asks for.
 
@@ -3599,7 +3596,7 @@ class Server(Carried):
             sock.setblocking(False)
             if role is Role.STATUS:
                 if self.limits.take_status_place():
-                    # After that, another one evicts the oldest. So all have some time.
+                    # The next newcomer evicts the oldest one. The pause lets that one finish.
                     acceptor.pause(
                         f"{MAX_STATUS_CLIENTS} are connected", seconds=STATUS_WAIT_SECONDS
                     )
@@ -3647,9 +3644,9 @@ class Server(Carried):
 # database or a stalled reader. A record stays in its sink until it is written, or until the sink is
 # given up. When too many records wait, new ones are dropped and counted.
 #
-# The queue, the batch, `_current` and the flags of a pause and a stop are changed under the lock of
-# `_changed` only. The loop never changes the batch. The thread sets the other fields without the
-# lock. The loop reads them when the thread has paused for a reload.
+# The queue, the batch, `_current`, the counts and the flags of a pause, a stop and the end are
+# changed under the lock of `_changed` only. The loop never changes the batch. The thread sets the
+# other fields without it. `status` reads some at any time, a reload all when the thread has paused.
 
 
 class Sink(Carried, threading.Thread):
@@ -3679,7 +3676,7 @@ class Sink(Carried, threading.Thread):
         self.written_records = 0  # likewise
         self._stopping = False
         self._pausing = False
-        self._may_write_again = True  # the one write of a pause is still allowed
+        self._may_write_again = True  # in a pause: the one write that it allows has not begun
         self._writing = False
         self.finished = False  # the thread has ended its work
         self._gone = False  # SinkGone was raised
@@ -3849,6 +3846,8 @@ class Recorder(Carried):
             for sink in self._sinks:
                 sink.start()
         except RuntimeError as error:
+            for sink in self._sinks:  # after a reload, the relay goes on without these
+                sink.finished = not sink.is_alive()
             raise StartupError(f"records cannot be written: {error}") from None
 
     def record(self, record: UsageRecord) -> None:
@@ -3910,7 +3909,8 @@ class Recorder(Carried):
         """Wait for the sinks to end, at most `seconds` in all. Blocks the caller."""
         deadline = time.monotonic() + seconds
         for sink in self._sinks:
-            sink.join(max(0.0, deadline - time.monotonic()))
+            if sink.is_alive():
+                sink.join(max(0.0, deadline - time.monotonic()))
 
     def status(self) -> dict[str, SinkStatus]:
         """Return how each sink is doing, by its name."""
@@ -3975,7 +3975,7 @@ class JsonLines(Sink):
         return 0 if self._chunk else self._chunk_records
 
     def close(self) -> None:
-        if self._has_reader:  # else it stays open: no client may get a number that a reload carries
+        if self._has_reader:  # else keep it open: a reload carries its number
             os.close(self._fd)
 
     def _encode_chunk(self, batch: Sequence[UsageRecord]) -> None:
@@ -4497,10 +4497,11 @@ def format_hints(host: str, endpoints: Sequence[Endpoint], websocket_url: str | 
     hints = [{**base, "port": port} for port in ports]
     if url:  # in the spelling of the specification, of the client in Rust, and of a fork in Go
         hints += [{"type": kind, "url": url} for kind in ("websocket-v1", "websocket")]
-        parts = re.fullmatch(r"(wss?)://\[?([^]/?]+?)]?(?::([0-9]+))?/?", url)
+        parts = re.fullmatch(r"((?i:wss?))://\[?([^]/?]+?)]?(?::([0-9]+))?/?", url)
         if parts:  # the spelling of the fork has no path
-            number = int(parts[3] or {"ws": 80, "wss": 443}[parts[1]])
-            hints.append({"type": f"direct-{parts[1]}-v1", "hostname": parts[2], "port": number})
+            scheme = parts[1].lower()
+            number = int(parts[3] or {"ws": 80, "wss": 443}[scheme])
+            hints.append({"type": f"direct-{scheme}-v1", "hostname": parts[2], "port": number})
     relay_hint = json.dumps({"type": "relay-v1", "hints": hints})
     blocks = {
         "Replace PORT: these endpoints do not tell the TCP port that clients connect to:": unknown,
@@ -4744,9 +4745,7 @@ def _listen_tcp(
     socks: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         for family, (host, _, *scope) in addresses:
-            old = next(
-                (old for old in inherited if old.is_bound(family, host, port, ipv6_only)), None
-            )
+            old = next((x for x in inherited if x.is_bound(family, host, port, ipv6_only)), None)
             if old is not None:
                 socks.append(old.sock)
                 port = old.port or 0
@@ -4851,16 +4850,19 @@ def _remove_stale_socket(endpoint: Endpoint, may_remove: bool = True) -> None:
     raise OSError(errno.EADDRINUSE, "another program listens there")
 
 
-def _adopt(fd: int, endpoint: Endpoint) -> socket.socket:
+def _adopt(number: int, endpoint: Endpoint) -> socket.socket:
     """Return a socket for a descriptor that is open already. Raises OSError and StartupError."""
+    fd = number
     if fd < STANDARD_FDS:  # --daemonize replaces these by /dev/null
-        fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
+        fd = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, STANDARD_FDS)
     os.set_inheritable(fd, False)
     sock = socket.socket(fileno=fd)
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if sock.type != socket.SOCK_STREAM or not listens:
-        sock.detach()
-        raise StartupError(f"{endpoint.text}: descriptor {fd} is not a listening stream socket")
+        if sock.detach() != number:
+            os.close(fd)
+        why = f"descriptor {number} is not a listening stream socket"
+        raise StartupError(f"{endpoint.text}: {why}")
     return sock
 
 
@@ -4963,16 +4965,19 @@ class LogFile(MessageHandler):
 def start_logging(path: str | None, to_stdout: bool, fd: int | None = None) -> LogFile | None:
     """Send messages to a file and return it, else to stderr or stdout. Raises StartupError.
 
-    `fd`: of the file, after a reload.
+    `fd`: of the file, after a reload. If it cannot be opened, messages go to stderr or stdout.
     """
     log.setLevel(logging.INFO)
     log.propagate = False
-    with startup_errors(f"logfile {path}"):
-        file = None if path is None else LogFile(path, fd)
-    handler = file or MessageHandler(nonblocking_writer(1 if to_stdout else 2))
-    layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
-    handler.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
-    log.addHandler(handler)
+    file = None
+    try:
+        with startup_errors(f"logfile {path}"):
+            file = None if path is None else LogFile(path, fd)
+    finally:
+        handler = file or MessageHandler(nonblocking_writer(1 if to_stdout else 2))
+        layout = ("%(asctime)s " if file else "") + "%(severity)s%(message)s"
+        handler.setFormatter(logging.Formatter(layout, "%Y-%m-%dT%H:%M:%S%z"))
+        log.addHandler(handler)
     return file
 
 
@@ -5293,7 +5298,8 @@ signals:
                                     for them. With --drain, the first signal lets pairs
                                     run on, the second stops, the third ends the relay
   SIGHUP                            reload: the same process executes the program that is on
-                                    disk, reads --config again, and keeps all connections
+                                    disk, reads --config again, and keeps all connections.
+                                    It stops a relay whose terminal was closed
   SIGUSR1                           reopen the log file, if there is one
   SIGUSR2, SIGALRM                  ignored, and some others
 
@@ -5310,6 +5316,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line."""
 
     place = ""  # the file and line that are parsed; empty: the command line
+    log_fd: int | None = None  # as far as it is known; 2: stderr is for records only
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, for an option that is unknown or has a wrong value."""
@@ -5318,7 +5325,7 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        print_error(f"{self.place}{message}", sys.stderr)
+        print_error(f"{self.place}{message}", sys.stdout if self.log_fd == 2 else sys.stderr)
         raise SystemExit(2)
 
 
@@ -5511,6 +5518,7 @@ def parse_arguments(
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    parser.log_fd = options.log_fd
     in_files: list[tuple[str, str]] = []
     for path in options.config:
         in_files += read_config(path, parser, configs.get(path))
@@ -5518,6 +5526,7 @@ def parse_arguments(
     replaced = {name for name in REPEATABLE if getattr(options, name)}
     kept = [argument for name, argument in in_files if name not in replaced]
     options = parser.parse_args([*kept, *arguments])
+    parser.log_fd = options.log_fd
     reset_empty_options(options, {name for name, _ in in_files}, parser)
     for name in ("usage_db", "log_fd", "monthly_quota"):
         value = getattr(options, name)
@@ -5660,9 +5669,9 @@ class Predecessor(NamedTuple):
     def require_compatible(self, options: argparse.Namespace) -> None:
         """Raise StartupError if this program cannot take over a client, or an option is fixed.
 
-        The clients of the rehearsal are not all: others can connect until the execution.
+        All classes are checked, because more clients can connect before the execution.
         """
-        # A client may have sent no handshake yet: is its address hashed?
+        # A client without a handshake has its address as the old program keeps it: hashed or plain.
         if getattr(options.forward, "sends_proxy_header", None) is not self.sends_proxy_header:
             raise StartupError("--forward and its haproxy: cannot be added or removed by a reload")
         known = carried_fields()
@@ -5693,11 +5702,8 @@ CONNECTIONS: dict[str, type[Connection]] = {"Connection": Connection}
 # The classes of framings whose place in a stream is carried, by name.
 FRAMINGS: dict[str, Any] = {"RawFraming": RawFraming, "DetectFraming": DetectFraming}
 if ws_frames:
-    web_framings = (
-        *(ws_frames.ProxyFraming, ws_frames.HttpFraming, ws_frames.WebSocketFraming),
-        ws_frames.StatusFraming,
-    )
-    FRAMINGS.update((one.__name__, one) for one in web_framings)
+    web_framings = ("ProxyFraming", "HttpFraming", "WebSocketFraming", "StatusFraming")
+    FRAMINGS.update((name, getattr(ws_frames, name)) for name in web_framings)
 
 
 def carried_fields() -> dict[str, tuple[str, ...]]:
@@ -5791,10 +5797,9 @@ def resume_server(
     state: Iterator[dict[str, Any]],
     connect: Callable[[type[Connection], int], Connection],
 ) -> None:
-    """Let a new Server go on with a state from `place_server`.
+    """Let a new Server go on with a state from `place_server`. Raises ValueError and others.
 
-    `connect` returns a new connection of a class for a descriptor. Raises ValueError, TypeError and
-    others.
+    `connect` returns a new connection of a class for a descriptor.
     """
     shared = next(state)
     links = Links(**shared.pop("links"))
@@ -5879,6 +5884,13 @@ def understood_state() -> Iterator[None]:
         raise StartupError(f"the state of the running relay cannot be used: {text}") from error
 
 
+def connect_again(
+    server: Server, adopt: Callable[[int], socket.socket], kind: type[Connection], fd: int
+) -> Connection:
+    """Return a new Connection for a descriptor that is open since before a reload."""
+    return kind(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
+
+
 def adopt_socket(fd: int) -> socket.socket:
     """Return the socket of a client that connected before the reload. Raises OSError."""
     os.set_inheritable(fd, False)
@@ -5887,19 +5899,12 @@ def adopt_socket(fd: int) -> socket.socket:
     return sock
 
 
-def connect_again(
-    server: Server, adopt: Callable[[int], socket.socket], kind: type[Connection], fd: int
-) -> Connection:
-    """Return a new Connection for a descriptor that is open since before a reload."""
-    return kind(adopt(fd), server, Role.PORT, LOCAL_PEER, has_proxy_header=False)
-
-
 # Reload --------------------------------------------------------------------------------------
 # At SIGHUP this process reads the files of --config again, and executes the program that is on disk
 # now, with the same arguments. The process id, the descriptors and all clients stay.
 #
 #     rehearsal    a child process of the new program gets the state and the option --check. It
-#                  tries the steps of a start that change nothing. The relay goes on serving.
+#                  tries the steps of a start that can be undone. The relay goes on serving.
 #     pause        the sinks finish their writes
 #     execution    a memory file gets the state, and execve replaces the program
 #
@@ -6124,7 +6129,7 @@ class Reload:
             undo.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, handled)
             while True:
                 signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-                is_busy = server.doomed or server.faults.need_repair or server.signals.has_noted
+                is_busy = server.doomed or server.faults.need_repair or server.signals.noted
                 if not is_busy and server.recorder.is_paused:
                     break
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
@@ -6194,7 +6199,7 @@ def open_relay(
     old_places = predecessor.listeners if predecessor is not None else ()
     inherited = [Listener.resumed(place) for place in old_places]
     listeners = open_listeners(endpoints, passed, inherited if predecessor else None, is_rehearsal)
-    if not (listeners or is_rehearsal):  # rather the old endpoints than none
+    if not (listeners or is_rehearsal):  # the old endpoints are better than none
         listeners = inherited
     inherited_fds, used_fds = ({one.fd for one in group} for group in (inherited, listeners))
     for listener in listeners:
@@ -6235,7 +6240,7 @@ def open_relay(
         elif predecessor is None:  # else a failure must not end the relay; the sink tries again
             sink.prepare()
     others = len(open_descriptors()) - (0 if predecessor is None else predecessor.connections)
-    max_open, max_pipes = descriptor_budget(limit, others)
+    max_open, max_pipes = descriptor_budget(limit, others, not options.no_splice)
     limits = Limits(*(getattr(options, name) for name in LIMIT_OPTIONS))
     if options.max_connections is None:
         limits = limits._replace(max_connections=min(limit * 4 // 5, max(1, max_open * 9 // 10)))
@@ -6243,7 +6248,7 @@ def open_relay(
         listeners,
         Recorder(sinks, options.blur_usage),
         limits,
-        max_pipes=0 if options.no_splice else max_pipes,
+        max_pipes=max_pipes,
         max_open=max_open,
         quota=quota,
         addresses=addresses,

@@ -594,7 +594,7 @@ class Loop:
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         """Let a signal come, as if its handler had noted it. Then run turns."""
-        self.server.signals._noted.append(number)
+        self.server.signals.noted.append(number)
         self.pump()
 
     def pair(self, tcp: bool = False) -> tuple[socket.socket, socket.socket]:

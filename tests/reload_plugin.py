@@ -89,13 +89,7 @@ def reload(server: Server) -> None:
     """Take a server apart between two turns, and put it together again."""
     global reloads
     is_ready = server.phase is ServerPhase.SERVING and server._selector is not None
-    if (
-        is_off
-        or not is_ready
-        or server.doomed
-        or server.faults.need_repair
-        or server.signals.has_noted
-    ):
+    if is_off or not is_ready or server.doomed or server.faults.need_repair or server.signals.noted:
         return
     state = encode_and_decode(server)
     conns = {conn.fd: conn for conn in server.connections}

@@ -388,6 +388,14 @@ def test_a_standard_descriptor_given_twice_is_refused() -> None:
     assert output == "transit-relay: fd:0: this socket is given twice"
 
 
+def test_a_standard_descriptor_that_does_not_listen_is_refused() -> None:
+    """The message has its own number, not that of the duplicate."""
+    with socket.socket() as passed:
+        fd = passed.fileno()
+        output = failed_start("--port", "fd:0", pass_fds=[fd], program=with_descriptor(fd, 0))
+    assert output == "transit-relay: fd:0: descriptor 0 is not a listening stream socket"
+
+
 def test_a_descriptor_that_is_not_open_is_refused() -> None:
     """The relay must not open a descriptor of its own with this number first."""
     output = failed_start(*LOCAL, "--port", "fd:3")
@@ -655,6 +663,13 @@ def test_log_fd_2_with_logfile_has_them_there_alone(tmp_path: Path) -> None:
         assert relay.stop() == 0
     assert list(json.loads(only_line(relay))) == KEYS
     assert "Transit starting on" in (tmp_path / "log").read_text()
+
+
+def test_log_fd_2_has_an_error_of_the_options_on_stdout() -> None:
+    with QuietRelay("--log-fd", "2", "--quota-rate", "5kB") as relay:
+        line = relay.wait_for("^transit-relay: ", "stdout").string
+        assert relay.wait() == 2
+    assert "--quota-rate" in line
 
 
 @pytest.mark.parametrize("fd", [999, 2**31 - 1])

@@ -280,7 +280,7 @@ def test_the_limits_of_the_options_reach_the_server(monkeypatch: pytest.MonkeyPa
         given.update(others, limits=limits)
 
     monkeypatch.setattr(transit_relay, "Server", make_server)
-    monkeypatch.setattr(transit_relay, "descriptor_budget", lambda limit, now: (limit - now, 7))
+    monkeypatch.setattr(transit_relay, "descriptor_budget", lambda limit, now, _: (limit - now, 7))
     options = parse_arguments([*LOCAL, "--handshake-timeout=5", "--keepalive=7"])
     with contextlib.ExitStack() as undo:
         open_relay(options, options.port, PassedSockets(), None, None, undo)

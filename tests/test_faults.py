@@ -1173,7 +1173,7 @@ def test_a_stop_comes_to_its_end_in_spite_of_a_fault(
     work = FaultyWork(EXCEPTIONS[exception], 1)
     with monkeypatch.context() as patch:
         fail_once(patch, handler, work)
-        loop.server.signals._noted.append(signal.SIGTERM)
+        loop.server.signals.noted.append(signal.SIGTERM)
         loop.server.run_once(0)
         loop.pump()
         for client in (client for pair in pairs for client in pair):

@@ -232,6 +232,7 @@ def test_the_address_for_websocket_clients(
         ("ws://ws.example.org/", old_websocket("ws", "ws.example.org", 80)),
         ("wss://ws.example.org", old_websocket("wss", "ws.example.org", 443)),
         ("wss://ws.example.org:8000", old_websocket("wss", "ws.example.org", 8000)),
+        ("WSS://ws.example.org", old_websocket("wss", "ws.example.org", 443)),
         ("ws://[2001:db8::1]/", old_websocket("ws", "2001:db8::1", 80)),
         ("wss://[2001:db8::1]:8000/", old_websocket("wss", "2001:db8::1", 8000)),
         ("wss://ws.example.org/relay", None),

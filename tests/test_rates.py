@@ -557,7 +557,7 @@ def test_options() -> None:
         (["--monthly-quota=1B"], "--monthly-quota: it needs --usage-db"),
         (["--quota-rate=1MB"], "--quota-rate: it needs --monthly-quota"),
         (["--quota-rate=1MB", "--usage-db=db"], "--quota-rate: it needs --monthly-quota"),
-        (["--max-rate=1"], "--max-rate: '1' is less than 1 kB, and not 0"),
+        (["--max-rate=1"], "--max-rate: '1' is too small: it must be 0 or at least 1 kB"),
         (["--max-pair-rate=1MB/"], "--max-pair-rate: '1MB/' is not a number of B, kB, MB, "),
     ],
 )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from helpers import TIMEOUT, Loop, handshake
 
+import transit_relay
 from transit_relay import (
     LOCAL_PEER,
     Addresses,
@@ -137,6 +138,28 @@ def test_a_client_with_bytes_to_get_does_not_go(loop: Loop) -> None:
     arrive(loop)
     assert refused.is_open() and not silent.is_open()
     assert refused.read_all() == b"bad handshake\n"
+
+
+def test_few_of_the_lingering_clients_are_asked(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a flood of clients that have bytes to get, a newcomer costs few system calls."""
+    fill(loop, 5)
+    refused = [arrive(loop) for _ in range(4)]
+    for guest in refused:
+        guest.send(loop, b"junk\n")
+    silent = arrive(loop)
+    asked = []
+
+    def unacknowledged_bytes(sock: socket.socket) -> int:
+        asked.append(sock)
+        return 1
+
+    monkeypatch.setattr(transit_relay, "LINGER_LOOKS", 2)
+    monkeypatch.setattr(transit_relay, "unacknowledged_bytes", unacknowledged_bytes)
+    arrive(loop)
+    assert [guest.conn.sock in asked for guest in refused].count(True) == 2
+    assert not silent.is_open()
 
 
 def test_the_oldest_waiting_client_of_the_busiest_source_goes(loop: Loop) -> None:

@@ -268,6 +268,7 @@ def test_descriptors_are_kept_for_records_and_pipes(
     if limit > 40:
         assert connections + 2 * pipes_lent + 10 + RESERVED_FDS == limit
     assert pipes_lent == pipes or limit < 1024
+    assert descriptor_budget(limit, 10, uses_pipes=False) == (max(1, limit - 10 - RESERVED_FDS), 0)
 
 
 def test_options_of_accepted_sockets(loop: Loop) -> None:

@@ -329,8 +329,17 @@ def test_a_thread_that_cannot_start_refuses_the_start(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
+    recorder = Recorder([gated])
     with pytest.raises(StartupError, match="can't start new thread"):
-        Recorder([gated]).start()
+        recorder.start()
+    # After a reload the relay goes on without it.
+    recorder.record(RECORD)
+    assert recorder.status()[gated.name].is_failing and recorder.lost() == 1
+    recorder.set_pausing(True)
+    assert recorder.is_paused
+    recorder.stop()
+    recorder.join(TIMEOUT)
+    assert recorder.finished
 
 
 def test_a_stop_writes_everything(gated: GatedSink, start: Callable[..., Recorder]) -> None:
