@@ -177,9 +177,7 @@ MAX_PIPES = 32  # half of the pipes that a user may have by default
 MAX_IDLE_PIPES = 8  # empty pipes kept for the next reads
 PIPES_PAUSE_SECONDS = 60  # no pipe is made for so long after the system refused a large one
 PIPE_HOLD_SECONDS = 5  # when pipes are short, one is taken back if nothing leaves it for so long
-PRESSED_READ_BYTES = (
-    16 * 1024
-)  # a read when --max-memory is used up; before that, the limit is larger
+PRESSED_READ_BYTES = 16 * 1024  # a read when --max-memory is used up; before, it may be larger
 LEAST_MEMORY_BYTES = 1_000_000  # a smaller --max-memory is probably a mistake in the unit
 PING_SECONDS = 25  # of silence before a Ping: proxies close silent connections after 30 or 60 s
 FEW_BYTES = 64  # so few unacknowledged bytes may be Pings, and do not make a pair busy
@@ -1205,8 +1203,11 @@ class Quota(Carried):
         self.count(0)
 
     def load(self, row: tuple[str, int] | None) -> None:
-        """Add the latest row of the database. Only the first call has an effect."""
-        self._loaded = self._loaded or row or ("", 0)
+        """Go on with the latest row of the database, if it has more. The first one is added."""
+        if self._loaded is None:
+            self._loaded = row or ("", 0)
+        elif row is not None and row > self.row():  # a reload has led to another database
+            self._loaded = row[0], row[1] - self._counted[1]
 
     def row(self) -> tuple[str, int]:
         """Return the month, for example `2026-11`, and its bytes."""
@@ -1568,10 +1569,10 @@ class Addresses(Carried):
         self,
         allow: Sequence[Network] = (),
         trusted: Sequence[Network] = (),
-        key: bytes = b"",
         needs_sources: bool = True,
+        key: bytes = b"",
     ) -> None:
-        """`trusted`: networks of proxies. `key`: of the hashes. `needs_sources`: if limits do."""
+        """`trusted`: networks of proxies. `needs_sources`: if limits do. `key`: of the hashes."""
         self._allow = allow
         self._trusted = trusted
         self._needs_sources = needs_sources
@@ -2593,7 +2594,7 @@ class Connection(Carried):
         """Have the socket closed at the end of this turn."""
         if self.phase is not Phase.CLOSED:
             self._enter(Phase.CLOSED)
-            self._server.doom(self)
+            self._server.doomed[self] = None
             self._server.update_interest(self)
 
     def close(self) -> None:
@@ -3004,7 +3005,7 @@ class Faults(Carried):
                 self.guard(conn.session.end_sent)
                 self.guard(partial(conn.check_linger, loop.clock()))
             if conn.phase is Phase.CLOSED and conn.sock.fileno() >= 0:
-                loop.doom(conn)
+                loop.doomed[conn] = None
             self.guard(partial(loop.update_interest, conn))
 
     def note(self, what: str, error: OSError) -> None:
@@ -3361,10 +3362,10 @@ class Server(Carried):
         self.history: Any = None  # of transit_relay_status; without it, what a reload carried
         self._woke_at = 0.0  # when the last select returned (monotonic seconds)
         self.late_until = float("-inf")  # so long the loop counts as late (monotonic seconds)
-        self.doomed: OrderedDict[Connection, None] = OrderedDict()
+        self.doomed: OrderedDict[Connection, None] = OrderedDict()  # for `reap`
         self.bulk = BulkQueue(self, self.faults)
         self.timers = Timers(limits)
-        self.timers.every(CURRENT_SECONDS, lambda: recorder.update(self.snapshot().current()))
+        self.timers.every(CURRENT_SECONDS, self.update_current)
         self.timers.every(CURRENT_SECONDS, lambda: recorder.report_dropped(clock()))
         self.limits = LimitEnforcer(self, self.faults, limits)
         self.rendezvous.attach(self)
@@ -3518,10 +3519,6 @@ class Server(Carried):
             self.faults.note("the selector refused a connection", error)
             conn.doom()
 
-    def doom(self, conn: Connection) -> None:
-        """Close `conn` at the end of this turn."""
-        self.doomed[conn] = None
-
     def reap(self) -> None:
         """Close the doomed connections, and those that are doomed meanwhile."""
         if not self.doomed:
@@ -3564,10 +3561,14 @@ class Server(Carried):
             conn.doom()
         self.reap()
 
-    def finish_records(self) -> None:
-        """Let the sinks write the last records and end."""
+    def update_current(self) -> None:
+        """Let the sinks store the current numbers and the bytes of the month."""
         self.faults.guard(self._check_quota)
         self.recorder.update(self.snapshot().current())
+
+    def finish_records(self) -> None:
+        """Let the sinks write the last records and end."""
+        self.update_current()
         self.recorder.stop()
 
     # Newcomers.
@@ -3597,9 +3598,7 @@ class Server(Carried):
             if role is Role.STATUS:
                 if self.limits.take_status_place():
                     # The next newcomer evicts the oldest one. The pause lets that one finish.
-                    acceptor.pause(
-                        f"{MAX_STATUS_CLIENTS} are connected", seconds=STATUS_WAIT_SECONDS
-                    )
+                    acceptor.pause("all places are taken", seconds=STATUS_WAIT_SECONDS)
             elif not self.has_descriptor():
                 sock.close()  # without an answer: the rest is reserved
                 self.limits.note(Limit.DESCRIPTORS)
@@ -3708,9 +3707,9 @@ class Sink(Carried, threading.Thread):
                 self._changed.notify()
 
     def put_current(self, current: Current) -> None:
-        """Replace the numbers that the next write stores."""
+        """Replace the numbers that the next write stores. After SinkGone, do nothing."""
         with self._changed:
-            self._current = current
+            self._current = None if self._gone else current
             self._changed.notify()
 
     def stop(self) -> None:
@@ -3724,9 +3723,8 @@ class Sink(Carried, threading.Thread):
         """Return how the sink is doing."""
         with self._changed:
             waiting = len(self._queue) + len(self._batch)
-            is_failing = not self._gone and (
-                self._failing or (self.finished and not self._stopping)
-            )
+            has_failed = self._failing or (self.finished and not self._stopping)
+            is_failing = has_failed and not self._gone
             return SinkStatus(self.written_records, self.dropped, waiting, is_failing, self.totals)
 
     def set_pausing(self, is_pausing: bool) -> None:
@@ -3775,7 +3773,7 @@ class Sink(Carried, threading.Thread):
         except SinkGone as error:
             log.warning("%s: %s; no more records go there", self.name, error)
             with self._changed:
-                self._gone = True
+                self._gone, self._current = True, None
                 self._queue.clear()
                 self._batch.clear()
         except Exception:
@@ -4110,8 +4108,9 @@ def _update_quota(db: sqlite3.Connection, quota: Quota) -> None:
     """Load `quota` from its table, which may be missing, and write its row."""
     db.execute("CREATE TABLE IF NOT EXISTS `quota` (`month` VARCHAR, `bytes` INTEGER)")
     rows = db.execute(
-        "SELECT `month`, `bytes` FROM `quota` WHERE typeof(`bytes`) = 'integer' AND `month`"
-        " GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]' ORDER BY `month` DESC, `bytes` DESC"
+        "SELECT `month`, `bytes` FROM `quota` WHERE typeof(`bytes`) = 'integer'"
+        f" AND `bytes` BETWEEN 0 AND {2**62} AND `month` GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]'"
+        " ORDER BY `month` DESC, `bytes` DESC"
     )
     quota.load(rows.fetchone())
     row = quota.row()
@@ -4861,8 +4860,7 @@ def _adopt(number: int, endpoint: Endpoint) -> socket.socket:
     if sock.type != socket.SOCK_STREAM or not listens:
         if sock.detach() != number:
             os.close(fd)
-        why = f"descriptor {number} is not a listening stream socket"
-        raise StartupError(f"{endpoint.text}: {why}")
+        raise StartupError(f"{endpoint.text}: descriptor {number} is no listening stream socket")
     return sock
 
 
@@ -4960,6 +4958,12 @@ class LogFile(MessageHandler):
             fd = os.open(self._path, flags, 0o666)
             self.is_new = False
         return fd
+
+
+def print_text(text: str, stream: TextIO) -> None:
+    """Print a text. Characters that the stream cannot encode are escaped. Raises OSError."""
+    encoded = text.encode(stream.encoding, "backslashreplace")
+    print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
 def start_logging(path: str | None, to_stdout: bool, fd: int | None = None) -> LogFile | None:
@@ -5336,8 +5340,7 @@ def print_error(message: str, stream: TextIO | None) -> None:
     text = " ".join(message[:MAX_COMPLAINT_CHARACTERS].split())
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     with contextlib.suppress(OSError):
-        encoded = f"{PROGRAM}: {printable}".encode(stream.encoding, "backslashreplace")
-        print(encoded.decode(stream.encoding), file=stream, flush=True)
+        print_text(f"{PROGRAM}: {printable}", stream)
 
 
 def websocket_url(text: str) -> str:
@@ -6107,6 +6110,7 @@ class Reload:
     def _pause_sinks(self) -> Iterator[None]:
         """Let the sinks finish their writes. Raises ReloadRefused."""
         recorder = self._server.recorder
+        self._server.update_current()  # the new configuration can have no quota
         recorder.set_pausing(True)
         deadline = time.monotonic() + SINK_PAUSE_SECONDS
         while not recorder.is_paused:
@@ -6218,9 +6222,7 @@ def open_relay(
             targets = predecessor.target_addresses
         make_addresses, needs_sources = options.forward.addresses_class, True
         make_rendezvous = partial(options.forward.make_gateway, targets, options.keepalive)
-    addresses = make_addresses(
-        options.allow, options.trust_forwarded_for, needs_sources=needs_sources
-    )
+    addresses = make_addresses(options.allow, options.trust_forwarded_for, needs_sources)
     gone = [old for old in inherited if old.fd not in used_fds]
     for old in gone:
         if old.endpoint.is_passed and is_rehearsal:  # its newcomers would never be accepted
@@ -6480,11 +6482,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("check ok", flush=True)
             return 0
         if options.print_hints:
-            endpoints = choose_endpoints(options, PassedSockets())
-            print(format_hints(options.print_hints, endpoints, options.websocket_url), flush=True)
+            chosen = choose_endpoints(options, PassedSockets())
+            print_text(format_hints(options.print_hints, chosen, options.websocket_url), sys.stdout)
             return 0
-        if options.log_fd == 2:
-            stream = sys.stdout
+        stream = sys.stdout if options.log_fd == 2 else sys.stderr
         return serve(options, predecessor, state)
     except (StartupError, OSError) as error:  # OSError: the loop cannot be set up
         if log.handlers and predecessor is not None:  # after a reload, stderr can be /dev/null

@@ -34,7 +34,9 @@ CASES = 2000  # of each test with random input
 
 def addresses(*, allow: str = "", trusted: str = "", key: bytes = KEY) -> Addresses:
     """Return Addresses with networks that are written with spaces between them."""
-    return Addresses(*([parse_network(one) for one in it.split()] for it in (allow, trusted)), key)
+    return Addresses(
+        *([parse_network(one) for one in it.split()] for it in (allow, trusted)), key=key
+    )
 
 
 def peer_of(host: str, judging: Addresses | None = None) -> Peer:

@@ -393,7 +393,7 @@ def test_a_standard_descriptor_that_does_not_listen_is_refused() -> None:
     with socket.socket() as passed:
         fd = passed.fileno()
         output = failed_start("--port", "fd:0", pass_fds=[fd], program=with_descriptor(fd, 0))
-    assert output == "transit-relay: fd:0: descriptor 0 is not a listening stream socket"
+    assert output == "transit-relay: fd:0: descriptor 0 is no listening stream socket"
 
 
 def test_a_descriptor_that_is_not_open_is_refused() -> None:

@@ -1102,7 +1102,7 @@ def test_descriptor_that_is_not_a_listening_socket(listen: Listen, kind: str) ->
         why = {
             "file": "Socket operation on non-socket",
             "closed": "Bad file descriptor",
-        }.get(kind, f"descriptor {number} is not a listening stream socket")
+        }.get(kind, f"descriptor {number} is no listening stream socket")
         said = str(caught.value)
         assert said == f"fd:{number}: {why}"
 

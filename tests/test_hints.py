@@ -246,6 +246,21 @@ def test_the_spelling_without_a_url_has_no_path(
     assert found == relay_hint(tcp(NAME, 4001), *websocket(url), *([spelling] if spelling else []))
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_endpoint_that_the_output_cannot_encode(encoding: str) -> None:
+    """It is escaped."""
+    path = os.fsencode("unix:/run/\u20ac/") + b"\xff"
+    done = subprocess.run(
+        [sys.executable, RELAY, "--print-hints", NAME, "--port", path],
+        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    euro = "\u20ac".encode() if encoding == "utf-8" else b"\\u20ac"
+    assert b"unix:/run/" + euro + b"/\\udcff" in done.stdout
+
+
 def test_the_endpoints_of_a_configuration(
     hints: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:

@@ -282,6 +282,15 @@ def test_null(tmp_path: Path, run: Run) -> None:
     assert all_values(run, usagedb=usagedb) == expected
 
 
+@pytest.mark.parametrize("updated", ["text", b"blob"])
+def test_a_time_that_is_no_number(updated: object, tmp_path: Path, run: Run) -> None:
+    usagedb = str(make_database(tmp_path))
+    with contextlib.closing(sqlite3.connect(usagedb)) as db:
+        db.execute("UPDATE `current` SET `updated` = ?", (updated,))
+        db.commit()
+    assert run("active", usagedb=usagedb).out == "waiting.value U\nconnected.value U\n"
+
+
 def test_an_unknown_mood(tmp_path: Path, run: Run) -> None:
     """The Twisted relay can write `jilted`. Its bytes count."""
     usage = [row("happy", 7), row("jilted", 3), row("jilted", 3)]

@@ -664,7 +664,7 @@ def test_a_row_that_is_loaded_late_is_added(
     quota.count(10)
     quota.load(stored)
     quota.count(15)
-    quota.load(("2026-11", 5_000))  # the relay's own row, or the one of another file
+    quota.load(("2026-11", 14))  # the relay's own row, which it wrote before
     assert quota.row() == expected
 
 
@@ -841,9 +841,33 @@ def test_a_deleted_database_is_recreated_with_the_quota(tmp_path: Path) -> None:
     assert rows(path, "quota") == [("2026-11", 1_100)]
 
 
+def test_another_database_that_has_more_is_continued(tmp_path: Path) -> None:
+    """As after a reload that has changed --usage-db: what is counted is not lowered."""
+    for count, (month, size) in {
+        1_500: ("2026-11", 1_000),
+        900: ("2026-11", 800),
+        1: ("2026-10", 9_000),
+    }.items():
+        path = tmp_path / f"db{count}"
+        quota, sink = relay_of(path)
+        sink.write((), CURRENT)
+        quota.count(700)
+        execute(path, "DELETE FROM quota")
+        execute(path, f"INSERT INTO quota VALUES ('{month}', {size})")
+        sink.write((), CURRENT)
+        expected = max(700, size) if month == "2026-11" else 700
+        assert rows(path, "quota")[-1] == quota.row() == ("2026-11", expected)
+        quota.count(750)
+        sink.write((), CURRENT)
+        sink.close()
+        assert rows(path, "quota")[-1] == ("2026-11", expected + 50)
+
+
 def test_rows_that_are_not_ours_are_ignored(tmp_path: Path) -> None:
     path = reference_database(tmp_path / "db", "CREATE TABLE quota (month, bytes);")
-    for values in ("'9999', 1", "'zz', 2", "NULL, 3", "'2026-12', 'x'", "'2026-11', 4"):
+    ignored = ("'9999', 1", "'zz', 2", "NULL, 3", "'2026-12', 'x'")
+    damaged = (f"'2026-11', {2**63 - 1}", "'2026-12', -1")
+    for values in (*ignored, *damaged, "'2026-11', 4"):
         execute(path, f"INSERT INTO quota VALUES ({values})")
     quota, sink = relay_of(path)
     quota.count(1)

@@ -616,6 +616,19 @@ def test_a_quota_that_is_lowered_ends_waiting_clients(installation: Installation
         assert "fault" not in relay.stderr.decode()
 
 
+def test_the_bytes_of_a_quota_that_is_removed_are_recorded(installation: Installation) -> None:
+    port, database = "port tcp:0:interface=127.0.0.1", "usage-db usage.sqlite"
+    installation.configure(port, database, "monthly-quota 1TB")
+    with installation.start() as relay:
+        pass_on(*relay.meet())
+        installation.configure(port, database)
+        relay.reload()
+        assert relay.stop() == 0
+    with contextlib.closing(sqlite3.connect(installation.folder / "usage.sqlite")) as db:
+        counted = db.execute("SELECT sum(`bytes`) FROM `quota`").fetchone()
+        assert counted == db.execute("SELECT sum(`total_bytes`) FROM `usage`").fetchone() != (0,)
+
+
 @pytest.mark.parametrize("has_one", [False, True], ids=["added", "changed"])
 def test_a_log_fd_that_is_new_is_refused(installation: Installation, has_one: bool) -> None:
     """After the reload its number could be that of a client."""
@@ -899,6 +912,7 @@ def test_a_reader_of_records_that_has_left(installation: Installation) -> None:
             partner.send(handshake(f"waits{n}"))
             assert one.receive(3) == partner.receive(3) == b"ok\n"
         assert relay.stop() == 0
+        assert relay.stderr.count(b"its reader is gone") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)

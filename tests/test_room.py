@@ -471,7 +471,7 @@ V2_LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
 def behind_proxy(loop: Loop, role: Role = Role.PORT, **networks: str) -> Guest:
     """Return a new client of a relay that expects PROXY headers."""
     limits = Limits(max_waiting_per_source=1)
-    judge = Addresses([parse_network(networks["allow"])] if networks else (), (), b"key")
+    judge = Addresses([parse_network(networks["allow"])] if networks else (), (), key=b"key")
     loop.restart(limits=limits, addresses=judge)
     return arrive(loop, role=role, has_proxy_header=True)
 
@@ -527,7 +527,7 @@ def test_the_told_address_is_the_one_that_must_be_allowed(loop: Loop) -> None:
 
 
 def test_x_forwarded_for_counts_from_a_trusted_proxy_only(loop: Loop) -> None:
-    addresses = Addresses((), [parse_network("unix")], b"key")
+    addresses = Addresses((), [parse_network("unix")], key=b"key")
     loop.restart(addresses=addresses)
     head = UPGRADE[:-2] + b"X-Forwarded-For: 203.0.113.9, 192.0.2.7\r\n\r\n"
     trusted = arrive(loop, addresses.judge(""))
@@ -542,7 +542,7 @@ def test_x_forwarded_for_counts_from_a_trusted_proxy_only(loop: Loop) -> None:
 
 def test_accepted_clients_are_judged_by_their_addresses(loop: Loop) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
-    addresses = Addresses([parse_network("127.0.0.2")], (), b"key")
+    addresses = Addresses([parse_network("127.0.0.2")], (), key=b"key")
     loop.restart(Listener(listening, Endpoint("tcp", "tcp")), addresses=addresses)
     for source, is_allowed in (("127.0.0.1", False), ("127.0.0.2", True)):
         client = socket.create_connection(listening.getsockname(), TIMEOUT, (source, 0))

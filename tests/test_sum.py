@@ -131,6 +131,19 @@ def test_a_mood_of_another_program_and_no_bytes(tmp_path: Path, run: Run) -> Non
     assert found["total"] == {"count": 1, "bytes": 0}
 
 
+@pytest.mark.parametrize("value", [None, "text", b"blob"])
+def test_current_numbers_of_another_program(value: object, tmp_path: Path, run: Run) -> None:
+    """They do not count, and its records do."""
+    path = make_database(tmp_path / "1", ("happy", 7))
+    for column in "updated", "waiting":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"UPDATE `current` SET `{column}` = ?", (value,))
+            db.commit()
+        found = json.loads(run("--json", path).out)
+        assert found["current"]["relays"] == 0
+        assert found["total"] == {"count": 1, "bytes": 7}
+
+
 def make_other_schema(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE `current` (`updated`)")

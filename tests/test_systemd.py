@@ -122,7 +122,7 @@ def test_a_socket_that_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as passed:
         with start("status", passed) as relay:
             assert relay.wait() == 1
-    reason = "systemd:index=0: descriptor 3 is not a listening stream socket"
+    reason = "systemd:index=0: descriptor 3 is no listening stream socket"
     assert only_line(relay) == f"transit-relay: {reason}"
 
 

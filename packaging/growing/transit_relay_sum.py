@@ -117,7 +117,8 @@ def read_database(path: str, now: float) -> Usage:
         raise Unavailable(f"{path}: {error.strerror}") from None
     except sqlite3.Error as error:
         raise Unavailable(f"{path}: {error}") from None
-    is_known = row is not None and row[0] + CURRENT_SECONDS >= now
+    are_numbers = row is not None and all(isinstance(value, (int, float)) for value in row)
+    is_known = are_numbers and row[0] + CURRENT_SECONDS >= now
     current = Current(1, *row[1:]) if is_known else Current()
     return Usage(1, {str(mood): Tally(*tally) for mood, *tally in rows}, current)
 

@@ -368,7 +368,7 @@ def check_forwarded(data: bytes) -> str:
     trusted, their_trusted = check_networks(text_of(first).split(" "))
     allowed, their_allowed = check_networks(text_of(second).split(" "))
     values = [value.decode("latin-1") for value in behind.split(b"\n")]
-    judging = Addresses(allowed, trusted, KEY)
+    judging = Addresses(allowed, trusted, key=KEY)
     result = judging.judge_forwarded(values)
     address = readings.client_reading(values, their_trusted)
     if address is None:
