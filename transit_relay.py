@@ -609,20 +609,20 @@ def plain(value: Any) -> Any:
 class Tally(Carried):
     """Counts events by kind, and logs each kind at most once per COMPLAINT_SECONDS."""
 
-    CARRIED = ("counts",)
+    CARRIED = ("_next_at", "_unlogged", "counts")
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self._throttles: dict[str, Throttle] = {}
+        self._next_at: dict[str, float] = {}  # when a message may be logged (monotonic seconds)
         self._unlogged: dict[str, int] = {}
 
     def note(self, kind: str, now: float, level: int, message: str) -> None:
         """Count an event, and log `message` unless that was done within the last minute."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        if self._throttles.setdefault(kind, Throttle()).take(now):
-            unlogged = self._unlogged.pop(kind, 0)
-            more = f" ({unlogged} more since the last message)" if unlogged else ""
-            log.log(level, "%s%s", message, more)
+        if now >= self._next_at.get(kind, float("-inf")):
+            self._next_at[kind] = now + COMPLAINT_SECONDS
+            more = self._unlogged.pop(kind, 0)
+            log.log(level, "%s", message + f" ({more} more since the last message)" * bool(more))
         else:
             self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import pickle
 import socket
@@ -15,12 +16,14 @@ from helpers import Client, ListRecorder, Loop, WebSocketClient, handshake
 
 import transit_relay
 from transit_relay import (
+    COMPLAINT_SECONDS,
     Connection,
     Limits,
     Phase,
     Predecessor,
     Quota,
     Server,
+    Tally,
     carried_fields,
     connect_again,
     is_consistent,
@@ -201,3 +204,14 @@ def test_a_state_that_is_cut_off_is_refused() -> None:
         resumed(state[:-1])
     with pytest.raises(ValueError, match="more parts"):
         resumed([*state, {}])
+
+
+def test_a_message_that_is_repeated_is_not_logged_sooner(caplog: pytest.LogCaptureFixture) -> None:
+    before, after = Tally(), Tally()
+    for now in (0.0, 1.0):
+        before.note("kind", now, logging.WARNING, "problem")
+    after.resume(pickle.loads(pickle.dumps(before.place())))
+    for now in (COMPLAINT_SECONDS - 1, COMPLAINT_SECONDS):
+        after.note("kind", now, logging.WARNING, "problem")
+    assert caplog.messages == ["problem", "problem (2 more since the last message)"]
+    assert after.counts == {"kind": 4}

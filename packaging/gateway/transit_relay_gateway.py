@@ -339,7 +339,7 @@ class Gateway(Rendezvous):
     may be among them, because that relay matches clients, not the gateway.
     """
 
-    CARRIED = (*Rendezvous.CARRIED, "_next", "target_addresses", "unreachable_until")
+    CARRIED = (*Rendezvous.CARRIED, "_next", "_problems", "target_addresses", "unreachable_until")
 
     is_gateway = True
     make_session: ClassVar[type[Session]] = ClientSession
