@@ -112,7 +112,8 @@ fuzz-venv:
 	fi
 
 # Two runs at the same time, because the programs wait for much of their time.
-interop_waiting = $(addprefix tests/interop/test_,$(addsuffix .py,clients dilation injection prometheus))
+interop_waiting = $(addprefix tests/interop/test_,$(addsuffix .py,clients dilation injection \
+	prometheus))
 
 interop: pytest ## run the tests against the Twisted relay and the real clients
 	@mkdir -p build; $(find_pytest); status=0; \
@@ -175,7 +176,7 @@ MINUTES = 10
 soak: ## random clients; bytes, records and the counters of pairs are checked: make soak MINUTES=10
 	@PYTHONPATH=.:tests '$(PYTHON)' tests/hostile/soak.py $(MINUTES) $(SOAK)
 
-check-packaging: pytest ## build, check, install and boot the packages, some minutes; needs root and Debian
+check-packaging: pytest ## build, check, install and boot the packages, minutes; needs root and Debian
 	@$(find_pytest); "$$python" -m pytest -q --durations=10 tests/packaging
 
 bench: ## compare with the Twisted relay and HAProxy, 13 minutes; BENCH=--help lists the options

@@ -622,7 +622,8 @@ class Tally(Carried):
         if now >= self._next_at.get(kind, float("-inf")):
             self._next_at[kind] = now + COMPLAINT_SECONDS
             more = self._unlogged.pop(kind, 0)
-            log.log(level, "%s", message + f" ({more} more since the last message)" * bool(more))
+            text = f" ({more} more since the last message)" if more else ""
+            log.log(level, "%s%s", message, text)
         else:
             self._unlogged[kind] = self._unlogged.get(kind, 0) + 1
 
@@ -958,7 +959,7 @@ def affordable_pipes() -> int:
 
 def descriptor_budget(limit: int, open_now: int, uses_pipes: bool = True) -> tuple[int, int]:
     """Return how many connections, and how many pipes, `limit` allows beside `open_now`."""
-    # A pipe has two descriptors, so all of them have an eighth at most.
+    # A pipe has two descriptors, so pipes take an eighth of the limit at most.
     pipes = min(affordable_pipes(), limit // 16) if uses_pipes else 0
     return max(1, limit - open_now - RESERVED_FDS - 2 * pipes), pipes
 
@@ -1204,10 +1205,11 @@ class Quota(Carried):
 
     def load(self, row: tuple[str, int] | None) -> None:
         """Go on with the latest row of the database, if it has more. The first one is added."""
+        counted = self._counted[1]  # before the comparison: the loop can count meanwhile
         if self._loaded is None:
             self._loaded = row or ("", 0)
         elif row is not None and row > self.row():  # a reload has led to another database
-            self._loaded = row[0], row[1] - self._counted[1]
+            self._loaded = row[0], row[1] - counted
 
     def row(self) -> tuple[str, int]:
         """Return the month, for example `2026-11`, and its bytes."""
@@ -2895,7 +2897,8 @@ class Ending:
                 leavers = self._progress.leavers(self._loop.connections)
                 self._loop.faults.guard(partial(self._end_pairs, leavers))
             self._loop.close_connections()
-            self._loop.finish_records()
+            self._loop.update_current()
+            self._loop.recorder.stop()
             self.phase = ServerPhase.STOPPING_RECORDS
             self._deadline = now + STOP_RECORD_SECONDS
         if self._loop.recorder.finished or now >= self._deadline:
@@ -3197,9 +3200,14 @@ class LimitEnforcer(Carried):
         A client that has all its bytes goes first, then the oldest one without a handshake, then
         one that waits. A pair does not go, nor a client that has bytes to get.
         """
-        for conn in itertools.islice(self._loop.timers.linger_polls.connections(), LINGER_LOOKS):
-            has_all = conn.phase is Phase.LINGERING and not unacknowledged_bytes(conn.sock)
-            if has_all and not conn.is_status:  # those have places of their own
+        looks = LINGER_LOOKS
+        for conn in self._loop.timers.linger_polls.connections():
+            if conn.phase is not Phase.LINGERING or conn.is_status:  # those have their own places
+                continue
+            if conn._linger_deadline is not None:  # it had all when it was polled
+                return conn
+            looks -= 1
+            if looks >= 0 and not unacknowledged_bytes(conn.sock):
                 return conn
         silent = self._loop.timers.handshaking.oldest(is_before_handshake)
         if silent is not None:
@@ -3566,11 +3574,6 @@ class Server(Carried):
         self.faults.guard(self._check_quota)
         self.recorder.update(self.snapshot().current())
 
-    def finish_records(self) -> None:
-        """Let the sinks write the last records and end."""
-        self.update_current()
-        self.recorder.stop()
-
     # Newcomers.
 
     def accept_rest(self, gone: Sequence[Listener]) -> None:
@@ -3845,7 +3848,7 @@ class Recorder(Carried):
                 sink.start()
         except RuntimeError as error:
             for sink in self._sinks:  # after a reload, the relay goes on without these
-                sink.finished = not sink.is_alive()
+                sink.finished = sink.finished or not sink.is_alive()
             raise StartupError(f"records cannot be written: {error}") from None
 
     def record(self, record: UsageRecord) -> None:
@@ -3906,9 +3909,8 @@ class Recorder(Carried):
     def join(self, seconds: float) -> None:
         """Wait for the sinks to end, at most `seconds` in all. Blocks the caller."""
         deadline = time.monotonic() + seconds
-        for sink in self._sinks:
-            if sink.is_alive():
-                sink.join(max(0.0, deadline - time.monotonic()))
+        for sink in filter(Sink.is_alive, self._sinks):
+            sink.join(max(0.0, deadline - time.monotonic()))
 
     def status(self) -> dict[str, SinkStatus]:
         """Return how each sink is doing, by its name."""
@@ -4858,8 +4860,7 @@ def _adopt(number: int, endpoint: Endpoint) -> socket.socket:
     sock = socket.socket(fileno=fd)
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if sock.type != socket.SOCK_STREAM or not listens:
-        if sock.detach() != number:
-            os.close(fd)
+        sock.detach()
         raise StartupError(f"{endpoint.text}: descriptor {number} is no listening stream socket")
     return sock
 
@@ -4960,10 +4961,11 @@ class LogFile(MessageHandler):
         return fd
 
 
-def print_text(text: str, stream: TextIO) -> None:
-    """Print a text. Characters that the stream cannot encode are escaped. Raises OSError."""
-    encoded = text.encode(stream.encoding, "backslashreplace")
-    print(encoded.decode(stream.encoding), file=stream, flush=True)
+def print_text(text: str, stream: TextIO | None) -> None:
+    """Print a text, with what cannot be encoded escaped. None: closed. Raises OSError."""
+    if stream is not None:
+        encoded = text.encode(stream.encoding, "backslashreplace")
+        print(encoded.decode(stream.encoding), file=stream, flush=True)
 
 
 def start_logging(path: str | None, to_stdout: bool, fd: int | None = None) -> LogFile | None:
@@ -5335,8 +5337,6 @@ class Parser(argparse.ArgumentParser):
 
 def print_error(message: str, stream: TextIO | None) -> None:
     """Print in one line why the relay does not start. `stream` is None if it is closed."""
-    if stream is None:
-        return
     text = " ".join(message[:MAX_COMPLAINT_CHARACTERS].split())
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     with contextlib.suppress(OSError):
@@ -5521,7 +5521,7 @@ def parse_arguments(
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    parser.log_fd = options.log_fd
+    parser.log_fd = None if options.check else options.log_fd
     in_files: list[tuple[str, str]] = []
     for path in options.config:
         in_files += read_config(path, parser, configs.get(path))
@@ -5529,7 +5529,7 @@ def parse_arguments(
     replaced = {name for name in REPEATABLE if getattr(options, name)}
     kept = [argument for name, argument in in_files if name not in replaced]
     options = parser.parse_args([*kept, *arguments])
-    parser.log_fd = options.log_fd
+    parser.log_fd = None if options.check else options.log_fd
     reset_empty_options(options, {name for name, _ in in_files}, parser)
     for name in ("usage_db", "log_fd", "monthly_quota"):
         value = getattr(options, name)

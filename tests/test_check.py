@@ -234,6 +234,8 @@ def test_a_reason_goes_to_stderr_even_if_messages_would_not(folder: Path) -> Non
     code, out, err = result_of(run_check(folder, "--log-fd=2", "--port=unix:file"))
     assert (code, out) == (1, b"")
     assert err == b"transit-relay: unix:file: the file exists and is not a socket\n"
+    code, out, err = result_of(run_check(folder, "--log-fd=2", "--quota-rate=5kB"))
+    assert (code, out) == (2, b"") and b"--quota-rate" in err
 
 
 @pytest.mark.parametrize("redirections", ["0<&-", "2>&-", "0<&- 2>&-"])

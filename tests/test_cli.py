@@ -665,11 +665,14 @@ def test_log_fd_2_with_logfile_has_them_there_alone(tmp_path: Path) -> None:
     assert "Transit starting on" in (tmp_path / "log").read_text()
 
 
-def test_log_fd_2_has_an_error_of_the_options_on_stdout() -> None:
-    with QuietRelay("--log-fd", "2", "--quota-rate", "5kB") as relay:
+@pytest.mark.parametrize(
+    ("option", "code"), [("--quota-rate=5kB", 2), ("--usage-db=/nowhere/usage.sqlite", 1)]
+)
+def test_log_fd_2_has_errors_on_stdout(option: str, code: int) -> None:
+    with QuietRelay("--log-fd", "2", option) as relay:
         line = relay.wait_for("^transit-relay: ", "stdout").string
-        assert relay.wait() == 2
-    assert "--quota-rate" in line
+        assert relay.wait() == code
+    assert option.partition("=")[0] in line
 
 
 @pytest.mark.parametrize("fd", [999, 2**31 - 1])

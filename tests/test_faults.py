@@ -93,7 +93,7 @@ CLASSES: list[type] = [
 ]
 SERVER_METHODS = (
     # `admit` contains the faults of its own calls, all of which are in this list.
-    *("update_interest", "doom"),
+    "update_interest",
 )
 # The loop itself, and what is called without a connection. A fault there may end the process.
 NOT_A_HANDLER = {

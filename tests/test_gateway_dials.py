@@ -728,6 +728,20 @@ def test_health_depends_on_the_relay_behind(make: Make) -> None:
     assert room.health() == (200, ["ok"])
 
 
+@pytest.mark.parametrize(("kinds", "times"), [((), 1), (("refusing",), 2)], ids=["same", "another"])
+def test_a_failure_is_logged_again_for_another_target(
+    make: Make, caplog: pytest.LogCaptureFixture, kinds: tuple[str, ...], times: int
+) -> None:
+    loop = make("refusing")
+    for is_reloaded in False, True:
+        if is_reloaded:
+            loop.reload_to(*kinds)
+        client = loop.client()
+        client.send(LINE)
+        assert end_of(client) == b""
+    assert caplog.messages.count(f"{UNREACHABLE}: Connection refused") == times
+
+
 def test_without_clients_a_failure_is_forgotten(make: Make) -> None:
     loop = make("refusing")
     room = Room(loop)

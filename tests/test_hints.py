@@ -261,6 +261,13 @@ def test_an_endpoint_that_the_output_cannot_encode(encoding: str) -> None:
     assert b"unix:/run/" + euro + b"/\\udcff" in done.stdout
 
 
+def test_an_output_that_is_closed() -> None:
+    argv = [sys.executable, str(RELAY), "--print-hints", NAME]
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *argv]
+    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_endpoints_of_a_configuration(
     hints: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:

@@ -282,13 +282,17 @@ def test_null(tmp_path: Path, run: Run) -> None:
     assert all_values(run, usagedb=usagedb) == expected
 
 
-@pytest.mark.parametrize("updated", ["text", b"blob"])
-def test_a_time_that_is_no_number(updated: object, tmp_path: Path, run: Run) -> None:
-    usagedb = str(make_database(tmp_path))
+@pytest.mark.parametrize("value", ["text", b"blob"])
+@pytest.mark.parametrize("column", ["updated", "waiting", "connected", "incomplete_bytes"])
+def test_a_current_number_that_is_none(
+    column: str, value: object, tmp_path: Path, run: Run
+) -> None:
+    usagedb = str(make_database(tmp_path, usage=[row("happy", 7)]))
     with contextlib.closing(sqlite3.connect(usagedb)) as db:
-        db.execute("UPDATE `current` SET `updated` = ?", (updated,))
+        db.execute(f"UPDATE `current` SET `{column}` = ?", (value,))
         db.commit()
     assert run("active", usagedb=usagedb).out == "waiting.value U\nconnected.value U\n"
+    assert "incomplete.value U\n" in run("bytes", usagedb=usagedb).out
 
 
 def test_an_unknown_mood(tmp_path: Path, run: Run) -> None:

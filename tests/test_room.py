@@ -160,6 +160,13 @@ def test_few_of_the_lingering_clients_are_asked(
     arrive(loop)
     assert [guest.conn.sock in asked for guest in refused].count(True) == 2
     assert not silent.is_open()
+    last = refused[-1]
+    assert last.read_all() == b"bad handshake\n"
+    monkeypatch.undo()
+    loop.advance(transit_relay.LINGER_POLL_SECONDS)  # each one is asked
+    monkeypatch.setattr(transit_relay, "LINGER_LOOKS", 0)
+    waits = wait(loop, "token")
+    assert not last.is_open() and waits.is_open()
 
 
 def test_the_oldest_waiting_client_of_the_busiest_source_goes(loop: Loop) -> None:

@@ -382,7 +382,7 @@ class Gateway(Rendezvous):
         if {*before} == {*self.target_addresses}:  # a resolver may change the order
             self._next = self.target_addresses.index(before[index])
         else:
-            del fields["unreachable_until"]
+            del fields["_problems"], fields["unreachable_until"]
         super().resume(fields)
 
     def refusal(self, newcomer: Session) -> Limit | None:
