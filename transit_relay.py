@@ -381,21 +381,6 @@ def duration(text: str) -> float:
     raise UsageError(f"{text!r} is not a number of seconds from 0 on")
 
 
-class Throttle:
-    """Allows something once per period, for example a log message. The first one is allowed."""
-
-    def __init__(self, seconds: float = COMPLAINT_SECONDS) -> None:
-        self._seconds = seconds
-        self.next_at = float("-inf")  # monotonic seconds
-
-    def take(self, now: float) -> bool:
-        """Return whether it is allowed at `now`. If so, begin the next period."""
-        if now < self.next_at:
-            return False
-        self.next_at = now + self._seconds
-        return True
-
-
 # Records -------------------------------------------------------------------------------------
 # The record of a connection without a partner, the record of a pair, and the state of the relay at
 # one moment. A record contains no address, token or side (docs/operating.md, Records and privacy).
@@ -604,6 +589,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytearray):
         return bytes(value)
     return tuple(map(plain, value)) if isinstance(value, (list, tuple, deque)) else value
+
+
+class Throttle(Carried):
+    """Allows something once per period, for example a log message. The first one is allowed."""
+
+    CARRIED = ("next_at",)
+
+    def __init__(self, seconds: float = COMPLAINT_SECONDS) -> None:
+        self._seconds = seconds
+        self.next_at = float("-inf")  # monotonic seconds
+
+    def take(self, now: float) -> bool:
+        """Return whether it is allowed at `now`. If so, begin the next period."""
+        if now < self.next_at:
+            return False
+        self.next_at = now + self._seconds
+        return True
 
 
 class Tally(Carried):
@@ -2632,7 +2634,7 @@ class Acceptor(Carried):
     The Server has one for clients of the relay, and one for status clients.
     """
 
-    CARRIED = ("_may_end_early", "retry_at")
+    CARRIED = ("_complaints", "_may_end_early", "retry_at")
 
     def __init__(
         self, loop: Server, listeners: Sequence[Listener], keepalive_seconds: float
@@ -3656,7 +3658,7 @@ class Sink(Carried, threading.Thread):
 
     # Unwritten data, the number of dropped records, and what the log has about a failure.
     CARRIED: tuple[str, ...] = (
-        *("_queue", "_batch", "_current", "_failing", "_complained", "_gone"),
+        *("_queue", "_batch", "_current", "_failing", "_complained", "_complaints", "_gone"),
         *("dropped", "written_records"),
     )
     PARSERS: ClassVar[Parsers] = {
@@ -3832,7 +3834,7 @@ class Sink(Carried, threading.Thread):
 class Recorder(Carried):
     """The loop's access to all sinks."""
 
-    CARRIED = ("_reported",)
+    CARRIED = ("_complaints", "_reported")
 
     def __init__(self, sinks: Sequence[Sink] = (), blur_seconds: int = 0) -> None:
         """`blur_seconds`: 0 passes records on unchanged."""
@@ -4956,8 +4958,8 @@ class LogFile(MessageHandler):
             fd = os.open(self._path, flags | os.O_EXCL, 0o666)
             self.is_new = True
         except FileExistsError:
+            self.is_new = not os.path.exists(self._path)  # there may be a link to no file
             fd = os.open(self._path, flags, 0o666)
-            self.is_new = False
         return fd
 
 
@@ -5644,6 +5646,7 @@ class Predecessor(NamedTuple):
     keepalive_seconds: float
     connections: int  # client sockets that are open in this process; 0 in a rehearsal
     name: bytes  # of the process
+    has_terminal: bool  # as it was at the first start
     carried: Mapping[str, Sequence[str]]  # see carried_fields
     sends_proxy_header: bool | None  # by --forward; None: it is no gateway
     target_addresses: Sequence[Any]  # of --forward, found by the rehearsal: see Target.resolve
@@ -5951,12 +5954,12 @@ class Reload:
         self._rehearsal_result: Sequence[Any] = (0, (), ())  # see REHEARSED
         self._killed: set[int] = set()  # child processes that have not ended yet
         # A daemon has a terminal until it is ready.
-        self._has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
+        self.has_terminal = not options.daemonize and any(map(os.isatty, range(STANDARD_FDS)))
 
     def request(self) -> None:
         """Begin a reload: SIGHUP came. If one is under way, another one follows."""
         server = self._server
-        if self._has_terminal and not any(map(os.isatty, range(STANDARD_FDS))):
+        if self.has_terminal and not any(map(os.isatty, range(STANDARD_FDS))):
             server.ending.signalled(signal.SIGHUP)  # the terminal was closed
         elif server.phase is not ServerPhase.SERVING:
             log.warning("reload refused: the relay is stopping")
@@ -6028,7 +6031,9 @@ class Reload:
         with open("/proc/self/cmdline", "rb") as file:
             arguments = file.read().split(b"\0")[1:-1]
         environment = {**os.environ, **self._variables, STATE_VARIABLE: str(state_fd)}
-        return [os.fsencode(sys.executable), *arguments], environment
+        # Without PATH in the environment, Python may not know its own name.
+        program = sys.executable or os.readlink("/proc/self/exe")
+        return [os.fsencode(program), *arguments], environment
 
     def _write_state(self, fd: int, is_rehearsal: bool) -> None:
         import pickle
@@ -6046,6 +6051,7 @@ class Reload:
             keepalive_seconds=self._options.keepalive,
             connections=0 if is_rehearsal else len(self._server.connections),
             name=name,
+            has_terminal=self.has_terminal,
             carried=carried_fields(),
             sends_proxy_header=getattr(self._server.rendezvous, "sends_proxy_header", None),
             target_addresses=self._rehearsal_result[2],
@@ -6068,9 +6074,9 @@ class Reload:
             kept = [(fd, fd) for fd in (state, *(one.fd for one in self._listeners))]
             actions = [(os.POSIX_SPAWN_DUP2, *fds) for fds in ((output, 1), (output, 2), *kept)]
             pid = os.posix_spawn(
-                *(sys.executable, [*arguments, b"--check"], environment),
+                *(arguments[0], [*arguments, b"--check"], environment),
                 file_actions=actions,
-                setsigmask=[signal.SIGHUP],  # it may come to all processes of the group
+                setsigmask=[signal.SIGHUP, signal.SIGUSR1],  # for the whole process group
             )
             deadline = time.monotonic() + REHEARSAL_SECONDS
             ended, status, killed_for = 0, 0, ""
@@ -6158,7 +6164,9 @@ class Reload:
                 undo.callback(os.set_inheritable, fd, False)
             if rehearsed != self._file_versions():
                 raise ReloadRefused("the program or the configuration has just changed")
-            os.execve(sys.executable, arguments, environment)
+            if self._is_wanted:  # a SIGHUP has come meanwhile: the new program takes this one
+                os.kill(os.getpid(), signal.SIGHUP)
+            os.execve(arguments[0], arguments, environment)
 
 
 # Start and stop ------------------------------------------------------------------------------
@@ -6415,6 +6423,8 @@ def serve(
 
         variables = environment.variables(passed.total > 0, watchdog_seconds > 0)
         reload = Reload(options, relay, manager, variables, carried_files)
+        if predecessor is not None:
+            reload.has_terminal = predecessor.has_terminal
         server.timers.every(STATUS_SECONDS, reload.reap)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             server.signals.actions[signal.SIGHUP] = reload.request
@@ -6460,6 +6470,8 @@ def run(server: Server, ready: Callable[[], None], stopping: Callable[[], None])
     if failed:  # write the queued records nevertheless
         server.recorder.stop()
         server.recorder.join(STOP_RECORD_SECONDS)
+    for number in server.signals.actions:  # the exit code is certain now
+        signal.signal(number, signal.SIG_IGN)
     lost = server.recorder.lost()
     if lost:
         log.error("stopped; usage records lost: %d", lost)

@@ -528,6 +528,14 @@ def test_a_logfile_that_existed_keeps_its_owner(daemon: Start, public: Path) -> 
     assert secret.stat().st_uid == 0
 
 
+@as_root
+def test_a_logfile_that_a_link_has_led_to_belongs_to_the_user(daemon: Start, public: Path) -> None:
+    """The relay has created it."""
+    (public / "transit_relay.log").symlink_to("new.log")
+    daemon("--user", "nobody", folder=public)
+    assert (public / "new.log").stat().st_uid == NOBODY.pw_uid
+
+
 @pytest.mark.parametrize(
     ("user", "why"),
     [

@@ -347,7 +347,7 @@ def test_a_rehearsal_that_hangs_is_killed(installation: Installation) -> None:
     ("old", "new", "reason"),
     [
         (
-            "            os.execve(sys.executable, arguments",
+            "            os.execve(arguments[0], arguments",
             '            os.execve("/no/such/program", arguments',
             "No such file or directory",
         ),
@@ -868,6 +868,74 @@ def test_from_one_file(tmp_path: Path) -> None:
         assert relay.stop() == 0
 
 
+def test_a_second_signal_during_a_reload_is_followed_by_another_reload(
+    installation: Installation,
+) -> None:
+    """Also if it comes after the rehearsal."""
+    step = "        with contextlib.ExitStack() as undo:  # if a step fails, or the relay stops"
+    once = "os.path.exists('once') or (open('once', 'w').close(), self.request())\n"
+    installation.edit(step, f"        {once}{step}")
+    with installation.start("--logfile", "log", starts=False) as relay:
+        log = installation.folder / "log"
+        wait_for_text(log, "Transit starting on")
+        relay.ask()
+        wait_for_text(log, "Transit reloaded", 2)
+        assert relay.stop() == 0
+        assert log.read_text().count("Transit reloaded") == 2
+
+
+def test_a_python_that_does_not_know_its_name(installation: Installation) -> None:
+    """It was found by PATH, which is not in its environment."""
+    with ReloadingRelay(
+        *("--config", str(installation.config)),
+        program=[
+            *("/bin/bash", "-c", 'unset PATH; exec -a python3 "$@"', "bash"),
+            *(sys.executable, str(installation.program)),
+        ],
+        cwd=installation.folder,
+    ) as relay:
+        relay.wait_for("Transit starting on")
+        relay.reload()
+        assert relay.stop() == 0
+
+
+def test_signals_after_the_end_of_the_loop_are_ignored(installation: Installation) -> None:
+    """Python would reset their handlers at its end, and the exit code would be lost."""
+    old = '        log.info("stopped")\n'
+    handlers = "{signal.getsignal(number) for number in server.signals.actions}"
+    installation.edit(old, f'{old}        log.info("%s", {handlers} == {{signal.SIG_IGN}})\n')
+    with installation.start() as relay:
+        assert relay.stop() == 0
+        assert relay.stderr.decode().endswith("stopped\nTrue\n")
+
+
+def test_a_terminal_that_closes_during_a_reload(installation: Installation) -> None:
+    ours, its = os.openpty()
+    step = "            os.execve(arguments[0], arguments"
+    hold = "while open('held', 'w') and not os.path.exists('closed'): time.sleep(0.01)\n"
+    installation.edit(step, f"            {hold}{step}")
+    with ReloadingRelay(
+        *("--config", str(installation.config), "--logfile", "log"),
+        program=[
+            *("/bin/sh", "-c", f'exec "$@" </proc/self/fd/{its}', "sh"),
+            *(sys.executable, "-W", "ignore", str(installation.program)),
+        ],
+        cwd=installation.folder,
+        pass_fds=[its],
+    ) as relay:
+        os.close(its)
+        log = installation.folder / "log"
+        wait_for_text(log, "Transit starting on")
+        relay.ask()
+        eventually((installation.folder / "held").exists, "the execution")
+        os.close(ours)
+        (installation.folder / "closed").touch()
+        wait_for_text(log, "Transit reloaded")
+        relay.ask()
+        assert relay.wait() == 0
+        assert "SIGHUP: stopping" in log.read_text()
+
+
 def test_in_a_terminal_that_closes_sighup_is_a_stop(installation: Installation) -> None:
     ours, its = os.openpty()
     with ReloadingRelay(
@@ -1029,7 +1097,7 @@ def test_a_configuration_that_changes_after_the_rehearsal(installation: Installa
     steps = {
         "                yield from self._pause_sinks()\n": "line 1: unrecognized arguments",
         "                is_busy = server.doomed": "the configuration has just changed",
-        "            os.execve(sys.executable, arguments": "Transit reloaded",
+        "            os.execve(arguments[0], arguments": "Transit reloaded",
     }
     for number, step in enumerate(steps):
         indent = step[: -len(step.lstrip())]

@@ -92,6 +92,7 @@ def make_state(loop: Loop) -> list[dict[str, Any]]:
         keepalive_seconds=200.0,
         connections=len(loop.server.connections),
         name=b"transit-relay",
+        has_terminal=False,
         carried=carried_fields(),
         sends_proxy_header=None,
         target_addresses=(),

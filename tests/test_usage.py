@@ -408,7 +408,7 @@ def test_records_wait_while_memory_is_short(
 # The fields of each class that a reload does not carry: the new program makes them.
 NOT_CARRIED = {
     *("_records_limit", "_changed", "_stopping", "finished"),
-    *("_complaints", "_pausing", "_may_write_again", "_writing"),
+    *("_pausing", "_may_write_again", "_writing"),
     "_has_reader",
     *("_fd", "_path", "_db", "_file", "_sqlite_error", "_quota", "_has_totals", "totals"),
     *("_sinks", "_blur_seconds"),
