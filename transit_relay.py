@@ -194,7 +194,8 @@ SUSPENDED_SECONDS = 1  # if select returns this much late, the process was suspe
 LINGER_SECONDS = 5  # for the peer to end, from when all bytes are acknowledged
 LINGER_BLIND_SECONDS = 60  # from our end, where the system does not report acknowledgements
 LINGER_POLL_SECONDS = 1  # how often a lingering connection's acknowledgements are read
-LINGER_LOOKS = 64  # at most so many are read to make room for a newcomer: each is a system call
+LINGER_SCANS = 1024  # at most so many are considered to make room for a newcomer
+LINGER_LOOKS = 64  # at most so many acknowledgements are read for that: each is a system call
 SWEEPS_PER_LIMIT = 8  # sweeps over all connections in the time of a stall or idle limit
 SHARES_PER_SWEEP = 16  # at most: a sweep visits the connections in shares
 MIN_SHARE_SECONDS = 0.1  # from one share to the next
@@ -3203,7 +3204,7 @@ class LimitEnforcer(Carried):
         one that waits. A pair does not go, nor a client that has bytes to get.
         """
         looks = LINGER_LOOKS
-        for conn in self._loop.timers.linger_polls.connections():
+        for conn in itertools.islice(self._loop.timers.linger_polls.connections(), LINGER_SCANS):
             if conn.phase is not Phase.LINGERING or conn.is_status:  # those have their own places
                 continue
             if conn._linger_deadline is not None:  # it had all when it was polled
@@ -3850,7 +3851,8 @@ class Recorder(Carried):
                 sink.start()
         except RuntimeError as error:
             for sink in self._sinks:  # after a reload, the relay goes on without these
-                sink.finished = sink.finished or not sink.is_alive()
+                if not sink.is_alive():  # else its thread sets this
+                    sink.finished = True
             raise StartupError(f"records cannot be written: {error}") from None
 
     def record(self, record: UsageRecord) -> None:
@@ -4958,8 +4960,8 @@ class LogFile(MessageHandler):
             fd = os.open(self._path, flags | os.O_EXCL, 0o666)
             self.is_new = True
         except FileExistsError:
-            self.is_new = not os.path.exists(self._path)  # there may be a link to no file
             fd = os.open(self._path, flags, 0o666)
+            self.is_new = False  # also behind a link to no file: its user may have made the link
         return fd
 
 
@@ -5646,10 +5648,10 @@ class Predecessor(NamedTuple):
     keepalive_seconds: float
     connections: int  # client sockets that are open in this process; 0 in a rehearsal
     name: bytes  # of the process
-    has_terminal: bool  # as it was at the first start
     carried: Mapping[str, Sequence[str]]  # see carried_fields
     sends_proxy_header: bool | None  # by --forward; None: it is no gateway
     target_addresses: Sequence[Any]  # of --forward, found by the rehearsal: see Target.resolve
+    has_terminal: bool = False  # as it was at the first start; older programs do not tell
 
     def take_file(self, option: str, value: object) -> int | None:
         """Return the descriptor of the file of an option, if the option has the same value.
@@ -5997,7 +5999,7 @@ class Reload:
         except (ReloadRefused, MemoryError) as error:
             reason = str(error) or "out of memory"
         except OSError as error:
-            reason = f"{error.filename or 'the system'}: {error_text(error)}"
+            reason = f"{os.fsdecode(error.filename or 'the system')}: {error_text(error)}"
         except Exception as error:
             reason = f"unexpected {type(error).__name__}"
             self._server.faults.contain(None)

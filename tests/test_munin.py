@@ -284,7 +284,7 @@ def test_null(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("value", ["text", b"blob"])
 @pytest.mark.parametrize("column", ["updated", "waiting", "connected", "incomplete_bytes"])
-def test_a_current_number_that_is_none(
+def test_a_value_of_current_that_is_no_number(
     column: str, value: object, tmp_path: Path, run: Run
 ) -> None:
     usagedb = str(make_database(tmp_path, usage=[row("happy", 7)]))

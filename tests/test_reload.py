@@ -348,8 +348,8 @@ def test_a_rehearsal_that_hangs_is_killed(installation: Installation) -> None:
     [
         (
             "            os.execve(arguments[0], arguments",
-            '            os.execve("/no/such/program", arguments',
-            "No such file or directory",
+            '            os.execve(b"/no/such/program", arguments',
+            "/no/such/program: No such file or directory",
         ),
         (
             "os.memfd_create(PROGRAM) for _ in range(2)",
