@@ -44,7 +44,7 @@ OTHER_HONEST = "192.0.2.2"
 # A limit logs how many clients it disconnected, at most once a minute. Here it does so more often,
 # so that a test can add the numbers up.
 LOG_SECONDS = 0.3
-OFTEN_LOGGED = patched(**{**WATCHED, "Throttle.__init__.__defaults__": (LOG_SECONDS,)})
+OFTEN_LOGGED = patched(**{**WATCHED, "COMPLAINT_SECONDS": LOG_SECONDS})
 MEMORY_MESSAGE = b"--max-memory: clients have to wait"
 
 
