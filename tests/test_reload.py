@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib.util import cache_from_source
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import (
@@ -909,53 +909,64 @@ def test_signals_after_the_end_of_the_loop_are_ignored(installation: Installatio
         assert relay.stderr.decode().endswith("stopped\nTrue\n")
 
 
-def test_a_terminal_that_closes_during_a_reload(installation: Installation) -> None:
-    ours, its = os.openpty()
+class AtTerminal(NamedTuple):
+    """A relay that was started at a terminal."""
+
+    relay: ReloadingRelay
+    terminal: int  # its other end: when that is closed, the terminal is gone
+    log: Path
+
+
+@pytest.fixture
+def at_terminal(
+    installation: Installation,
+) -> Callable[[], contextlib.AbstractContextManager[AtTerminal]]:
+    """Return a function that starts the relay at a terminal, in a `with` block."""
+
+    @contextlib.contextmanager
+    def start() -> Iterator[AtTerminal]:
+        ours, its = os.openpty()
+        with ReloadingRelay(
+            *("--config", str(installation.config), "--logfile", "log"),
+            program=[
+                *("/bin/sh", "-c", f'exec "$@" </proc/self/fd/{its}', "sh"),
+                *(sys.executable, "-W", "ignore", str(installation.program)),
+            ],
+            cwd=installation.folder,
+            pass_fds=[its],
+        ) as relay:
+            os.close(its)
+            log = installation.folder / "log"
+            wait_for_text(log, "Transit starting on")
+            relay.ask()
+            yield AtTerminal(relay, ours, log)
+            wait_for_text(log, "Transit reloaded")
+            relay.ask()
+            assert relay.wait() == 0
+            assert "SIGHUP: stopping" in log.read_text()
+
+    return start
+
+
+def test_a_terminal_that_closes_during_a_reload(
+    installation: Installation,
+    at_terminal: Callable[[], contextlib.AbstractContextManager[AtTerminal]],
+) -> None:
     step = "            os.execve(arguments[0], arguments"
     hold = "while open('held', 'w') and not os.path.exists('closed'): time.sleep(0.01)\n"
     installation.edit(step, f"            {hold}{step}")
-    with ReloadingRelay(
-        *("--config", str(installation.config), "--logfile", "log"),
-        program=[
-            *("/bin/sh", "-c", f'exec "$@" </proc/self/fd/{its}', "sh"),
-            *(sys.executable, "-W", "ignore", str(installation.program)),
-        ],
-        cwd=installation.folder,
-        pass_fds=[its],
-    ) as relay:
-        os.close(its)
-        log = installation.folder / "log"
-        wait_for_text(log, "Transit starting on")
-        relay.ask()
+    with at_terminal() as started:
         eventually((installation.folder / "held").exists, "the execution")
-        os.close(ours)
+        os.close(started.terminal)
         (installation.folder / "closed").touch()
-        wait_for_text(log, "Transit reloaded")
-        relay.ask()
-        assert relay.wait() == 0
-        assert "SIGHUP: stopping" in log.read_text()
 
 
-def test_in_a_terminal_that_closes_sighup_is_a_stop(installation: Installation) -> None:
-    ours, its = os.openpty()
-    with ReloadingRelay(
-        *("--config", str(installation.config), "--logfile", "log"),
-        program=[
-            *("/bin/sh", "-c", f'exec "$@" </proc/self/fd/{its}', "sh"),
-            *(sys.executable, str(installation.program)),
-        ],
-        cwd=installation.folder,
-        pass_fds=[its],
-    ) as relay:
-        os.close(its)
-        log = installation.folder / "log"
-        wait_for_text(log, "Transit starting on")
-        relay.ask()
-        wait_for_text(log, "Transit reloaded")
-        os.close(ours)
-        relay.ask()
-        assert relay.wait() == 0
-        assert "SIGHUP: stopping" in log.read_text()
+def test_in_a_terminal_that_closes_sighup_is_a_stop(
+    at_terminal: Callable[[], contextlib.AbstractContextManager[AtTerminal]],
+) -> None:
+    with at_terminal() as started:
+        wait_for_text(started.log, "Transit reloaded")
+        os.close(started.terminal)
 
 
 def test_a_reader_of_records_that_has_left(installation: Installation) -> None:
